@@ -1,0 +1,1 @@
+"""The experiments: datasets, tasks, races and their reports."""
