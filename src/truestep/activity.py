@@ -1,0 +1,426 @@
+"""Which samples reach which elements of a parameter, and how many they are.
+
+A sample *reaches* an element of a parameter if at one of its positions the product that autograd adds
+to the element's gradient has only non-zero factors. Everything here is a pure value: an `Activity` says
+for one parameter which samples reach it, `joint` joins the uses of one parameter in one forward call (a
+sample counts once), and `total` adds separate batches.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from truestep.bits import Bits, pack
+
+__all__ = [
+    "Activity",
+    "Counts",
+    "Elements",
+    "Joint",
+    "Outer",
+    "Rows",
+    "Total",
+    "joint",
+    "total",
+]
+
+# Per-sample masks are built for as many samples at once as fit this many elements (float32: 64 MB).
+CHUNK_ELEMENTS = 1 << 24
+
+
+class Activity(ABC):
+    """Which samples reach which elements of one parameter of shape `shape`."""
+
+    shape: torch.Size
+    samples: int
+
+    @abstractmethod
+    def masks(self, start: int, stop: int) -> Tensor:
+        """One mask per sample, bool ``[stop - start, *shape]``."""
+
+    @abstractmethod
+    def reached(self) -> Tensor:
+        """Bool ``[samples]``: the samples with any non-zero gradient at the use's output."""
+
+    @abstractmethod
+    def tensors(self) -> Iterator[Tensor]:
+        """The tensors held, for their memory."""
+
+    def count(self) -> Tensor:
+        """The adaptive batch sizes m, int64 ``[*shape]``: how many samples reach each element."""
+        counts = torch.zeros(self.shape, dtype=torch.int64, device=next(self.tensors()).device)
+        step = max(1, CHUNK_ELEMENTS // max(1, self.shape.numel()))
+        for start in range(0, self.samples, step):
+            counts += self.masks(start, min(start + step, self.samples)).sum(0)
+        return counts
+
+    def count_rows(self) -> tuple[Tensor | None, Tensor]:
+        """The rows that any sample reaches and their counts; rows None stands for all rows."""
+        return None, self.count()
+
+
+@dataclass(frozen=True)
+class Elements(Activity):
+    """A parameter whose every element is a unit of its own: biases, norm weights.
+
+    Attributes:
+        shape: the parameter's shape.
+        bits: ``[samples, units]``, units in the order of the flattened parameter.
+    """
+
+    shape: torch.Size
+    bits: Bits
+
+    @property
+    def samples(self) -> int:  # type: ignore[override]
+        """The number of samples."""
+        return self.bits.samples
+
+    def masks(self, start: int, stop: int) -> Tensor:  # noqa: D102
+        return self.bits.mask(start, stop).reshape(-1, *self.shape)
+
+    def reached(self) -> Tensor:  # noqa: D102
+        return self.bits.mask().any(-1)
+
+    def tensors(self) -> Iterator[Tensor]:  # noqa: D102
+        yield self.bits.words
+
+
+@dataclass(frozen=True)
+class Window:
+    """How a convolution looks at its input: what turns input bits into the inputs of its weight.
+
+    Attributes:
+        size: spatial shape of the input.
+        kernel: spatial shape of the kernel.
+        stride: one number per spatial dimension.
+        dilation: one number per spatial dimension.
+        padding: as `torch.nn.functional.pad` takes it.
+        padding_mode: as `torch.nn.functional.pad` takes it.
+        groups: number of groups of channels.
+        by_position: every output position counts as a sample.
+    """
+
+    size: tuple[int, ...]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: tuple[int, ...]
+    padding_mode: str
+    groups: int
+    by_position: bool
+
+    def unfold(self, inputs: Tensor) -> Tensor:
+        """What the kernel sees at each output position.
+
+        Args:
+            inputs: bool ``[samples, positions in, channels]``.
+
+        Returns:
+            Float ``[samples, positions out, channels * kernel]``.
+        """
+        image = inputs.transpose(1, 2).float().reshape(len(inputs), -1, *self.size)
+        image = torch.nn.functional.pad(image, self.padding, self.padding_mode)
+        rank = len(self.kernel)
+        for axis, (kernel, stride, dilation) in enumerate(
+            zip(self.kernel, self.stride, self.dilation, strict=True)
+        ):
+            image = image.unfold(2 + axis, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+        # [samples, channels, *positions out, *kernel]
+        image = image.flatten(2 + rank).flatten(2, 1 + rank)
+        return image.transpose(1, 2).flatten(2)
+
+
+@dataclass(frozen=True)
+class Outer(Activity):
+    """A linear map's weight: element (j, k) needs output gradient j and input k at one position.
+
+    Attributes:
+        shape: the weight's, ``[outputs, inputs]`` (convolution: ``[outputs, inputs, *kernel]``).
+        outputs: non-zero output gradients, ``[samples, outputs]`` or
+            ``[samples, positions, outputs]``.
+        inputs: non-zero inputs, likewise; a convolution's are not unfolded.
+        window: a convolution's geometry.
+    """
+
+    shape: torch.Size
+    outputs: Bits
+    inputs: Bits
+    window: Window | None = None
+
+    @property
+    def by_position(self) -> bool:
+        """Whether each output position of a convolution counts as a sample."""
+        return self.window is not None and self.window.by_position
+
+    @property
+    def samples(self) -> int:  # type: ignore[override]
+        """The number of samples."""
+        return self.outputs.samples * (self.outputs.length if self.by_position else 1)
+
+    def factors(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
+        """Float masks ``[samples, groups, positions, outputs]`` and ``[..., inputs of a group]``."""
+        groups = 1 if self.window is None else self.window.groups
+        outputs, inputs = self.outputs.mask(start, stop), self.inputs.mask(start, stop)
+        if self.window is not None:
+            inputs = self.window.unfold(inputs)
+        if self.by_position:
+            outputs, inputs = outputs.flatten(0, 1), inputs.flatten(0, 1)
+        if outputs.dim() == 2:  # noqa: PLR2004
+            outputs, inputs = outputs.unsqueeze(1), inputs.unsqueeze(1)
+        return (
+            outputs.float().unflatten(-1, (groups, -1)).transpose(1, 2),
+            inputs.float().unflatten(-1, (groups, -1)).transpose(1, 2),
+        )
+
+    def masks(self, start: int, stop: int) -> Tensor:  # noqa: D102
+        if self.by_position:
+            outputs, inputs = (factor[start:stop] for factor in self.factors())
+        else:
+            outputs, inputs = self.factors(start, stop)
+        return (outputs.transpose(-1, -2) @ inputs > 0).reshape(-1, *self.shape)
+
+    def count(self) -> Tensor:  # noqa: D102
+        if self.outputs.has_positions and not self.by_position:
+            return super().count()
+        # One position per sample: the sum over samples is one product, exact up to 2**24 samples.
+        outputs, inputs = (factor.squeeze(2).transpose(0, 1) for factor in self.factors())
+        return (outputs.transpose(-1, -2) @ inputs).to(torch.int64).reshape(self.shape)
+
+    def reached(self) -> Tensor:  # noqa: D102
+        mask = self.outputs.mask().any(-1)
+        if self.by_position:
+            return mask.flatten()
+        return mask.any(-1) if mask.dim() > 1 else mask
+
+    def tensors(self) -> Iterator[Tensor]:  # noqa: D102
+        yield self.outputs.words
+        yield self.inputs.words
+
+
+@dataclass(frozen=True)
+class Rows(Activity):
+    """An embedding's weight: entry e says that sample ``owners[e]`` uses row ``rows[e]``.
+
+    Attributes:
+        shape: ``[rows, features]``.
+        samples: number of samples.
+        rows: int64 ``[entries]``.
+        owners: int64 ``[entries]``.
+        outputs: non-zero output gradients, ``[entries, features]``, or ``[samples, features]``
+            where all entries of a sample share one output (a bag).
+        by_entry: which of the two.
+    """
+
+    shape: torch.Size
+    samples: int
+    rows: Tensor
+    owners: Tensor
+    outputs: Bits
+    by_entry: bool
+
+    def spread(self) -> "Rows":
+        """The same with one output mask per entry."""
+        if self.by_entry:
+            return self
+        return replace(self, outputs=pack(self.outputs.mask()[self.owners]), by_entry=True)
+
+    @cached_property
+    def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Each (sample, row) once: samples, rows, and mask ``[pairs, features]``."""
+        keys, index = torch.unique(self.owners * self.shape[0] + self.rows, return_inverse=True)
+        owners, rows = keys // self.shape[0], keys % self.shape[0]
+        mask = self.outputs.mask()
+        if not self.by_entry:
+            return owners, rows, mask[owners]
+        if len(keys) == len(index):
+            return owners, rows, torch.empty_like(mask).index_copy_(0, index, mask)
+        hits = torch.zeros(len(keys), self.shape[1], device=mask.device)
+        return owners, rows, hits.index_add_(0, index, mask.float()) > 0
+
+    def masks(self, start: int, stop: int) -> Tensor:  # noqa: D102
+        owners, rows, mask = self.pairs
+        chosen = (owners >= start) & (owners < stop)
+        dense = mask.new_zeros(stop - start, *self.shape)
+        dense[owners[chosen] - start, rows[chosen]] = mask[chosen]
+        return dense
+
+    def count(self) -> Tensor:  # noqa: D102
+        rows, counts = self.count_rows()
+        dense = torch.zeros(self.shape, dtype=torch.int64, device=counts.device)
+        return dense.index_copy_(0, rows, counts)
+
+    def count_rows(self) -> tuple[Tensor, Tensor]:  # noqa: D102
+        _, rows, mask = self.pairs
+        used, index = torch.unique(rows, return_inverse=True)
+        # float32 sums of ones are exact up to 2**24 samples, and faster than integer ones
+        counts = torch.zeros(len(used), self.shape[1], device=mask.device)
+        return used, counts.index_add_(0, index, mask.float()).to(torch.int64)
+
+    def reached(self) -> Tensor:  # noqa: D102
+        mask = self.outputs.mask().any(-1)
+        if not self.by_entry:
+            return mask
+        hits = torch.zeros(self.samples, device=mask.device)
+        return hits.index_add_(0, self.owners, mask.float()) > 0
+
+    def tensors(self) -> Iterator[Tensor]:  # noqa: D102
+        yield self.rows
+        yield self.owners
+        yield self.outputs.words
+
+
+@dataclass(frozen=True)
+class Joint(Activity):
+    """Several uses of one parameter by the same samples: a sample counts once."""
+
+    uses: tuple[Activity, ...]
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        """The parameter's shape."""
+        return self.uses[0].shape
+
+    @property
+    def samples(self) -> int:  # type: ignore[override]
+        """The number of samples."""
+        return self.uses[0].samples
+
+    def masks(self, start: int, stop: int) -> Tensor:  # noqa: D102
+        mask = self.uses[0].masks(start, stop)
+        for use in self.uses[1:]:
+            mask = mask | use.masks(start, stop)
+        return mask
+
+    def reached(self) -> Tensor:  # noqa: D102
+        return torch.stack([use.reached() for use in self.uses]).any(0)
+
+    def tensors(self) -> Iterator[Tensor]:  # noqa: D102
+        for use in self.uses:
+            yield from use.tensors()
+
+
+@dataclass(frozen=True)
+class Total(Activity):
+    """Separate batches: their counts add."""
+
+    parts: tuple[Activity, ...]
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        """The parameter's shape."""
+        return self.parts[0].shape
+
+    @property
+    def samples(self) -> int:  # type: ignore[override]
+        """The number of samples."""
+        return sum(part.samples for part in self.parts)
+
+    def masks(self, start: int, stop: int) -> Tensor:  # noqa: D102
+        pieces, first = [], 0
+        for part in self.parts:
+            low, high = max(start - first, 0), min(stop - first, part.samples)
+            if low < high:
+                pieces.append(part.masks(low, high))
+            first += part.samples
+        return torch.cat(pieces)
+
+    def count(self) -> Tensor:  # noqa: D102
+        counts = self.parts[0].count()
+        for part in self.parts[1:]:
+            counts = counts + part.count()
+        return counts
+
+    def reached(self) -> Tensor:  # noqa: D102
+        return torch.cat([part.reached() for part in self.parts])
+
+    def tensors(self) -> Iterator[Tensor]:  # noqa: D102
+        for part in self.parts:
+            yield from part.tensors()
+
+
+@dataclass(frozen=True)
+class Counts(Activity):
+    """Counts that took the place of bits which would have outgrown them.
+
+    Attributes:
+        counts: int64, shaped like the parameter.
+        samples: number of samples they were taken over.
+    """
+
+    counts: Tensor
+    samples: int
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        """The parameter's shape."""
+        return self.counts.shape
+
+    def masks(self, start: int, stop: int) -> Tensor:  # noqa: D102
+        raise TypeError(
+            f"counts of {self.samples} samples hold no mask of samples {start} to {stop}"
+        )
+
+    def reached(self) -> Tensor:  # noqa: D102
+        raise TypeError(f"counts of {self.samples} samples do not say which samples they were")
+
+    def count(self) -> Tensor:  # noqa: D102
+        return self.counts
+
+    def tensors(self) -> Iterator[Tensor]:  # noqa: D102
+        yield self.counts
+
+
+def joint(uses: Sequence[Activity]) -> Activity:
+    """Joins the uses of one parameter in one forward call: a sample counts once.
+
+    Args:
+        uses: at least one, of the same parameter and the same samples.
+    """
+    first = uses[0]
+    if len(uses) == 1:
+        return first
+    if all(isinstance(use, Elements) for use in uses):
+        words = first.bits.words  # type: ignore[attr-defined]
+        for use in uses[1:]:
+            words = words | use.bits.words  # type: ignore[attr-defined]
+        return Elements(first.shape, Bits(words, first.samples))
+    if all(isinstance(use, Rows) for use in uses):
+        return _append([use.spread() for use in uses], [0] * len(uses), first.samples)  # type: ignore[attr-defined]
+    return Joint(tuple(uses))
+
+
+def total(parts: Sequence[Activity]) -> Activity:
+    """Adds the activity of separate batches; bits that would outgrow their counts become counts.
+
+    Args:
+        parts: at least one, of the same parameter.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    if all(isinstance(part, Rows) for part in parts):
+        offsets, samples = [], 0
+        for part in parts:
+            offsets.append(samples)
+            samples += part.samples
+        return _append([part.spread() for part in parts], offsets, samples)  # type: ignore[attr-defined]
+    whole = Total(tuple(parts))
+    counts_bytes = 8 * whole.shape.numel()
+    if sum(tensor.nbytes for tensor in whole.tensors()) <= counts_bytes:
+        return whole
+    return Counts(whole.count(), whole.samples)
+
+
+def _append(parts: Sequence[Rows], offsets: Sequence[int], samples: int) -> Rows:
+    return Rows(
+        shape=parts[0].shape,
+        samples=samples,
+        rows=torch.cat([part.rows for part in parts]),
+        owners=torch.cat([p.owners + offset for p, offset in zip(parts, offsets, strict=True)]),
+        outputs=pack(torch.cat([part.outputs.mask() for part in parts])),
+        by_entry=True,
+    )

@@ -1,0 +1,273 @@
+"""The two papers' optimizers: DASGD and AdaptiveBatchSGD.
+
+Both are plain SGD steps along another direction, so the step itself (weight decay, momentum, maximize,
+learning rates that are tensors, foreach) is torch's own `torch.optim.sgd.sgd`.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.sgd import sgd
+
+from truestep.counter import SampleCounter
+from truestep.errors import TruestepError
+from truestep.update import boosted
+
+__all__ = ["DASGD", "AdaptiveBatchSGD"]
+
+
+class DASGD(Optimizer):
+    """Direction accelerated SGD: add the average of two gradients where they agree in sign.
+
+    With g the gradient and rho the booster (Ahn, "A Directional Gradient Acceleration Method In
+    Mini-Batch Gradient Descent", equation 1)::
+
+        rho = (g_t + g_{t-1}) / 2  where sign(g_t) == sign(g_{t-1}), else 0
+        w <- w - lr * (g_t + rho)
+
+    The first step is plain SGD's. Weight decay comes after the booster, which compares data gradients
+    only. It keeps one value per parameter, the previous gradient, as momentum does.
+
+    Args:
+        params: parameters or parameter groups, named or not.
+        lr: learning rate, a number or a tensor.
+        weight_decay: L2 penalty, as in `torch.optim.SGD`.
+        maximize: ascend instead of descend.
+        foreach: use torch's multi-tensor step; None leaves the choice to torch.
+        differentiable: let autograd run through the step, for meta-learning.
+
+    Raises:
+        TruestepError: a negative learning rate or weight decay; at the step, a sparse gradient.
+
+    Example:
+        >>> import torch, truestep
+        >>> w = torch.nn.Parameter(torch.tensor([1.0]))
+        >>> optimizer = truestep.DASGD([w], lr=0.1)
+        >>> for _ in range(2):
+        ...     w.grad = torch.tensor([1.0])
+        ...     optimizer.step()
+        >>> round(w.item(), 4)  # 1 - 0.1 * 1 - 0.1 * (1 + 1)
+        0.7
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        *,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+    ) -> None:
+        _require_at_least_zero(lr=lr, weight_decay=weight_decay)
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+        }
+        super().__init__(params, defaults)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Takes one step.
+
+        Args:
+            closure: computes the gradients anew and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+        """
+        loss = _call(closure)
+        for group in self.param_groups:
+            with torch.set_grad_enabled(group["differentiable"]):
+                params, directions = [], []
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        params.append(parameter)
+                        directions.append(self._direction(parameter, group["differentiable"]))
+                sgd(
+                    params,
+                    directions,
+                    [None] * len(params),
+                    foreach=group["foreach"],
+                    fused=False,
+                    lr=group["lr"],
+                    weight_decay=group["weight_decay"],
+                    maximize=group["maximize"],
+                    momentum=0,
+                    dampening=0,
+                    nesterov=False,
+                )
+        return loss
+
+    def _direction(self, parameter: Tensor, differentiable: bool) -> Tensor:
+        gradient = parameter.grad
+        assert gradient is not None  # noqa: S101
+        refuse_sparse(parameter, "DASGD")
+        state = self.state[parameter]
+        previous = state.get("previous_gradient")
+        direction = gradient if previous is None else boosted(gradient, previous)
+        if previous is None or differentiable:
+            state["previous_gradient"] = gradient.clone()
+        else:
+            previous.copy_(gradient)
+        return direction
+
+
+class AdaptiveBatchSGD(Optimizer):
+    """aSGD: SGD along the mean effective gradient.
+
+    Each parameter's summed gradient is divided by the number of samples that contributed to it, its
+    adaptive batch size m, instead of by the batch size N (Shi et al. 2022, Algorithm 2)::
+
+        g <- g * N / (m + eps)  where m > 0
+        w <- w - lr * g
+
+    Momentum and weight decay are `torch.optim.SGD`'s and act on the corrected gradient. Without
+    momentum it keeps no state at all. `.grad` is left as it is.
+
+    Args:
+        params: parameters or parameter groups, named or not, all of the counter's model.
+        lr: learning rate, a number or a tensor.
+        counter: the `SampleCounter` of the model.
+        momentum: momentum factor.
+        dampening: dampening of momentum.
+        weight_decay: L2 penalty.
+        nesterov: Nesterov momentum.
+        eps: added to m; the paper's non-zero natural number.
+        factor_limit: the largest N / (m + eps) allowed; None for no limit.
+        maximize: ascend instead of descend.
+        foreach: use torch's multi-tensor step over all parameters at once, which holds all corrected
+            gradients at a time; by default one parameter goes after another.
+
+    Raises:
+        TruestepError: a negative value, Nesterov without momentum, a parameter that is not the
+            model's; at the step, a parameter with a gradient but no counted sample.
+
+    Example:
+        >>> import torch, truestep
+        >>> model = torch.nn.Linear(2, 1)
+        >>> counter = truestep.SampleCounter(model)
+        >>> optimizer = truestep.AdaptiveBatchSGD(model.parameters(), lr=0.1, counter=counter)
+        >>> model(torch.tensor([[1.0, 0.0], [2.0, 3.0]])).mean().backward()
+        >>> optimizer.step()
+    """
+
+    # A copied or unpickled optimizer gets only state and groups back, and no counter: its step says so.
+    counter: SampleCounter | None = None
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        *,
+        counter: SampleCounter,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        eps: float = 1.0,
+        factor_limit: float | None = None,
+        maximize: bool = False,
+        foreach: bool = False,
+    ) -> None:
+        _require_at_least_zero(lr=lr, momentum=momentum, weight_decay=weight_decay, eps=eps)
+        if nesterov and (momentum <= 0 or dampening != 0):
+            raise TruestepError("nesterov=True needs momentum > 0 and dampening = 0; set them")
+        if factor_limit is not None and factor_limit <= 0:
+            raise TruestepError(f"factor_limit is {factor_limit}; set a positive number or None")
+        self.counter = counter
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "eps": eps,
+            "factor_limit": factor_limit,
+            "maximize": maximize,
+            "foreach": foreach,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of parameters, which must be the counter's model's."""
+        super().add_param_group(param_group)
+        if self.counter is not None:
+            self.counter.check(self.param_groups[-1]["params"])
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Takes one step.
+
+        Args:
+            closure: computes the gradients anew and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+        """
+        if self.counter is None:
+            raise TruestepError(
+                "this AdaptiveBatchSGD was copied or unpickled and has no counter; set "
+                "optimizer.counter = truestep.SampleCounter(model) with the model it now trains"
+            )
+        loss = _call(closure)
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            at_once = len(params) if group["foreach"] else 1
+            for start in range(0, len(params), max(1, at_once)):
+                self._update(group, params[start : start + at_once], self.counter)
+            self.counter.mark_step(params)
+        return loss
+
+    @torch.no_grad()
+    def _update(self, group: dict[str, Any], params: list[Tensor], counter: SampleCounter) -> None:
+        buffers = [
+            self.state[p].get("momentum_buffer") if group["momentum"] else None for p in params
+        ]
+        sgd(
+            params,
+            [
+                counter.effective_gradient(p, eps=group["eps"], factor_limit=group["factor_limit"])
+                for p in params
+            ],
+            buffers,
+            has_sparse_grad=any(p.grad is not None and p.grad.is_sparse for p in params),
+            foreach=group["foreach"],
+            fused=False,
+            lr=group["lr"],
+            momentum=group["momentum"],
+            dampening=group["dampening"],
+            weight_decay=group["weight_decay"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+        )
+        if group["momentum"]:
+            for parameter, buffer in zip(params, buffers, strict=True):
+                self.state[parameter]["momentum_buffer"] = buffer
+
+
+def refuse_sparse(parameter: Tensor, what: str) -> None:
+    """Raises `TruestepError` if the gradient is sparse: another step's has other rows to compare with."""
+    if parameter.grad is not None and parameter.grad.is_sparse:
+        raise TruestepError(
+            f"{what} compares two steps' gradients element by element, and the parameter of shape "
+            f"{tuple(parameter.shape)} has a sparse gradient; build its embedding with sparse=False"
+        )
+
+
+def _require_at_least_zero(**values: float | Tensor) -> None:
+    for name, value in values.items():
+        if not value >= 0:
+            raise TruestepError(f"{name} is {value}; use a number that is at least 0")
+
+
+def _call(closure: Callable[[], Any] | None) -> Any:
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()

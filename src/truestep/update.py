@@ -1,0 +1,109 @@
+"""The two papers' formulas on plain tensors.
+
+aSGD: Shi, Yang, Tang, Yang: "aSGD: Stochastic Gradient Descent with Adaptive Batch Size for Every
+Parameter", Mathematics 10 (2022) 863, Algorithm 2. DA-SGD: Ahn: "A Directional Gradient Acceleration
+Method In Mini-Batch Gradient Descent", equation 1.
+"""
+
+import torch
+from torch import Tensor
+
+from truestep.activity import Activity
+
+__all__ = ["adaptive_factor", "boosted", "booster", "scale_"]
+
+
+def adaptive_factor(
+    counts: Tensor,
+    batch_size: int | Tensor,
+    eps: float = 1.0,
+    factor_limit: float | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """What turns a gradient into the mean effective gradient: N / (m + eps), 1 where m = 0.
+
+    The summed gradient over N samples is g * N for a mean loss; dividing it by the m samples that
+    contributed (plus eps) gives g * N / (m + eps) (aSGD, Algorithm 2, lines 4 and 5).
+
+    Args:
+        counts: adaptive batch sizes m, any shape, integers.
+        batch_size: N, the loss's denominator.
+        eps: the paper's non-zero natural number; 0 gives the exact mean.
+        factor_limit: the largest factor allowed.
+        dtype: of the result.
+
+    Example:
+        >>> adaptive_factor(torch.tensor([0, 1, 4, 7]), batch_size=8).tolist()
+        [1.0, 4.0, 1.600000023841858, 1.0]
+    """
+    factor = batch_size / (counts.to(dtype) + eps)
+    if factor_limit is not None:
+        factor.clamp_(max=factor_limit)
+    return torch.where(counts > 0, factor, torch.ones((), dtype=dtype, device=counts.device))
+
+
+def scale_(
+    gradient: Tensor,
+    activity: Activity,
+    batch_size: int | Tensor,
+    eps: float = 1.0,
+    factor_limit: float | None = None,
+) -> Tensor:
+    """Multiplies a gradient in place by N / (m + eps), m counted from `activity`.
+
+    Args:
+        gradient: dense, or sparse over its first dimension, shaped like the parameter.
+        activity: the samples that contributed to it.
+        batch_size: N, the loss's denominator.
+        eps: see `adaptive_factor`.
+        factor_limit: see `adaptive_factor`.
+
+    Returns:
+        `gradient`.
+    """
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    dtype = dtype.to_real()
+    rows, counts = activity.count_rows()
+    if gradient.is_sparse:
+        if rows is not None:
+            counts = activity.count()
+        # Each stored value is scaled by its row's factor; coalescing or not makes no difference.
+        counts = counts[gradient._indices()[0]]  # noqa: SLF001
+        gradient._values().mul_(adaptive_factor(counts, batch_size, eps, factor_limit, dtype))  # noqa: SLF001
+        return gradient
+    factor = adaptive_factor(counts, batch_size, eps, factor_limit, dtype)
+    if rows is None:
+        return gradient.mul_(factor)
+    return gradient.index_copy_(0, rows, (gradient[rows] * factor).to(gradient.dtype))
+
+
+def booster(gradient: Tensor, previous: Tensor) -> Tensor:
+    """DA-SGD's rho: the average of two gradients where their signs agree, else 0 (equation 1).
+
+    Args:
+        gradient: the present gradient, any shape, real.
+        previous: the gradient one step before, same shape.
+
+    Example:
+        >>> booster(torch.tensor([1.0, -1.0, 2.0]), torch.tensor([3.0, -2.0, -2.0])).tolist()
+        [2.0, -1.5, 0.0]
+    """
+    agree = torch.sign(gradient) == torch.sign(previous)
+    return torch.where(agree, (gradient + previous) / 2, torch.zeros_like(gradient))
+
+
+def boosted(gradient: Tensor, previous: Tensor) -> Tensor:
+    """The gradient plus its `booster`; complex gradients part by part.
+
+    Args:
+        gradient: the present gradient, any shape.
+        previous: the gradient one step before, same shape.
+
+    Example:
+        >>> boosted(torch.tensor([1.0, 1.0]), torch.tensor([3.0, -3.0])).tolist()
+        [3.0, 1.0]
+    """
+    if gradient.is_complex():
+        parts = boosted(torch.view_as_real(gradient), torch.view_as_real(previous))
+        return torch.view_as_complex(parts)
+    return gradient + booster(gradient, previous)
