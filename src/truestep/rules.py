@@ -161,10 +161,9 @@ def embedding_bag(
     largest = None
     if module.mode == "max" and module.weight.requires_grad:
         # Only the row that holds the maximum gets feature d's gradient; torch breaks ties, so ask it.
-        largest = torch.embedding_bag(
-            module.weight.detach(), rows, starts, False, 2, False, None, False,
-            -1 if module.padding_idx is None else module.padding_idx,
-        )[3]  # fmt: skip
+        # (scale_grad_by_freq=False, mode=2, sparse=False, per_sample_weights=None, last offset=False)
+        options = (False, 2, False, None, False, module.padding_idx)
+        largest = torch.embedding_bag(module.weight.detach(), rows, starts, *options)[3]
     kept = None if per_sample_weights is None else per_sample_weights.detach().flatten() != 0
 
     def activity(delta: Tensor) -> dict[str, Activity]:
@@ -271,6 +270,8 @@ def find_rule(module: nn.Module, rules: Mapping[Any, Rule]) -> Rule | str:
         return f"{name}(scale_grad_by_freq=True) divides by counts itself; set it to False"
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module) not in rules:  # noqa: SLF001
         return f"{name} mixes the samples of a batch, so no sample has a gradient of its own"
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return f"{name} is used by nn.MultiheadAttention without being called"
     if nn.utils.parametrize.is_parametrized(module):
         return f"{name} computes its parameters from others (a parametrization)"
     for base in type(module).__mro__:

@@ -1,0 +1,153 @@
+"""Small models that cause trouble, each with a loss and a batch: `ZOO[name]() -> model, loss_fn, inputs, targets`.
+
+All treat samples independently, so that the oracle can judge them.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+class Twice(nn.Module):
+    """One layer used twice in a call."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.layer(torch.relu(self.layer(x)))))
+
+
+class Tied(nn.Module):
+    """One parameter in two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Linear(4, 4)
+        self.up = nn.Linear(4, 4)
+        self.up.weight = self.down.weight
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.up(torch.relu(self.down(x)))))
+
+
+class TiedEmbedding(nn.Module):
+    """An output head that shares the embedding's weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(7, 5)
+        self.head = nn.Linear(5, 7, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x):
+        return self.head(torch.relu(self.embedding(x)))
+
+
+class TwoTables(nn.Module):
+    """One embedding looked up twice in a call."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(6, 4, padding_idx=0)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        hidden = self.embedding(x) + torch.relu(self.embedding(5 - x))
+        return self.head(torch.relu(hidden).sum(1))
+
+
+class Sequence(nn.Module):
+    """Positions: linear maps, norms and an embedding on ``[batch, time, features]``."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(9, 6)
+        self.norm = nn.LayerNorm(6)
+        self.hidden = nn.Linear(6, 5)
+        self.root_norm = nn.RMSNorm(5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        hidden = torch.relu(self.hidden(self.norm(self.embedding(x))))
+        return self.head(torch.relu(self.root_norm(hidden))).mean(1)
+
+
+class Branch(nn.Module):
+    """A branch that depends on the sample, and a layer that no sample may reach."""
+
+    def __init__(self):
+        super().__init__()
+        self.left = nn.Linear(4, 5)
+        self.right = nn.Linear(4, 5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        chosen = (x[:, :1] > 0).to(x.dtype)
+        return self.head(torch.relu(chosen * self.left(x) + (1 - chosen) * self.right(x)))
+
+
+class Root(nn.Linear):
+    """The model is a layer itself."""
+
+
+def mlp(activation=nn.ReLU, **options):
+    return nn.Sequential(nn.Linear(4, 6, **options), activation(), nn.Linear(6, 3, **options))
+
+
+def sparse_inputs(samples, *shape):
+    return torch.randn(samples, *shape) * (torch.rand(samples, *shape) < 0.4)
+
+
+def classify(model, inputs):
+    return model, functional.cross_entropy, inputs, torch.randint(0, 3, (len(inputs),))
+
+
+def frozen_first():
+    model = mlp()
+    model[0].requires_grad_(requires_grad=False)
+    model[2].bias.requires_grad_(requires_grad=False)
+    return model
+
+
+ZOO = {
+    "mlp": lambda: classify(mlp(), sparse_inputs(9, 4)),
+    "mlp over one word of bits": lambda: classify(mlp(), sparse_inputs(67, 4)),
+    "one sample": lambda: classify(mlp(), sparse_inputs(1, 4)),
+    "zero inputs": lambda: classify(mlp(), torch.zeros(5, 4)),
+    "no bias": lambda: classify(mlp(bias=False), sparse_inputs(6, 4)),
+    "in-place relu": lambda: classify(
+        nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3)), sparse_inputs(8, 4)
+    ),
+    "sigmoid": lambda: classify(mlp(nn.Sigmoid), sparse_inputs(7, 4)),
+    "twice": lambda: classify(Twice(), sparse_inputs(8, 4)),
+    "tied": lambda: classify(Tied(), sparse_inputs(8, 4)),
+    "tied embedding": lambda: (
+        TiedEmbedding(),
+        functional.mse_loss,
+        torch.randint(0, 7, (6,)),
+        torch.randn(6, 7),
+    ),
+    "two tables": lambda: classify(TwoTables(), torch.randint(0, 6, (7, 3))),
+    "sequence": lambda: classify(Sequence(), torch.randint(0, 9, (6, 4))),
+    "branch": lambda: classify(Branch(), sparse_inputs(9, 4)),
+    "bag": lambda: classify(
+        nn.Sequential(nn.EmbeddingBag(8, 5, mode="sum"), nn.ReLU(), nn.Linear(5, 3)),
+        torch.randint(0, 8, (7, 4)),
+    ),
+    "cnn": lambda: classify(
+        nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1),
+            nn.GroupNorm(2, 4),
+            nn.ReLU(),
+            nn.Conv2d(4, 3, 3, stride=2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(12, 3),
+        ),
+        sparse_inputs(5, 1, 6, 6),
+    ),
+}
