@@ -9,9 +9,11 @@ from synthetic import make_result
 
 from truestep import TruestepError
 from truestep.lab.statistics import (
+    at_reference,
     choose,
     interval,
     landscape,
+    learning_curves,
     paired_difference,
     reach,
     summarise,
@@ -298,3 +300,38 @@ def test_an_optimizer_without_final_runs_keeps_its_row(race):
     row = summarise(results, choose(results), target=("loss", 1.0)).loc[("dasgd", 64)]
     assert row["seeds"] == 0
     assert row[["lr", "test_loss", "step_ratio", "reached"]].isna().all()
+
+
+def test_the_summary_keeps_what_the_choice_says_of_itself(race):
+    row = summarise(race, choose(race)).loc[("sgd", 64)]
+    assert row["at_edge"]
+    assert row["diverged"] == 0
+
+
+def test_one_batch_sizes_learning_rates_for_all():
+    results = grid({0.1: [1.0], 0.3: [2.0]}, batch_size=32)
+    results += grid({0.1: [2.0], 0.3: [1.0]}, batch_size=64)
+    results += grid({0.01: [2.0]}, optimizer="adam", batch_size=32)
+    fixed = at_reference(choose(results), 64)
+    assert fixed.loc["sgd", "lr"].to_dict() == {32: 0.3, 64: 0.3}
+    assert math.isnan(fixed.loc[("adam", 32), "lr"])
+    finals_ = finals("sgd", 0.3, {0: 5.0}, batch_size=32) + finals(
+        "sgd", 0.1, {0: 1.0}, batch_size=32
+    )
+    assert summarise(finals_, fixed).loc[("sgd", 32), "test_loss"] == 5.0
+
+
+def test_learning_curves_are_of_the_chosen_learning_rate_over_finished_seeds():
+    chosen = choose(grid({0.1: [1.0]}))
+    results = [
+        make_result(seed=0, losses=(9.0, 9.0), final=False),  # repeated by the final run
+        make_result(seed=0, losses=(3.0, 1.0), final=True),
+        make_result(seed=1, losses=(5.0, 2.0), final=False),
+        make_result(seed=2, losses=(7.0,), status="diverged"),
+        make_result(seed=0, losses=(0.0, 0.0), lr=0.3),
+    ]
+    table = learning_curves(results, chosen, "loss")
+    assert table["mean"].to_dict() == {("sgd", 64, 1): 4.0, ("sgd", 64, 2): 1.5}
+    assert table.loc[("sgd", 64, 1)].tolist() == pytest.approx(interval([3.0, 5.0]))
+    accuracy = learning_curves(results, chosen, "accuracy")
+    assert accuracy.loc[("sgd", 64, 2), "mean"] == pytest.approx(1 - 1.5 / 4)

@@ -7,7 +7,7 @@ differences are taken within a seed, since runs of one seed share their start an
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
@@ -19,9 +19,11 @@ from truestep.lab.store import RunResult
 __all__ = [
     "Difference",
     "Interval",
+    "at_reference",
     "choose",
     "interval",
     "landscape",
+    "learning_curves",
     "paired_difference",
     "reach",
     "summarise",
@@ -175,6 +177,53 @@ def choose(results: Sequence[RunResult]) -> pd.DataFrame:
     return _table(rows, ["optimizer", "batch_size"], columns)
 
 
+def at_reference(chosen: pd.DataFrame, reference: int) -> pd.DataFrame:
+    """Gives every batch size the learning rate that was chosen at one of them.
+
+    Args:
+        chosen: Of :func:`choose`.
+        reference: The batch size whose learning rates are taken.
+
+    Returns:
+        Index: ``optimizer``, ``batch_size``, as in ``chosen``. Column: ``lr``, nan where the
+        optimizer was not raced at ``reference``.
+    """
+    places = chosen.index.to_list()
+    lrs = chosen["lr"].to_dict()
+    taken = [lrs.get((optimizer, reference), math.nan) for optimizer, _ in places]
+    return pd.DataFrame({"lr": taken}, index=chosen.index)
+
+
+def learning_curves(
+    results: Sequence[RunResult], chosen: pd.DataFrame, metric: str
+) -> pd.DataFrame:
+    """A validation metric over training at the chosen learning rates.
+
+    Args:
+        results: Runs of one experiment. Final runs are read where there are any; they repeat the
+            selection runs up to their end.
+        chosen: Of :func:`choose`.
+        metric: ``"loss"``, or one of the task's metrics.
+
+    Returns:
+        Index: ``optimizer``, ``batch_size``, ``epoch``. Columns: ``mean``, ``low``, ``high`` over
+        the seeds that did not diverge.
+    """
+    cells: dict[tuple[str, int, float], dict[int, float]] = defaultdict(dict)
+    lrs = dict(zip(chosen.index.to_list(), chosen["lr"], strict=True))
+    for result in sorted(results, key=lambda result: result.key.final):
+        key = result.key
+        if lrs.get((key.optimizer, key.batch_size)) == key.lr and result.status != "diverged":
+            for row in result.curve:
+                cells[key.optimizer, key.batch_size, row["epoch"]][key.seed] = row[metric]
+    rows = [
+        dict(zip(("optimizer", "batch_size", "epoch"), place, strict=True))
+        | interval(by_seed.values())._asdict()
+        for place, by_seed in sorted(cells.items())
+    ]
+    return _table(rows, ["optimizer", "batch_size", "epoch"], ["mean", "low", "high"])
+
+
 def reach(result: RunResult, target: tuple[str, float]) -> dict[str, float]:
     """When a run first reached a validation target.
 
@@ -218,7 +267,8 @@ def summarise(
     Returns:
         Index: ``optimizer``, ``batch_size``. Columns:
 
-        - ``lr``; ``seeds`` and ``diverged_seeds`` of the final runs;
+        - ``lr``; ``at_edge`` and ``diverged`` (share of the grid's runs) where ``chosen`` has them;
+        - ``seeds`` and ``diverged_seeds``: of the final runs;
         - for each test metric NAME (``loss`` and the task's own) ``test_NAME``, ``test_NAME_low``,
           ``test_NAME_high``: mean and 95 % interval over the seeds that did not diverge;
         - ``test_NAME_difference``, ``..._low``, ``..._high``: the same of the difference to the
@@ -235,6 +285,8 @@ def summarise(
             finals[key.optimizer, key.batch_size, key.lr].append(result)
     places = chosen.index.to_list()
     lrs = {place: float(lr) for place, lr in zip(places, chosen["lr"], strict=True)}
+    kept = chosen[chosen.columns.intersection(["at_edge", "diverged"])]
+    notes = cast("dict[tuple[str, int], dict[str, Any]]", kept.to_dict("index"))
     runs = {place: finals.get((*place, lr), []) for place, lr in lrs.items()}
     metrics = list(
         dict.fromkeys(name for some in runs.values() for run in some for name in run.test)
@@ -246,6 +298,7 @@ def summarise(
             "optimizer": optimizer,
             "batch_size": batch_size,
             "lr": lrs[optimizer, batch_size],
+            **notes[optimizer, batch_size],
             "seeds": len(some),
             "diverged_seeds": sum(run.status == "diverged" for run in some),
         }
