@@ -78,6 +78,8 @@ def load_images(name: str, data_dir: Path | None = None, *, progress: bool = Fal
 def get(name: str, data_dir: Path | None = None, *, progress: bool = True) -> Path:
     """Makes sure that a data set itself, not a stand-in, is on this machine and readable.
 
+    Files that the download cache has with another checksum than published are fetched again.
+
     Args:
         name: A key of `DATASETS`.
         data_dir: Where to put it, in a folder of its own; the download cache if None.
@@ -90,10 +92,8 @@ def get(name: str, data_dir: Path | None = None, *, progress: bool = True) -> Pa
         TruestepError: It cannot be downloaded, or what is there is corrupt.
     """
     dataset = find_dataset(name)
-    if data_dir is None:
-        folder = _at_hand(dataset, _data_folder(None))
-    else:
-        folder = _local_folder(dataset, data_dir)
+    local = data_dir if data_dir is not None else _data_folder(None)
+    folder = None if local is None else _local_folder(dataset, local, strict=False)
     if folder is None:
         root = data_dir if data_dir is not None else _cache()
         folder = _download(dataset, root / dataset.name, data_dir, progress=progress)
@@ -187,6 +187,8 @@ def _download(dataset: Dataset, folder: Path, data_dir: Path | None, *, progress
     by_hand = (data_dir / dataset.name) if data_dir is not None else folder
     names = ", ".join(file.name for file in dataset.files)
     if not dataset.files[0].urls:
+        if not _missing(dataset, folder):
+            return folder
         raise TruestepError(
             f"{dataset.title} is not on this machine and is not published for download; "
             f"put {names} into {by_hand}."
@@ -199,8 +201,8 @@ def _download(dataset: Dataset, folder: Path, data_dir: Path | None, *, progress
 
 
 def _read(dataset: Dataset, folder: Path, wanted: Dataset) -> Images:
-    again = f" or remove it and run `truestep data get {dataset.name}`"
-    way_out = f"replace the file{again if dataset.files[0].urls else ''}"
+    fetched = folder.parent == _cache() and dataset.files[0].urls
+    way_out = f"run `truestep data get {dataset.name}`" if fetched else "replace the file"
     paths = [_existing(folder, file) or folder / file.name for file in dataset.files]
     if dataset.files[0].name.endswith(".npz"):
         pairs = [read_npz(path, "a", "b", way_out) for path in paths]

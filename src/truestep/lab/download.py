@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from truestep.errors import TruestepError
@@ -51,8 +52,8 @@ def has_checksum(path: Path, checksum: str) -> bool:
 def fetch(file: DataFile, folder: Path, way_out: str, *, progress: bool = False) -> Path:
     """Downloads a file into a folder, or finds it there.
 
-    The file appears under its name only whole and checked: pooch writes to a temporary name in the
-    same folder and renames. A file that is there but has another checksum is replaced.
+    The file appears under its name only whole and checked. A file that is there with another
+    checksum is replaced, but not before the right one has arrived.
 
     Args:
         file: What to fetch.
@@ -73,28 +74,31 @@ def fetch(file: DataFile, folder: Path, way_out: str, *, progress: bool = False)
 
     path = folder / file.name
     reasons = []
+    pooch.get_logger().setLevel("WARNING")  # its own "Downloading ..." line would break the bar
     try:
-        if path.exists():
-            if not file.checksum or has_checksum(path, file.checksum):
-                return path
-            path.unlink()
-        pooch.get_logger().setLevel("WARNING")  # its own "Downloading ..." line would break the bar
+        if path.exists() and (not file.checksum or has_checksum(path, file.checksum)):
+            return path
+        folder.mkdir(parents=True, exist_ok=True)
         for url in file.urls:
-            with _progress_bar(file.name, shown=progress) as bar:
-                get = _CheckedDownloader(
+            # pooch trusts any file of that name, so it gets a folder of its own
+            with (
+                TemporaryDirectory(dir=folder, prefix=".download-") as workplace,
+                _progress_bar(file.name, shown=progress) as bar,
+            ):
+                download = _CheckedDownloader(
                     file.checksum,
                     pooch.HTTPDownloader(progressbar=bar, chunk_size=_CHUNK, timeout=_TIMEOUT),
                 )
                 try:
-                    pooch.retrieve(
-                        url, known_hash=None, fname=file.name, path=folder, downloader=get
+                    arrived = pooch.retrieve(
+                        url, known_hash=None, fname=file.name, path=workplace, downloader=download
                     )
                 except requests.RequestException as error:
                     reasons.append(f"{url}: {_reason(error)}")
                 except _WrongChecksumError as error:
                     reasons.append(f"{url}: {error}")
                 else:
-                    return path
+                    return Path(arrived).replace(path)
     except OSError as error:
         raise TruestepError(
             f"{folder} cannot be written ({error.strerror or error}); "
@@ -111,8 +115,7 @@ class _WrongChecksumError(Exception):
 class _CheckedDownloader:
     """A pooch downloader that refuses a file with the wrong checksum.
 
-    pooch's own check knows no git blob identifiers; raising here, before pooch renames its
-    temporary file, keeps one rule for all kinds of checksum.
+    pooch's own check knows no git blob identifiers; checking here keeps one rule for all kinds.
     """
 
     checksum: str

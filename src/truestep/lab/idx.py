@@ -82,10 +82,11 @@ def read_npz(
             another type, range or number of axes.
     """
     try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise _refusal(path, "is a single array, not an npz archive", way_out)
-        with archive:
+        # numpy leaves a file that it opened itself open if it is not a whole archive
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise _refusal(path, "is a single array, not an npz archive", way_out)
             missing = [key for key in (images_key, labels_key) if key not in archive]
             if missing:
                 raise _refusal(
@@ -94,8 +95,6 @@ def read_npz(
                     way_out,
                 )
             images, labels = archive[images_key], archive[labels_key]
-    except FileNotFoundError:
-        raise _refusal(path, "does not exist", way_out) from None
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError) as error:
         raise _refusal(path, f"cannot be read as an npz archive ({error})", way_out) from error
     return (
