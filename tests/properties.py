@@ -3,6 +3,7 @@
 import copy
 
 import torch
+
 import truestep
 
 

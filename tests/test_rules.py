@@ -1,10 +1,11 @@
 import pytest
 import torch
-import truestep
 from hypothesis import given
 from hypothesis import strategies as st
-from properties import assert_counts_equal_oracle, count
 from torch import nn
+
+import truestep
+from properties import assert_counts_equal_oracle, count
 from truestep.rules import RULES, Layout, find_rule
 
 batches = st.integers(1, 6)
@@ -179,7 +180,7 @@ def test_layout_keeps_samples_apart_from_positions():
 
 
 class Scaled(nn.Linear):
-    def forward(self, input):  # noqa: A002
+    def forward(self, input):
         return super().forward(2 * input)
 
 
@@ -209,7 +210,7 @@ def test_a_subclass_inherits_the_rule():
 
 
 def test_a_users_rule():
-    def scaled(layout, module, input):  # noqa: A002
+    def scaled(layout, module, input):
         return RULES[nn.Linear](layout, module, 2 * input)
 
     layer = Scaled(3, 2)
@@ -219,9 +220,8 @@ def test_a_users_rule():
 
 
 def test_a_rule_of_the_wrong_shape_is_named():
-    def wrong(layout, module, input):  # noqa: A002
-        rule = RULES[nn.Linear](layout, nn.Linear(7, 2), sparse(len(input), 7))
-        return lambda delta: rule(delta)
+    def wrong(layout, module, input):
+        return RULES[nn.Linear](layout, nn.Linear(7, 2), sparse(len(input), 7))
 
     model = nn.Sequential(nn.Linear(3, 2))
     truestep_counter = truestep.SampleCounter(model, rules={nn.Linear: wrong})

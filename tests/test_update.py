@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+
 from truestep.activity import Counts
 from truestep.update import adaptive_factor, boosted, booster, scale_
 
@@ -51,9 +52,7 @@ def test_booster_on_every_pair_of_signs():
 def test_booster_equals_numpy():
     rng = np.random.default_rng(0)
     gradient, previous = rng.normal(size=(2, 50))
-    expected = np.where(
-        np.sign(gradient) == np.sign(previous), (gradient + previous) / 2, 0.0
-    )
+    expected = np.where(np.sign(gradient) == np.sign(previous), (gradient + previous) / 2, 0.0)
     found = booster(torch.from_numpy(gradient), torch.from_numpy(previous))
     assert found.numpy().tolist() == expected.tolist()
 

@@ -1,4 +1,5 @@
 import pytest
+
 from properties import (
     assert_accumulation_equals_joint_batch,
     assert_counts_equal_oracle,
@@ -23,7 +24,9 @@ def test_a_step_equals_the_reference(name):
 def test_accumulation_equals_the_joint_batch(name):
     model, loss_fn, inputs, targets = ZOO[name]()
     if len(inputs) > 1:
-        assert_accumulation_equals_joint_batch(model, loss_fn, inputs, targets, len(inputs) // 3 + 1)
+        assert_accumulation_equals_joint_batch(
+            model, loss_fn, inputs, targets, len(inputs) // 3 + 1
+        )
 
 
 def test_frozen_parameters_have_no_counts():

@@ -1,4 +1,4 @@
-"""Small models that cause trouble, each with a loss and a batch: `ZOO[name]() -> model, loss_fn, inputs, targets`.
+"""Small models that cause trouble: `ZOO[name]()` gives a model, a loss, inputs and targets.
 
 All treat samples independently, so that the oracle can judge them.
 """

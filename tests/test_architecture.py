@@ -1,0 +1,77 @@
+"""Arrows point down: what each layer of the package may import."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import truestep
+
+ROOT = Path(truestep.__file__).parent
+
+# Lower layers first; a module may import modules of lower layers and of its own.
+LAYERS = [
+    {"errors"},
+    {"bits", "activity", "rules", "update", "oracle"},
+    {"records", "counter"},
+    {"optim", "transforms"},
+    {""},  # the public names
+    {"lab"},
+    {"cli"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+CORE = [name for names in LAYERS[:4] for name in sorted(names)]
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            if node.module == "truestep":
+                yield from (f"truestep.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+def part(name):
+    """The part of the package that a dotted name belongs to; public names belong to the package."""
+    tail = name.removeprefix("truestep").removeprefix(".").split(".")[0]
+    return tail if tail in LEVEL else ""
+
+
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path):
+    own = path.relative_to(ROOT).with_suffix("").parts[0].replace("__init__", "")
+    assert own in LEVEL, f"{path.name} has no layer; give it one in LAYERS"
+    for name in imports(path):
+        if name.split(".")[0] == "truestep":
+            assert LEVEL[part(name)] <= LEVEL[own], f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_the_core_knows_torch_alone(name):
+    allowed = {"torch", "numpy", "truestep"}
+    known = {"abc", "collections", "copy", "dataclasses", "functools", "math", "typing", "weakref"}
+    roots = {imported.split(".")[0] for imported in imports(ROOT / f"{name}.py")}
+    assert roots <= allowed | known
+
+
+def test_only_the_counter_hooks_modules():
+    hooking = {
+        str(path.relative_to(ROOT)) for path in FILES if "register_forward" in path.read_text()
+    }
+    assert hooking == {"counter.py"}
+
+
+def test_there_is_no_drawer_for_everything():
+    assert not [path for path in FILES if path.stem in {"utils", "helpers", "common", "misc"}]
+
+
+def test_files_stay_short():
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in FILES}
+    assert {name: lines for name, lines in lengths.items() if lines > 450} == {}

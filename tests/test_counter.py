@@ -1,0 +1,505 @@
+import copy
+import gc
+import io
+import re
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import truestep
+from truestep import TruestepError
+from truestep.records import Call
+from zoo import Twice, mlp, sparse_inputs
+
+
+@pytest.fixture
+def model():
+    return mlp()
+
+
+@pytest.fixture
+def counter(model):
+    return truestep.SampleCounter(model)
+
+
+def backward(model, inputs):
+    model(inputs).square().mean().backward()
+
+
+def expected(model, *batches):
+    """Counts of batches, one after the other, each alone on a copy of the model."""
+    total = {}
+    for inputs in batches:
+        targets = torch.zeros(len(inputs), 3)
+        loss = lambda output, _: output.square().mean()  # noqa: E731
+        for name, values in truestep.oracle.counts(model, loss, inputs, targets).items():
+            total[name] = total.get(name, 0) + values
+    return total
+
+
+def assert_counted(counter, model, *batches):
+    counts = counter.counts()
+    for name, values in expected(model, *batches).items():
+        assert torch.equal(counts[name], values), name
+    assert counter.batch_size == sum(len(inputs) for inputs in batches)
+
+
+def living_calls():
+    gc.collect()
+    return [thing for thing in gc.get_objects() if type(thing) is Call]
+
+
+# The life of a record.
+
+
+def test_backward_passes_add_up_until_the_gradient_is_dropped(model, counter):
+    first, second, third = sparse_inputs(5, 4), sparse_inputs(2, 4), sparse_inputs(3, 4)
+    backward(model, first)
+    assert_counted(counter, model, first)
+    backward(model, second)
+    assert_counted(counter, model, first, second)
+    model.zero_grad()
+    assert_counted(counter, model, first, second)  # readable until the next batch
+    backward(model, third)
+    assert_counted(counter, model, third)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("owner", ["model", "optimizer"])
+def test_zero_grad_of_either_kind_starts_a_new_batch(model, counter, set_to_none, owner):
+    optimizer = truestep.AdaptiveBatchSGD(model.parameters(), lr=0.1, counter=counter)
+    first, second = sparse_inputs(5, 4), sparse_inputs(3, 4)
+    backward(model, first)
+    optimizer.step()
+    (model if owner == "model" else optimizer).zero_grad(set_to_none=set_to_none)
+    backward(model, second)
+    assert_counted(counter, model, second)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_dropped_batch_without_a_step_leaves_nothing(model, counter, set_to_none):
+    backward(model, sparse_inputs(5, 4))
+    model.zero_grad(set_to_none=set_to_none)
+    second = sparse_inputs(3, 4)
+    backward(model, second)
+    assert_counted(counter, model, second)
+
+
+def test_clipping_between_micro_batches_keeps_the_record(model, counter):
+    first, second = sparse_inputs(5, 4), sparse_inputs(3, 4)
+    backward(model, first)
+    nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    backward(model, second)
+    assert_counted(counter, model, first, second)
+
+
+def test_torch_autograd_grad_counts_nothing(model, counter):
+    first = sparse_inputs(5, 4)
+    backward(model, first)
+    penalty = torch.autograd.grad(model(sparse_inputs(4, 4)).sum(), list(model.parameters()))
+    assert len(penalty) == 4
+    assert_counted(counter, model, first)
+    assert not counter._records._pending
+
+
+def test_a_gradient_penalty_counts_its_one_backward(model, counter):
+    inputs = sparse_inputs(5, 4).requires_grad_()
+    output = model(inputs)
+    (slope,) = torch.autograd.grad(output.sum(), inputs, create_graph=True)
+    assert counter.batch_size == 0
+    (output.square().mean() + slope.square().mean()).backward()
+    assert counter.batch_size == 5
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+def test_accumulating_with_create_graph_adds_up(model, counter):
+    first, second = sparse_inputs(5, 4), sparse_inputs(3, 4)
+    model(first).square().mean().backward(create_graph=True)
+    model(second).square().mean().backward(create_graph=True)
+    assert_counted(counter, model, first, second)
+    model.zero_grad()  # breaks the reference cycle that create_graph makes
+
+
+def test_backward_twice_through_one_forward_counts_twice(model, counter):
+    inputs = sparse_inputs(5, 4)
+    loss = model(inputs).square().mean()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert_counted(counter, model, inputs, inputs)
+
+
+def test_backward_into_some_parameters_counts_those(model, counter):
+    loss = model(sparse_inputs(5, 4)).square().mean()
+    loss.backward(inputs=[model[2].bias])
+    assert counter.counts().keys() == {"2.bias"}
+    assert not counter._records._pending
+
+
+def test_a_forward_without_a_backward_leaves_nothing(model, counter):
+    output = model(sparse_inputs(50, 4))
+    first = sparse_inputs(5, 4)
+    backward(model, first)
+    assert_counted(counter, model, first)
+    assert len(living_calls()) == 1
+    del output
+    assert not living_calls()
+
+
+def test_evaluation_between_backward_and_step_leaves_nothing(model, counter):
+    first = sparse_inputs(5, 4)
+    backward(model, first)
+    model.eval()
+    with torch.no_grad():
+        model(sparse_inputs(50, 4))
+    model(sparse_inputs(50, 4))  # evaluation by someone who forgot no_grad
+    model.train()
+    assert_counted(counter, model, first)
+
+
+def test_an_exception_in_backward_leaves_nothing(model, counter):
+    def fail(gradient):
+        raise ValueError("stop")
+
+    output = model[0](sparse_inputs(5, 4))
+    output.register_hook(fail)
+    with pytest.raises(ValueError, match="stop"):
+        model[2](output).square().mean().backward()
+    model.zero_grad()
+    second = sparse_inputs(3, 4)
+    backward(model, second)
+    assert_counted(counter, model, second)
+
+
+def test_an_exception_in_forward_leaves_nothing(model, counter):
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        model(sparse_inputs(5, 7))
+    second = sparse_inputs(3, 4)
+    backward(model, second)
+    assert_counted(counter, model, second)
+    assert not counter._calls
+
+
+def test_an_l2_term_by_a_backward_of_its_own_keeps_the_record(model, counter):
+    first = sparse_inputs(5, 4)
+    for order in ([0, 1], [1, 0]):
+        model.zero_grad()
+        passes = [
+            lambda: backward(model, first),
+            lambda: sum(p.square().sum() for p in model.parameters()).backward(),
+        ]
+        for index in order:
+            passes[index]()
+        assert_counted(counter, model, first)
+
+
+def test_an_l2_term_first_after_zeroing_in_place_drops_the_old_batch(model, counter):
+    optimizer = truestep.AdaptiveBatchSGD(model.parameters(), lr=0.1, counter=counter)
+    backward(model, sparse_inputs(5, 4))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    sum(p.square().sum() for p in model.parameters()).backward()
+    second = sparse_inputs(3, 4)
+    backward(model, second)
+    assert_counted(counter, model, second)
+
+
+def test_where_no_sample_contributes_the_gradient_stays():
+    model = nn.Linear(2, 1)
+    counter = truestep.SampleCounter(model)
+    inputs = torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]])
+    (model(inputs).sum() + 5 * model.weight.sum()).backward()
+    assert counter.counts()["weight"].tolist() == [[3, 0]]
+    counter.correct_gradients()
+    assert model.weight.grad.tolist() == [[(6 + 5) * 3 / 4, 5.0]]
+
+
+# What a sample is.
+
+
+def test_a_sample_that_uses_a_layer_twice_counts_once():
+    model = Twice()
+    counter = truestep.SampleCounter(model)
+    backward(model, sparse_inputs(6, 4))
+    assert counter.counts()["layer.bias"].max() <= 6
+    assert counter.batch_size == 6
+
+
+def test_separate_calls_are_separate_samples(model, counter):
+    first, second = sparse_inputs(5, 4), sparse_inputs(3, 4)
+    (model(first).square().mean() + model(second).square().mean()).backward()
+    assert_counted(counter, model, first, second)
+
+
+def test_batch_size_can_be_set_and_returned_to_counting(model, counter):
+    backward(model, sparse_inputs(5, 4))
+    plain = model[0].weight.grad.clone()
+    counter.batch_size = 40
+    counts = counter.counts()["0.weight"]
+    factor = torch.where(counts > 0, 40 / (counts + 1.0), 1.0)
+    assert torch.equal(counter.effective_gradient(model[0].weight), plain * factor)
+    counter.batch_size = None
+    assert counter.batch_size == 5
+    with pytest.raises(TruestepError, match="set a positive number"):
+        counter.batch_size = 0
+
+
+def test_another_batch_size_inside_the_model_is_an_error_that_names_the_layer():
+    class Flattened(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Linear(3, 3)
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.head(self.body(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
+
+    model = Flattened()
+    counter = truestep.SampleCounter(model)
+    with pytest.raises(TruestepError, match=r"'body' sees a batch of 12, the model one of 4"):
+        model(torch.randn(4, 3, 3)).sum().backward()
+    counter.close()
+    counter = truestep.SampleCounter(model, unit="position")
+    model(torch.randn(4, 3, 3)).sum().backward()
+    assert counter.batch_size == 12
+
+
+def test_a_layer_called_outside_the_model_counts(model, counter):
+    inputs = sparse_inputs(5, 4)
+    model[2](torch.relu(model[0](inputs))).square().mean().backward()
+    assert_counted(counter, model, inputs)
+
+
+def test_a_layer_called_twice_outside_the_model_is_ambiguous(model, counter):
+    hidden = model[0](sparse_inputs(5, 4)) + model[0](sparse_inputs(5, 4))
+    with pytest.raises(TruestepError, match=r"'0\.\w+' is used several times outside a call"):
+        hidden.sum().backward()
+
+
+def test_keyword_arguments_and_nested_inputs_and_outputs():
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, batch):
+            return {"logits": [self.layer(input=batch["x"])]}
+
+    model = Nested()
+    counter = truestep.SampleCounter(model)
+    model({"x": torch.ones(4, 3)})["logits"][0].sum().backward()
+    assert counter.counts()["layer.weight"].tolist() == [[4] * 3] * 2
+
+
+# Corrections.
+
+
+def test_correct_gradients_is_not_repeated_by_the_step(model, counter):
+    optimizer = truestep.AdaptiveBatchSGD(model.parameters(), lr=1.0, counter=counter)
+    before = [p.detach().clone() for p in model.parameters()]
+    backward(model, sparse_inputs(5, 4))
+    effective = [counter.effective_gradient(p) for p in model.parameters()]
+    counter.correct_gradients()
+    counter.correct_gradients()
+    for parameter, gradient in zip(model.parameters(), effective, strict=True):
+        assert torch.equal(parameter.grad, gradient)
+    nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+    clipped = [p.grad.clone() for p in model.parameters()]
+    optimizer.step()
+    for parameter, start, gradient in zip(model.parameters(), before, clipped, strict=True):
+        assert torch.equal(parameter.detach(), start - gradient)
+
+
+def test_a_backward_on_corrected_gradients_is_an_error(model, counter):
+    backward(model, sparse_inputs(5, 4))
+    counter.correct_gradients()
+    with pytest.raises(
+        TruestepError, match=r"mean effective gradient already.*zero_grad\(\) first"
+    ):
+        backward(model, sparse_inputs(5, 4))
+    model.zero_grad()
+    second = sparse_inputs(3, 4)
+    backward(model, second)
+    assert_counted(counter, model, second)
+
+
+def test_a_gradient_without_a_record_is_an_error_that_names_it(model, counter):
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    with pytest.raises(
+        TruestepError, match=r"'0\.weight' has a gradient, but no sample was counted"
+    ):
+        counter.correct_gradients()
+
+
+def test_a_gradient_set_by_hand_after_a_batch_is_an_error(model, counter):
+    backward(model, sparse_inputs(5, 4))
+    model[0].weight.grad = model[0].weight.grad.clone()
+    with pytest.raises(TruestepError, match=r"'0\.weight'"):
+        counter.effective_gradient(model[0].weight)
+
+
+def test_a_use_that_bypasses_the_module_is_an_error_that_names_it():
+    model = nn.ModuleDict({"used": nn.Linear(3, 3), "bypassed": nn.Linear(3, 3)})
+    counter = truestep.SampleCounter(model)
+    hidden = model["used"](torch.randn(4, 3))
+    functional.linear(hidden, model["bypassed"].weight).sum().backward()
+    with pytest.raises(TruestepError, match=r"'bypassed\.weight' has a gradient, but no sample"):
+        counter.correct_gradients()
+
+
+# Hooks and copies.
+
+
+def test_unsupported_modules_are_all_named_before_training():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.LSTM(4, 4))
+    with pytest.raises(TruestepError) as error:
+        truestep.SampleCounter(model)
+    message = str(error.value)
+    assert "1: BatchNorm1d mixes the samples" in message
+    assert "2: LSTM has no rule" in message
+    assert "rules=" in message
+    assert "unsupported='mean'" in message
+
+
+def test_unsupported_mean_keeps_the_plain_gradient_there():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    counter = truestep.SampleCounter(model, unsupported="mean")
+    backward(model, sparse_inputs(5, 4))
+    plain = model[1].weight.grad.clone()
+    counter.correct_gradients()
+    assert torch.equal(model[1].weight.grad, plain)
+    assert counter.counts().keys() == {"0.weight", "0.bias", "2.weight", "2.bias"}
+
+
+def test_frozen_unsupported_modules_are_fine():
+    model = nn.Sequential(nn.BatchNorm1d(4).requires_grad_(requires_grad=False), nn.Linear(4, 2))
+    counter = truestep.SampleCounter(model)
+    backward(model, sparse_inputs(5, 4))
+    assert counter.counts()["1.bias"].tolist() == [5, 5]
+
+
+def test_parameters_unfrozen_later_are_counted(model):
+    model.requires_grad_(requires_grad=False)
+    counter = truestep.SampleCounter(model)
+    model.requires_grad_(requires_grad=True)
+    inputs = sparse_inputs(5, 4)
+    backward(model, inputs)
+    assert_counted(counter, model, inputs)
+
+
+def test_the_model_keeps_its_keys_and_outputs(model):
+    keys, inputs = list(model.state_dict()), sparse_inputs(5, 4)
+    output = model(inputs)
+    counter = truestep.SampleCounter(model)
+    assert list(model.state_dict()) == keys
+    assert torch.equal(model(inputs), output)
+    counter.close()
+
+
+def test_close_takes_every_hook_off(model):
+    counter = truestep.SampleCounter(model)
+    backward(model, sparse_inputs(5, 4))
+    counter.close()
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+    model.zero_grad()
+    backward(model, sparse_inputs(5, 4))
+    assert counter.counts() == {}
+    assert counter.batch_size == 0
+
+
+def test_a_second_counter_is_an_error_until_the_first_is_closed(model, counter):
+    with pytest.raises(TruestepError, match=r"another SampleCounter watches"):
+        truestep.SampleCounter(model[0])
+    counter.close()
+    truestep.SampleCounter(model).close()
+
+
+def test_a_forgotten_counter_goes_and_its_hooks_do_nothing(model):
+    counter = weakref.ref(truestep.SampleCounter(model))
+    gc.collect()
+    assert counter() is None
+    backward(model, sparse_inputs(5, 4))
+    truestep.SampleCounter(model)
+
+
+def test_copies_of_the_model_do_not_write_into_the_counter(model, counter):
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    copies = [copy.deepcopy(model), torch.load(stream, weights_only=False)]
+    inputs = sparse_inputs(5, 4)
+    backward(model, inputs)
+    for other in copies:
+        backward(other, sparse_inputs(9, 4))
+        assert_counted(counter, model, inputs)
+        own = truestep.SampleCounter(other)
+        other.zero_grad()
+        backward(other, sparse_inputs(9, 4))
+        assert own.batch_size == 9
+
+
+def test_a_counter_cannot_be_copied(counter):
+    with pytest.raises(TruestepError, match="make a new SampleCounter on the copy"):
+        copy.deepcopy(counter)
+
+
+def test_wrong_options_are_named(model):
+    with pytest.raises(TruestepError, match=r"unit is 'token'; use 'sample' or 'position'"):
+        truestep.SampleCounter(model, unit="token")
+    with pytest.raises(TruestepError, match="unsupported is 'skip'"):
+        truestep.SampleCounter(model, unsupported="skip")
+    with pytest.raises(TruestepError, match=r"use torch\.nn\.parallel\.DistributedDataParallel"):
+        truestep.SampleCounter(nn.DataParallel(model))
+
+
+# Memory.
+
+
+def test_the_record_of_a_wide_batch_takes_a_bit_per_sample_and_unit():
+    model = nn.Linear(1000, 500, bias=False)
+    counter = truestep.SampleCounter(model)
+    model(torch.randn(640, 1000)).sum().backward()
+    assert counter.nbytes == 640 * (1000 + 500) // 8
+
+
+def test_many_micro_batches_hold_no_more_than_the_counts():
+    model = nn.Linear(20, 10)
+    counter = truestep.SampleCounter(model)
+    for _ in range(50):
+        model(torch.randn(64, 20)).sum().backward()
+    assert counter.batch_size == 50 * 64
+    assert counter.nbytes <= 2 * 8 * (20 * 10 + 10)
+    assert counter.counts()["weight"].unique().tolist() == [50 * 64]
+
+
+def test_steps_leave_no_growth(model, counter):
+    optimizer = truestep.AdaptiveBatchSGD(model.parameters(), lr=0.1, counter=counter)
+
+    def step():
+        optimizer.zero_grad()
+        backward(model, torch.ones(5, 4))
+        optimizer.step()
+        return counter.nbytes
+
+    sizes = {step() for _ in range(5)}
+    handles = len(counter._handles)
+    gc.collect()
+    objects = len(gc.get_objects())
+    sizes |= {step() for _ in range(20)}
+    gc.collect()
+    assert len(sizes) == 1
+    assert len(counter._handles) == handles
+    assert len(gc.get_objects()) - objects < 20
+    assert not counter._records._pending
+    assert not counter._calls
+
+
+def test_errors_are_one_paragraph(model, counter):
+    model[0].bias.grad = torch.ones(6)
+    with pytest.raises(TruestepError) as error:
+        counter.correct_gradients()
+    assert not re.search(r"\n\n", str(error.value))

@@ -1,0 +1,189 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import truestep
+from truestep import TruestepError
+from zoo import mlp, sparse_inputs
+
+
+def backward(model):
+    model(sparse_inputs(6, 4)).square().mean().backward()
+
+
+def test_transforms_run_in_order_before_the_step_and_finish_after_it():
+    model, seen = mlp(), []
+
+    def transform(label):
+        def run(optimizer):
+            seen.append(label)
+            return lambda: seen.append(f"after {label}")
+
+        return run
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    truestep.attach(optimizer, transform("one"), transform("two"))
+    backward(model)
+    optimizer.step()
+    assert seen == ["one", "two", "after one", "after two"]
+
+
+@pytest.mark.parametrize("keyword", [False, True])
+def test_a_closures_gradients_are_transformed(keyword):
+    parameter = nn.Parameter(torch.tensor([1.0]))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+
+    def double(optimizer):
+        parameter.grad.mul_(2)
+
+    truestep.attach(optimizer, double)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = 3 * parameter.sum()
+        loss.backward()
+        return loss
+
+    loss = optimizer.step(closure=closure) if keyword else optimizer.step(closure)
+    assert loss.item() == 3
+    assert parameter.item() == 1 - 2 * 3
+
+
+def test_the_boost_remembers_without_touching_the_first_step_of_adam():
+    model = mlp()
+    other = copy.deepcopy(model)
+    boosted, plain = torch.optim.Adam(model.parameters()), torch.optim.Adam(other.parameters())
+    truestep.attach(boosted, truestep.directional_boost())
+    for _ in range(2):
+        # A gradient that flips its sign is never boosted: the two must stay equal.
+        for optimizer, network in ((boosted, model), (plain, other)):
+            for parameter in network.parameters():
+                parameter.grad = torch.full_like(parameter, (-1.0) ** _)
+            optimizer.step()
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+    assert boosted.state[model[0].weight]["previous_gradient"].unique().tolist() == [-1.0]
+
+
+def test_the_boost_is_saved_with_the_optimizer():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    truestep.attach(optimizer, truestep.directional_boost())
+    backward(model)
+    gradient = model[0].weight.grad.clone()
+    optimizer.step()
+    state = optimizer.state_dict()["state"][0]
+    assert torch.equal(state["previous_gradient"], gradient)
+
+
+def test_remove_gives_the_plain_optimizer_back():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    groups = copy.deepcopy(optimizer.state_dict()["param_groups"])
+    handle = truestep.attach(optimizer, truestep.directional_boost())
+    handle.remove()
+    assert optimizer.state_dict()["param_groups"] == groups
+    backward(model)
+    optimizer.step()
+    assert not optimizer.state[model[0].weight]
+
+
+def test_loading_a_transformed_state_without_transforms_raises_with_both_ways_out():
+    model = mlp()
+    first, second = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
+    truestep.attach(first, truestep.directional_boost())
+    backward(model)
+    first.step()
+    second.load_state_dict(first.state_dict())
+    with pytest.raises(TruestepError, match="transformed by directional_boost") as error:
+        second.step()
+    way_out = str(error.value).split("`")[1]
+    assert way_out == "del optimizer.param_groups[0]['transforms']"
+    del second.param_groups[0]["transforms"]
+    second.step()
+
+
+def test_transforms_survive_loading_a_plain_state():
+    model = mlp()
+    plain, optimizer = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
+    truestep.attach(optimizer, truestep.directional_boost())
+    optimizer.load_state_dict(plain.state_dict())
+    backward(model)
+    optimizer.step()
+    assert "previous_gradient" in optimizer.state[model[0].weight]
+    with pytest.raises(TruestepError):
+        copy.deepcopy(optimizer).step()
+
+
+def test_refusals():
+    model = mlp()
+    with pytest.raises(TruestepError, match="LBFGS"):
+        truestep.attach(torch.optim.LBFGS(model.parameters()), truestep.directional_boost())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TruestepError, match="no transform"):
+        truestep.attach(optimizer)
+    truestep.attach(optimizer, truestep.directional_boost())
+    with pytest.raises(TruestepError, match="transforms already"):
+        truestep.attach(optimizer, truestep.directional_boost())
+
+
+def test_a_further_backward_after_a_step_without_zero_grad_is_an_error():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    truestep.attach(optimizer, truestep.mean_effective_gradient(truestep.SampleCounter(model)))
+    assert model  # the counter lives as long as its transform
+    backward(model)
+    optimizer.step()
+    with pytest.raises(TruestepError, match=r"zero_grad\(\) first"):
+        backward(model)
+
+
+def scaled_step(optimizer, model, *, unscale, factor=1.0):
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(model(sparse_inputs(6, 4)).square().mean() * factor).backward()
+    if unscale:
+        scaler.unscale_(optimizer)
+    gradient = model[0].weight.grad.clone()
+    scaler.step(optimizer)
+    return gradient
+
+
+def test_scaled_gradients_of_a_fused_optimizer_are_refused():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    truestep.attach(optimizer, truestep.directional_boost())
+    with pytest.raises(TruestepError, match=r"scaler\.unscale_\(optimizer\) before"):
+        scaled_step(optimizer, model, unscale=False)
+
+
+def test_unscaled_gradients_of_a_fused_optimizer_are_boosted():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    truestep.attach(optimizer, truestep.directional_boost())
+    gradient = scaled_step(optimizer, model, unscale=True)
+    assert torch.equal(optimizer.state[model[0].weight]["previous_gradient"], gradient)
+
+
+def test_a_skipped_fused_step_leaves_no_memory():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    truestep.attach(optimizer, truestep.directional_boost())
+    scaled_step(optimizer, model, unscale=True, factor=float("inf"))
+    assert "previous_gradient" not in optimizer.state[model[0].weight]
+
+
+def test_sparse_gradients_are_refused_by_the_boost_and_taken_by_the_mean():
+    layer = nn.Embedding(5, 2, sparse=True)
+    counter = truestep.SampleCounter(layer)
+    optimizer = torch.optim.SparseAdam(layer.parameters(), lr=0.1)
+    handle = truestep.attach(optimizer, truestep.directional_boost())
+    layer(torch.tensor([1, 1, 3])).sum().backward()
+    with pytest.raises(TruestepError, match="sparse=False"):
+        optimizer.step()
+    handle.remove()
+    truestep.attach(optimizer, truestep.mean_effective_gradient(counter))
+    optimizer.step()
+    # N = 3: row 1 has m = 2, its gradient 2 * 3 / 3; row 3 has m = 1, its gradient 1 * 3 / 2
+    assert layer.weight.grad.to_dense()[:, 0].tolist() == [0, 2, 0, 1.5, 0]
