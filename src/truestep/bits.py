@@ -1,5 +1,6 @@
 """Boolean masks with one bit per element."""
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -77,9 +78,7 @@ def pack(mask: Tensor) -> Bits:
         padded[..., :length, :] = octets
         octets = padded
     octets = octets.reshape(*lead, words * 8, 8, units)
-    packed = octets[..., 0, :].clone()
-    for bit in range(1, 8):
-        packed |= octets[..., bit, :] << bit
+    packed = (octets * _places(mask.device)).sum(-2, dtype=torch.uint8)
     packed = packed.reshape(*lead, words, 8, units).transpose(-1, -2)
     adjacent = octets.new_empty(*lead, words, units, 8).copy_(packed)
     return Bits(adjacent.view(torch.int64).squeeze(-1), length)
@@ -89,6 +88,11 @@ def _unpack(words: Tensor, length: int) -> Tensor:
     *lead, count, units = words.shape
     octets = words.unsqueeze(-1).view(torch.uint8)
     octets = octets.transpose(-1, -2).reshape(*lead, count * 8, 1, units)
-    places = torch.tensor([[1 << bit] for bit in range(8)], dtype=torch.uint8, device=words.device)
-    bits = torch.bitwise_and(octets, places).ne_(0).view(torch.bool)
+    bits = torch.bitwise_and(octets, _places(words.device)).ne_(0).view(torch.bool)
     return bits.reshape(*lead, count * WORD, units)[..., :length, :]
+
+
+@functools.cache
+def _places(device: torch.device) -> Tensor:
+    """The places of eight bits in an octet, uint8 ``[8, 1]``."""
+    return torch.tensor([[1 << bit] for bit in range(8)], dtype=torch.uint8, device=device)

@@ -39,7 +39,7 @@ def adaptive_factor(
     factor = batch_size / (counts.to(dtype) + eps)
     if factor_limit is not None:
         factor.clamp_(max=factor_limit)
-    return torch.where(counts > 0, factor, torch.ones((), dtype=dtype, device=counts.device))
+    return factor.masked_fill_(counts == 0, 1.0)
 
 
 def scale_(
@@ -61,8 +61,7 @@ def scale_(
     Returns:
         `gradient`.
     """
-    dtype = torch.promote_types(gradient.dtype, torch.float32)
-    dtype = dtype.to_real()
+    dtype = torch.promote_types(gradient.dtype, torch.float32).to_real()
     rows, counts = activity.count_rows()
     if gradient.is_sparse:
         if rows is not None:
