@@ -241,7 +241,7 @@ def _normalize(module: nn.Module, input: Tensor) -> Tensor:
             raise TypeError(f"no normalisation is known for {type(module).__name__}")
 
 
-RULES: Mapping[type[nn.Module], Rule] = {
+RULES: dict[type[nn.Module], Rule] = {
     nn.Linear: linear,
     nn.Conv1d: convolution,
     nn.Conv2d: convolution,

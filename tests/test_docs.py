@@ -1,0 +1,66 @@
+"""Every public name and every command is documented, with an example or a help text."""
+
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import truestep
+
+MODULES = [
+    importlib.import_module(info.name)
+    for info in pkgutil.walk_packages(truestep.__path__, "truestep.")
+]
+REFERENCE = (Path(__file__).parent.parent / "docs" / "reference.md").read_text()
+
+
+def public(module):
+    """The functions and classes that a module defines and lists in `__all__`."""
+    for name in getattr(module, "__all__", []):
+        thing = getattr(module, name)
+        if getattr(thing, "__module__", None) == module.__name__ and callable(thing):
+            yield name, thing
+
+
+def methods(thing):
+    for name, member in vars(thing).items():
+        function = member.fget if isinstance(member, property) else member
+        defined = inspect.isfunction(function) and function.__name__ == name
+        if defined and not name.startswith("_"):
+            yield name, function
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_modules_and_their_public_names_have_docstrings(module):
+    assert module.__doc__, module.__name__
+    for name, thing in public(module):
+        assert inspect.getdoc(thing), name
+        if inspect.isclass(thing):
+            for method, function in methods(thing):
+                inherited = any(hasattr(base, method) for base in thing.__mro__[1:])
+                assert function.__doc__ or inherited, f"{name}.{method}"
+
+
+@pytest.mark.parametrize("name", truestep.__all__)
+def test_the_contract_has_runnable_examples_and_a_place_in_the_reference(name):
+    assert f"`{name}" in REFERENCE, name
+    thing = getattr(truestep, name)
+    if inspect.ismodule(thing) or not callable(thing):
+        return
+    assert ">>>" in inspect.getdoc(thing), name
+
+
+@pytest.mark.parametrize("name", truestep.__all__)
+def test_arguments_are_described(name):
+    thing = getattr(truestep, name)
+    if inspect.ismodule(thing) or not callable(thing) or issubclass(type(thing), type(Exception)):
+        thing = getattr(thing, "__init__", None) if inspect.isclass(thing) else None
+        if thing is None or not inspect.isfunction(thing):
+            return
+    text = inspect.getdoc(getattr(truestep, name))
+    for argument in inspect.signature(thing).parameters:
+        if argument != "self":
+            assert re.search(rf"^\s+{argument}: ", text, re.MULTILINE), f"{name}({argument})"
