@@ -59,7 +59,8 @@ def read_idx(path: Path, dimensions: int, way_out: str) -> NDArray[np.uint8]:
         raise _refusal(
             path, f"{problem}: {found} bytes of data where {sizes} = {expected} belong", way_out
         )
-    return np.frombuffer(data, dtype=np.uint8, offset=start).reshape(shape)
+    # a copy, since torch warns of arrays that cannot be written
+    return np.frombuffer(data, dtype=np.uint8, offset=start).reshape(shape).copy()
 
 
 def read_npz(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -137,7 +138,7 @@ class Task:
                 f"choose one of: {', '.join(names)}."
             )
         for optimizer, rates in self.learning_rates.items():
-            if not rates or min(rates) <= 0:
+            if not rates or not all(0 < rate < inf for rate in rates):
                 raise TruestepError(
                     f"Task {self.name!r}: the learning rates of {optimizer} are {rates}; "
                     "give one or more positive numbers."

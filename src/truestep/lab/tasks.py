@@ -17,9 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from truestep.errors import TruestepError
+from truestep.lab.language_id import LanguageNetwork, load_language_id
 from truestep.lab.task import Split, Splits, Task
 
 __all__ = ["TASKS", "Split", "Splits", "Task", "find_task"]
+
+_PLANE_SIZES = (512, 512, 2048)  # generated samples are free, so the test split is large
 
 
 def find_task(name_or_path: str) -> Task:
@@ -100,10 +103,14 @@ def accuracy(output: Tensor, targets: Tensor) -> Tensor:
 
 
 def perceptron(*widths: int) -> nn.Sequential:
-    """A ReLU network of fully connected layers with the given widths, input and output included."""
+    """A ReLU network of fully connected layers, Glorot start, with the given widths (input first)."""
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(widths):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        layer = nn.Linear(inputs, outputs)
+        # nn.Linear's own start shrinks the signal at every layer: five of them do not learn circles
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(layer.bias)
+        layers += [layer, nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 
@@ -159,6 +166,43 @@ def load_image_task(name: str, data_dir: Path | None = None) -> Splits:
     )
 
 
+def load_circles(data_dir: Path | None = None) -> Splits:
+    """Two noisy concentric circles in the plane (scikit-learn's make_circles), always the same."""
+    del data_dir  # generated
+    from sklearn import datasets  # noqa: PLC0415
+
+    points, classes = datasets.make_circles(
+        sum(_PLANE_SIZES), noise=0.1, factor=0.6, random_state=0
+    )
+    inputs = torch.from_numpy(points.astype(np.float32))
+    targets = torch.from_numpy(classes.astype(np.int64))
+    return _three_splits(inputs, targets, _PLANE_SIZES, "generated: two noisy circles")
+
+
+def load_spirals(data_dir: Path | None = None) -> Splits:
+    """Two noisy interleaved spiral arms of one and a half turns in the plane, always the same."""
+    del data_dir  # generated
+    samples = sum(_PLANE_SIZES)
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(2, (samples,), generator=generator)
+    # the square root spreads the samples evenly along the arm, whose radius grows with the angle
+    distance = torch.rand(samples, generator=generator).sqrt()
+    angle = distance * 3 * torch.pi + targets * torch.pi
+    arms = torch.stack((distance * angle.cos(), distance * angle.sin()), dim=1)
+    inputs = arms + 0.02 * torch.randn(samples, 2, generator=generator)
+    return _three_splits(inputs, targets, _PLANE_SIZES, "generated: two noisy spiral arms")
+
+
+def binary_loss(output: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of one logit per sample, [samples, 1], and targets 0 or 1, [samples]."""
+    return nn.functional.binary_cross_entropy_with_logits(output.squeeze(1), targets.float())
+
+
+def binary_accuracy(output: Tensor, targets: Tensor) -> Tensor:
+    """Share of samples whose logit, [samples, 1], has the sign of the target, [samples]."""
+    return ((output.squeeze(1) > 0) == (targets > 0)).float().mean()
+
+
 def _image_task(name: str, title: str, target: float) -> Task:
     return Task(
         name=name,
@@ -172,11 +216,11 @@ def _image_task(name: str, title: str, target: float) -> Task:
         epochs=5,
         target=("accuracy", target),
         learning_rates={
-            "sgd": (0.01, 0.03, 0.1, 0.3, 1.0),
-            "momentum": (0.001, 0.003, 0.01, 0.03, 0.1),
-            "adam": (0.0003, 0.001, 0.003, 0.01, 0.03),
-            "asgd": (0.003, 0.01, 0.03, 0.1, 0.3),
-            "dasgd": (0.007, 0.02, 0.07, 0.2, 0.7),
+            "sgd": (0.02, 0.05, 0.1, 0.2, 0.5),
+            "momentum": (0.002, 0.005, 0.01, 0.02, 0.05),
+            "adam": (0.0005, 0.001, 0.002, 0.005, 0.01),
+            "asgd": (0.01, 0.02, 0.05, 0.1, 0.2),
+            "dasgd": (0.02, 0.05, 0.1, 0.2, 0.5),
         },
     )
 
@@ -193,18 +237,78 @@ TASKS: dict[str, Task] = {
             metrics={"accuracy": accuracy},
             batch_size=32,
             epochs=20,
+            target=("accuracy", 0.93),
+            learning_rates={
+                "sgd": (0.05, 0.1, 0.2, 0.5, 1.0),
+                "momentum": (0.01, 0.02, 0.05, 0.1, 0.2),
+                "adam": (0.002, 0.005, 0.01, 0.02, 0.05),
+                "asgd": (0.02, 0.05, 0.1, 0.2, 0.5),
+                "dasgd": (0.02, 0.05, 0.1, 0.2, 0.5),
+            },
+        ),
+        Task(
+            name="circles",
+            title="Two concentric circles",
+            load=load_circles,
+            # the network of the aSGD paper's synthetic experiments
+            model=partial(perceptron, 2, 10, 10, 10, 10, 10, 1),
+            loss=binary_loss,
+            metrics={"accuracy": binary_accuracy},
+            batch_size=32,
+            epochs=40,
             target=("accuracy", 0.95),
             learning_rates={
-                "sgd": (0.01, 0.03, 0.1, 0.3, 1.0),
-                "momentum": (0.001, 0.003, 0.01, 0.03, 0.1),
-                "adam": (0.0003, 0.001, 0.003, 0.01, 0.03),
-                "asgd": (0.003, 0.01, 0.03, 0.1, 0.3),
-                "dasgd": (0.007, 0.02, 0.07, 0.2, 0.7),
+                "sgd": (0.05, 0.1, 0.2, 0.5, 1.0),
+                "momentum": (0.01, 0.02, 0.05, 0.1, 0.2),
+                "adam": (0.001, 0.002, 0.005, 0.01, 0.02),
+                "asgd": (0.05, 0.1, 0.2, 0.5, 1.0),
+                "dasgd": (0.05, 0.1, 0.2, 0.5, 1.0),
+            },
+        ),
+        Task(
+            name="spirals",
+            title="Two spiral arms",
+            load=load_spirals,
+            model=partial(perceptron, 2, 10, 10, 10, 10, 10, 1),
+            loss=binary_loss,
+            metrics={"accuracy": binary_accuracy},
+            batch_size=32,
+            epochs=100,
+            target=("accuracy", 0.95),
+            learning_rates={
+                "sgd": (0.02, 0.05, 0.1, 0.2, 0.5),
+                "momentum": (0.01, 0.02, 0.05, 0.1, 0.2),
+                "adam": (0.001, 0.002, 0.005, 0.01, 0.02),
+                "asgd": (0.01, 0.02, 0.05, 0.1, 0.2),
+                "dasgd": (0.02, 0.05, 0.1, 0.2, 0.5),
             },
         ),
         _image_task("mnist", "MNIST", 0.95),
         _image_task("fashion-mnist", "Fashion-MNIST", 0.85),
-        _image_task("kmnist", "KMNIST", 0.85),
-        _image_task("quickdraw10", "QuickDraw10", 0.8),
+        _image_task("kmnist", "KMNIST", 0.75),
+        _image_task("quickdraw10", "QuickDraw10", 0.72),
+        Task(
+            name="language-id",
+            title="Which of 16 languages a word is from",
+            load=load_language_id,
+            model=LanguageNetwork,
+            loss=nn.functional.cross_entropy,
+            metrics={"accuracy": accuracy},
+            batch_size=256,
+            epochs=3,
+            evaluations=4,
+            target=("accuracy", 0.7),
+            optimizers=("sgd", "momentum", "asgd", "dasgd", "asgd+dasgd", "adagrad", "adam"),
+            # wide enough for batch sizes from 64 to 4096
+            learning_rates={
+                "sgd": (0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0),
+                "momentum": (0.01, 0.03, 0.07, 0.2, 0.5, 1.5, 4.0),
+                "asgd": (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
+                "dasgd": (0.07, 0.15, 0.3, 0.7, 1.5, 3.0, 6.0),
+                "asgd+dasgd": (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
+                "adagrad": (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
+                "adam": (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05),
+            },
+        ),
     )
 }
