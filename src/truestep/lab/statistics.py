@@ -277,6 +277,8 @@ def summarise(
           over seeds, where a seed that never gets there counts as inf; ``reached``: the share that
           does;
         - ``step_seconds`` (median), ``step_ratio`` (to the baseline's), ``bytes_per_parameter``.
+
+        ``attrs["baseline"]`` is the baseline's name.
     """
     finals: dict[tuple[str, int, float], list[RunResult]] = defaultdict(list)
     for result in results:
@@ -312,7 +314,9 @@ def summarise(
         row["bytes_per_parameter"] = _median(run.optimizer_bytes / run.parameters for run in some)
         rows.append(row)
     columns = list(rows[0])[2:] if rows else ["lr"]
-    return _table(rows, ["optimizer", "batch_size"], columns)
+    table = _table(rows, ["optimizer", "batch_size"], columns)
+    table.attrs["baseline"] = baseline
+    return table
 
 
 def _validation_loss(result: RunResult) -> float:
