@@ -10,6 +10,7 @@ import traceback
 from difflib import get_close_matches
 from functools import partial
 from itertools import pairwise
+from multiprocessing import parent_process
 from pathlib import Path
 
 import numpy as np
@@ -149,7 +150,9 @@ def load_image_task(name: str, data_dir: Path | None = None) -> Splits:
     """
     from truestep.lab.datasets import load_images  # noqa: PLC0415
 
-    images = load_images(name, data_dir)
+    # the worker processes of a race stay silent, or their bars would overwrite each other
+    progress = parent_process() is None and sys.stderr.isatty()
+    images = load_images(name, data_dir, progress=progress)
     inputs, test_inputs = (
         torch.from_numpy(part.images.astype(np.float32) / 255).flatten(1)
         for part in (images.train, images.test)
