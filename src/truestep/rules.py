@@ -255,7 +255,7 @@ RULES: dict[type[nn.Module], Rule] = {
 """The rules that `SampleCounter` uses unless told otherwise: layer class to rule."""
 
 
-def find_rule(module: nn.Module, rules: Mapping[Any, Rule]) -> Rule | str:
+def find_rule(module: nn.Module, rules: Mapping[Any, Rule]) -> Rule | str:  # noqa: PLR0911
     """The rule for a module, or the reason why there is none.
 
     A subclass inherits the rule of its base only if it inherits `forward` too: with another forward

@@ -162,7 +162,7 @@ class Store:
             self._connection.close()
             raise
 
-    def experiment(self, hash: str, description: dict[str, Any]) -> None:  # noqa: A002 - its name
+    def experiment(self, hash: str, description: dict[str, Any]) -> None:
         """Records what an experiment's hash stands for; a later description replaces it.
 
         Args:
