@@ -247,3 +247,36 @@ def test_looks_are_fixed_by_name_and_tell_all_apart():
     looks = styles(reversed(names))
     assert list(looks) == names
     assert len(set(looks.values())) == len(names)
+
+
+@pytest.mark.parametrize(("metric", "target"), [("loss", 0.5), ("loss", 0.01), ("accuracy", 0.99)])
+def test_a_target_is_in_view_however_far_off(small, metric, target):
+    table = learning_curves(small, choose(small), metric)
+    axes = panel(figures.curves(table, metric, target), "sgd")
+    assert [line for line in axes.lines if set(line.get_ydata()) == {target}]
+    low, high = axes.get_ylim()
+    assert low < target < high
+    assert low < bold(axes).get_ydata().min() < bold(axes).get_ydata().max() < high
+
+
+def test_intervals_do_not_stretch_an_axis_beyond_reason():
+    # Two seeds that differ: their interval is a dozen times as wide as their distance.
+    results = [
+        make_result(name, lr, seed=seed, losses=(loss + seed,))
+        for name, loss in [("sgd", 2.0), ("adam", 3.0)]
+        for lr in (0.1, 1.0)
+        for seed in range(2)
+    ]
+    figure = figures.learning_rates(landscape(results), choose(results))
+    low, high = panel(figure, "sgd").get_ylim()
+    means = bold(panel(figure, "adam")).get_ydata()
+    assert 0 < low < 2.5
+    assert max(means) < high < 5
+
+
+def test_the_last_row_of_panels_is_not_a_lonely_one():
+    for count, rows in [(4, [4]), (5, [3, 2]), (6, [3, 3]), (7, [4, 3]), (9, [3, 3, 3])]:
+        results = [make_result(f"m:{n}", lr) for n in range(count) for lr in (0.1, 1.0)]
+        figure = figures.learning_rates(landscape(results), choose(results))
+        shown = [axes.get_subplotspec() for axes in figure.axes if axes.get_visible()]
+        assert [sum(s.rowspan.start == row for s in shown) for row in range(len(rows))] == rows

@@ -67,7 +67,7 @@ def test_several_batch_sizes_have_a_sentence_each():
 
 def test_one_optimizer_is_not_compared_with_itself():
     (sentence,), told_notes = told(grid("sgd", INSIDE))
-    assert sentence == "sgd has the lowest mean test loss, 1.00 ± 0.06."
+    assert sentence == "sgd has the lowest mean test loss, 1.005 ± 0.064."
     assert told_notes == []
 
 

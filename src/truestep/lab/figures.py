@@ -28,6 +28,7 @@ from truestep.lab.panels import (
     set_log_x,
     set_log_y,
     set_loss_y,
+    set_metric_y,
     styles,
 )
 
@@ -93,8 +94,12 @@ def curves(table: pd.DataFrame, metric: str, target: float | None = None) -> Fig
             axes.axhline(target, **TARGET_LINE, zorder=2)
         draw(axes, line, looks[place[0]], markers=len(line) <= MARKERS_UP_TO)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    # The target is in view, however far off it is.
+    seen = table if target is None else pd.concat([table, pd.DataFrame({"mean": [target]})])
     if metric == "loss":
-        set_loss_y(panels.values(), table)
+        set_loss_y(panels.values(), seen)
+    else:
+        set_metric_y(panels.values(), seen)
     marks: dict[str, Mark] = {
         "mean and 95 % interval": _mean_and_band(),
         "other optimizers": Line2D([], [], color=FAINT),

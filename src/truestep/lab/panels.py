@@ -40,6 +40,7 @@ __all__ = [
     "set_log_x",
     "set_log_y",
     "set_loss_y",
+    "set_metric_y",
     "styles",
 ]
 
@@ -53,6 +54,7 @@ COLUMNS = 4
 # Wider loss ranges than this are logarithmic; wider than the other, only decades are labelled.
 LOGARITHMIC_FROM, DECADES_FROM = 3, 200
 BAND = 0.2  # opacity of an interval
+BAND_ROOM = 0.3  # how far intervals may widen an axis, relative to the spread of the means
 TARGET_LINE: dict[str, Any] = {"color": INK, "linewidth": 0.9, "linestyle": (0, (1, 2))}
 ONCE_LINE: dict[str, Any] = {"linewidth": 1.0, "linestyle": "--", "zorder": 3}
 
@@ -129,8 +131,9 @@ def lay_out(places: Collection[Place], x: str, y: str) -> tuple[Figure, dict[Pla
     looks = styles(name for name, _ in places)
     sizes = sorted({size for _, size in places})
     by_size = len(sizes) > 1
-    columns = len(sizes) if by_size else min(COLUMNS, len(looks))
-    rows = len(looks) if by_size else math.ceil(len(looks) / columns)
+    rows = len(looks) if by_size else math.ceil(len(looks) / COLUMNS)
+    # Five are three and two rather than four and one.
+    columns = len(sizes) if by_size else math.ceil(len(looks) / rows)
     height = (1.2 if by_size else 1.8) * rows + 0.9
     figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor=PAPER)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
@@ -283,12 +286,26 @@ def set_log_x(
         axes.xaxis.set_major_formatter(FuncFormatter(_written_out))
 
 
-def set_loss_y(panels: Iterable[Axes], table: pd.DataFrame, spread: float = math.inf) -> None:
-    """Room for all of the column ``mean``, logarithmic where it spans much.
+def set_metric_y(panels: Iterable[Axes], table: pd.DataFrame) -> None:
+    """Room for all means; intervals may go beyond what a metric can be, and the axis should not.
 
     Args:
         panels: The axes.
         table: With the column ``mean``.
+    """
+    low, high = float(table["mean"].min()), float(table["mean"].max())
+    pad = 0.08 * (high - low) or 0.1
+    for axes in panels:
+        axes.set_ylim(low - pad, high + pad)
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+
+
+def set_loss_y(panels: Iterable[Axes], table: pd.DataFrame, spread: float = math.inf) -> None:
+    """Room for all means and for most of their intervals, logarithmic where that spans much.
+
+    Args:
+        panels: The axes.
+        table: With the columns ``mean``, ``low`` and ``high``.
         spread: The axis ends at this multiple of the lowest mean.
     """
     means = table["mean"].dropna()
@@ -297,12 +314,17 @@ def set_loss_y(panels: Iterable[Axes], table: pd.DataFrame, spread: float = math
     low, high = float(means.min()), float(means.max())
     if low > 0:
         high = min(high, low * spread)
+    # The interval of two seeds can be a dozen times as wide as their distance.
+    room = BAND_ROOM * (high - low)
+    ends = table[["low", "high"]].fillna({"low": low, "high": high})
+    top = min(max(float(ends["high"].max()), high), high + room)
+    bottom = max(min(float(ends["low"].min()), low), low - room)
     if low > 0 and high / low > LOGARITHMIC_FROM:
-        set_log_y(panels, [low, high], margin=1.15)
+        set_log_y(panels, [max(bottom, low / (1 + BAND_ROOM)), top], margin=1.1)
         return
-    pad = 0.08 * (high - low) or 0.1
+    pad = 0.08 * (top - bottom) or 0.1
     for axes in panels:
-        axes.set_ylim(low - pad, high + 2 * pad)
+        axes.set_ylim(bottom - pad, top + 2 * pad)
         axes.yaxis.set_major_locator(MaxNLocator(5))
 
 

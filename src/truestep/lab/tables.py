@@ -14,7 +14,7 @@ __all__ = ["Column", "Row", "columns", "plain", "sorted_rows", "table", "with_in
 
 Row = Mapping[str, Any]
 
-TWO_DIGITS_UP_TO = 3.55
+DECIMALS = 4
 
 
 @dataclass(frozen=True)
@@ -158,11 +158,11 @@ def plain(value: float, digits: int = 4) -> str:
 def with_interval(mean: float, low: float, high: float) -> str:
     """A mean with half its interval, as precise as the interval deserves.
 
-    Half the interval has two digits up to 3.5 and one above, as particle physicists round.
+    Half the interval has two digits, or one where the second would be the fifth decimal.
 
     Example:
-        >>> with_interval(0.98765, 0.98643, 0.98887), with_interval(0.98765, 0.9836, 0.9917)
-        ('0.9877 ± 0.0012', '0.988 ± 0.004')
+        >>> with_interval(0.98765, 0.93245, 1.04285), with_interval(0.98765, 0.98731, 0.98799)
+        ('0.988 ± 0.055', '0.9877 ± 0.0003')
         >>> with_interval(2.0, float("nan"), float("nan"))
         '2.000'
     """
@@ -170,8 +170,7 @@ def with_interval(mean: float, low: float, high: float) -> str:
     if not half > 0:
         return (f"{mean:#.4g}" if math.isfinite(mean) else "—") + (" ± 0" if half == 0 else "")
     exponent = math.floor(math.log10(half))
-    digits = 2 if half / 10.0**exponent < TWO_DIGITS_UP_TO else 1
-    decimals = max(0, digits - 1 - exponent)
+    decimals = max(0, min(1 - exponent, max(DECIMALS, -exponent)))
     return f"{mean:.{decimals}f} ± {half:.{decimals}f}"
 
 
