@@ -76,6 +76,8 @@ def write_report(
         "notes": notes(summary, chosen),
         "versions": _versions(results),
     }
+    # Before the page, which takes over the layout.
+    contents = {f"{drawing.name}.png": _png(drawing.figure) for drawing in drawings}
     page = _page(
         task=task_info,
         seeds=_seeds(results),
@@ -87,7 +89,6 @@ def write_report(
         colours=_colours(styles(summary.index.get_level_values("optimizer"))),
         **said,
     )
-    contents = {f"{drawing.name}.png": _png(drawing.figure) for drawing in drawings}
     # Last, so that a new report never stands beside old figures.
     contents["report.html"] = page.encode()
     for name, content in contents.items():
@@ -188,6 +189,8 @@ def _page(**content: Any) -> str:
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=PNG_DOTS_PER_INCH)
+    # The layout stays as it is; finding it again for the page would take most of the time.
+    figure.set_layout_engine("none")
     return buffer.getvalue()
 
 
