@@ -23,6 +23,8 @@ except ModuleNotFoundError as missing:
 
 __all__ = ["app", "main"]
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="truestep",
     help="Optimizer steps of the right size: compare optimizers on your own task.",
@@ -55,8 +57,9 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         code = app(arguments or ["--help"], standalone_mode=False, obj=arguments)
+        sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
-        code = _complain("interrupted. What is done is kept, and the same command goes on", 130)
+        code = INTERRUPTED
     except BrokenPipeError:
         # The reader of a pipe has seen enough; without this, python complains at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -68,6 +71,9 @@ def main(arguments: list[str] | None = None) -> None:
         if reason is None:
             raise
         code = _complain(reason, getattr(error, "exit_code", 1))
+    # Some versions of typer turn the exception into this code.
+    if code == INTERRUPTED:
+        _complain("interrupted. What is done is kept: the same command goes on.")
     sys.exit(code)
 
 
@@ -183,6 +189,7 @@ def data_list(data_dir: DataDir = None, as_json: Json = False, debug: Debug = Fa
         return
     columns = ("name", "train", "test", "checksum", "licence", "where")
     table = Table(*columns, box=None)
+    table.columns[0].no_wrap = True
     table.columns[-1].overflow = "fold"
     for row in rows:
         table.add_row(*(str(row[column]) for column in columns))
@@ -284,7 +291,7 @@ def _reason(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, OSError):
         where = f" ({error.filename})" if error.filename else ""
-        return f"{error.strerror}{where}. What is done is kept: the same command goes on"
+        return f"{error.strerror}{where}. What is done is kept: the same command goes on."
     # What typer raises for wrong options derives from click's classes, which are in click or, in
     # newer versions, in a private module of typer.
     if hasattr(error, "format_message"):
