@@ -255,7 +255,7 @@ def test_a_failed_run_is_told_and_ends_with_1(call, monkeypatch):
 
 
 def test_without_the_command_lines_packages_there_is_one_line():
-    done = subprocess.run(  # noqa: S603 - this file's own program
+    done = subprocess.run(
         [sys.executable, "-c", "import sys; sys.modules['typer'] = None; import truestep.cli"],
         capture_output=True,
         text=True,
