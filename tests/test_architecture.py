@@ -12,8 +12,8 @@ ROOT = Path(truestep.__file__).parent
 # Lower layers first; a module may import modules of lower layers and of its own.
 LAYERS = [
     {"errors"},
-    {"bits", "activity", "rules", "update", "oracle"},
-    {"records", "counter"},
+    {"bits", "activity", "combine", "rules", "update", "oracle", "consumers"},
+    {"records", "hooks", "layers", "counter"},
     {"optim", "transforms"},
     {""},  # the public names
     {"lab"},

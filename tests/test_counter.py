@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 import truestep
 from truestep import TruestepError
+from truestep.activity import Elements
+from truestep.bits import pack
 from truestep.records import Call
 from zoo import Twice, mlp, sparse_inputs
 
@@ -143,9 +146,9 @@ def test_a_forward_without_a_backward_leaves_nothing(model, counter):
     first = sparse_inputs(5, 4)
     backward(model, first)
     assert_counted(counter, model, first)
-    assert len(living_calls()) == 1
+    assert len(living_calls()) == 2
     del output
-    assert not living_calls()
+    assert len(living_calls()) == 1  # the record's
 
 
 def test_evaluation_between_backward_and_step_leaves_nothing(model, counter):
@@ -291,6 +294,152 @@ def test_keyword_arguments_and_nested_inputs_and_outputs():
     counter = truestep.SampleCounter(model)
     model({"x": torch.ones(4, 3)})["logits"][0].sum().backward()
     assert counter.counts()["layer.weight"].tolist() == [[4] * 3] * 2
+
+
+class TiedHead(nn.Module):
+    def __init__(self, *, call):
+        super().__init__()
+        self.embedding = nn.Embedding(5, 3)
+        self.head = nn.Linear(3, 5, bias=False) if call else None
+        if call:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, x):
+        hidden = self.embedding(x)
+        return self.head(hidden) if self.head else functional.linear(hidden, self.embedding.weight)
+
+
+def test_a_use_without_calling_the_module_is_an_error_at_the_first_forward():
+    model = TiedHead(call=False)
+    counter = truestep.SampleCounter(model)
+    with pytest.raises(TruestepError, match=r"uses 'embedding\.weight' without calling the module"):
+        model(torch.tensor([1, 2]))
+    counter.close()
+    model = TiedHead(call=True)
+    counter = truestep.SampleCounter(model)
+    model(torch.tensor([1, 2])).sum().backward()
+    assert counter.counts()["embedding.weight"][4].tolist() == [2, 2, 2]
+
+
+class WithPositions(nn.Module):
+    """A language model's two tables: one looked up by samples, one by position for all of them."""
+
+    def __init__(self, lookup):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(9, 4), nn.Embedding(8, 4)
+        self.head = nn.Linear(4, 2)
+        self.lookup = lookup
+
+    def forward(self, x):
+        hidden = self.tokens(x) + self.positions(self.lookup(x))
+        return self.head(torch.relu(hidden)).mean(1)
+
+
+@pytest.mark.parametrize("shape", ["[T]", "[1, T]"])
+@pytest.mark.parametrize("unit", ["sample", "position"])
+def test_positions_shared_by_all_samples_count_them_all(shape, unit):
+    index = torch.arange(3) if shape == "[T]" else torch.arange(3).unsqueeze(0)
+    model = WithPositions(lambda _: index)
+    counter = truestep.SampleCounter(model, unit=unit)
+    model(torch.randint(0, 9, (5, 3))).sum().backward()
+    used = model.positions.weight.grad != 0
+    assert used[:3].any()
+    assert torch.equal(counter.counts()["positions.weight"], 5 * used)
+    assert counter.counts()["tokens.weight"].max() <= 15
+
+
+def test_positions_looked_up_for_each_sample_are_exact():
+    model = WithPositions(lambda x: torch.arange(3).expand(len(x), 3))
+    counter = truestep.SampleCounter(model)
+    model(torch.randint(0, 9, (5, 3))).sum().backward()
+    assert counter.counts()["positions.weight"].max() <= 5
+
+
+def test_as_many_positions_as_samples_are_ambiguous_until_said():
+    tokens = torch.randint(0, 9, (3, 3))
+    model = WithPositions(lambda _: torch.arange(3))
+    counter = truestep.SampleCounter(model)
+    with pytest.raises(
+        TruestepError, match=r"'positions' looks up 3 consecutive rows in a batch of 3"
+    ):
+        model(tokens)
+    counter.close()
+    counter = truestep.SampleCounter(model, batch_dim={"positions": None})
+    model(tokens).sum().backward()
+    assert torch.equal(counter.counts()["positions.weight"], 3 * (model.positions.weight.grad != 0))
+
+
+def test_consecutive_indices_that_are_the_models_input_are_samples():
+    model = nn.Sequential(nn.Embedding(4, 2), nn.Linear(2, 1))
+    counter = truestep.SampleCounter(model)
+    model(torch.arange(4)).sum().backward()
+    assert counter.counts()["0.weight"].unique().tolist() == [1]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_counts_the_same(reentrant):
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.other, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+            self.other.weight = self.layer.weight  # tied across two checkpoints
+            self.on = True
+
+        def block(self, x):
+            return torch.relu(self.layer(torch.relu(self.layer(x))))
+
+        def last(self, x):
+            return torch.relu(self.other(x))
+
+        def forward(self, x):
+            for part in (self.block, self.last):
+                x = checkpoint(part, x, use_reentrant=reentrant) if self.on else part(x)
+            return self.head(x)
+
+    model = Checkpointed()
+    inputs = sparse_inputs(8, 4).requires_grad_()
+    counter = truestep.SampleCounter(model)
+    expected_counts = []
+    for model.on in (False, True):
+        model.zero_grad()
+        for _ in range(2):  # and accumulates
+            backward(model, inputs)
+        expected_counts.append(counter.counts())
+        assert counter.batch_size == 16
+    plain, checkpointed = expected_counts
+    assert plain.keys() == checkpointed.keys()
+    for name, values in plain.items():
+        assert torch.equal(checkpointed[name], values), name
+
+
+def test_a_rule_for_a_module_with_two_outputs_gets_both_gradients():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2))
+
+        def forward(self, x):
+            return x * self.weight, (x.detach(), -x * self.weight)
+
+    def pair(layout, module, x):
+        def activity(first, constant, second):
+            assert constant is None
+            zero = torch.zeros(len(x), 2)
+            mask = sum(((zero if d is None else d) != 0) & (x != 0) for d in (first, second)) > 0
+            return {"weight": Elements(module.weight.shape, pack(mask))}
+
+        return activity
+
+    model = Pair()
+    counter = truestep.SampleCounter(model, rules={Pair: pair})
+    inputs = torch.tensor([[1.0, 0.0], [1.0, 2.0], [0.0, 3.0]])
+    first, (_, second) = model(inputs)
+    (first[0].sum() + second[1:].sum()).backward()
+    assert counter.counts()["weight"].tolist() == [2, 2]
+    model.zero_grad()
+    model(inputs)[0].sum().backward()  # only one of the outputs is used
+    assert counter.counts()["weight"].tolist() == [2, 2]
+    assert counter.batch_size == 3
 
 
 # Corrections.

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from truestep.activity import Counts
+from truestep.combine import Counts
 from truestep.update import adaptive_factor, boosted, booster, scale_
 
 

@@ -2,12 +2,11 @@
 
 A sample *reaches* an element of a parameter if at one of its positions the product that autograd adds
 to the element's gradient has only non-zero factors. Everything here is a pure value: an `Activity` says
-for one parameter which samples reach it, `joint` joins the uses of one parameter in one forward call (a
-sample counts once), and `total` adds separate batches.
+for one use of one parameter which samples reach it; `truestep.combine` joins and adds them.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -16,17 +15,7 @@ from torch import Tensor
 
 from truestep.bits import Bits, pack
 
-__all__ = [
-    "Activity",
-    "Counts",
-    "Elements",
-    "Joint",
-    "Outer",
-    "Rows",
-    "Total",
-    "joint",
-    "total",
-]
+__all__ = ["Activity", "Elements", "Outer", "Rows", "Window"]
 
 # Per-sample masks are built for as many samples at once as fit this many elements (float32: 64 MB).
 CHUNK_ELEMENTS = 1 << 24
@@ -272,155 +261,3 @@ class Rows(Activity):
         yield self.rows
         yield self.owners
         yield self.outputs.words
-
-
-@dataclass(frozen=True)
-class Joint(Activity):
-    """Several uses of one parameter by the same samples: a sample counts once."""
-
-    uses: tuple[Activity, ...]
-
-    @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
-        """The parameter's shape."""
-        return self.uses[0].shape
-
-    @property
-    def samples(self) -> int:  # type: ignore[override]
-        """The number of samples."""
-        return self.uses[0].samples
-
-    def masks(self, start: int, stop: int) -> Tensor:  # noqa: D102
-        mask = self.uses[0].masks(start, stop)
-        for use in self.uses[1:]:
-            mask = mask | use.masks(start, stop)
-        return mask
-
-    def reached(self) -> Tensor:  # noqa: D102
-        return torch.stack([use.reached() for use in self.uses]).any(0)
-
-    def tensors(self) -> Iterator[Tensor]:  # noqa: D102
-        for use in self.uses:
-            yield from use.tensors()
-
-
-@dataclass(frozen=True)
-class Total(Activity):
-    """Separate batches: their counts add."""
-
-    parts: tuple[Activity, ...]
-
-    @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
-        """The parameter's shape."""
-        return self.parts[0].shape
-
-    @property
-    def samples(self) -> int:  # type: ignore[override]
-        """The number of samples."""
-        return sum(part.samples for part in self.parts)
-
-    def masks(self, start: int, stop: int) -> Tensor:  # noqa: D102
-        pieces, first = [], 0
-        for part in self.parts:
-            low, high = max(start - first, 0), min(stop - first, part.samples)
-            if low < high:
-                pieces.append(part.masks(low, high))
-            first += part.samples
-        return torch.cat(pieces)
-
-    def count(self) -> Tensor:  # noqa: D102
-        counts = self.parts[0].count()
-        for part in self.parts[1:]:
-            counts = counts + part.count()
-        return counts
-
-    def reached(self) -> Tensor:  # noqa: D102
-        return torch.cat([part.reached() for part in self.parts])
-
-    def tensors(self) -> Iterator[Tensor]:  # noqa: D102
-        for part in self.parts:
-            yield from part.tensors()
-
-
-@dataclass(frozen=True)
-class Counts(Activity):
-    """Counts that took the place of bits which would have outgrown them.
-
-    Attributes:
-        counts: int64, shaped like the parameter.
-        samples: number of samples they were taken over.
-    """
-
-    counts: Tensor
-    samples: int
-
-    @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
-        """The parameter's shape."""
-        return self.counts.shape
-
-    def masks(self, start: int, stop: int) -> Tensor:  # noqa: D102
-        raise TypeError(
-            f"counts of {self.samples} samples hold no mask of samples {start} to {stop}"
-        )
-
-    def reached(self) -> Tensor:  # noqa: D102
-        raise TypeError(f"counts of {self.samples} samples do not say which samples they were")
-
-    def count(self) -> Tensor:  # noqa: D102
-        return self.counts
-
-    def tensors(self) -> Iterator[Tensor]:  # noqa: D102
-        yield self.counts
-
-
-def joint(uses: Sequence[Activity]) -> Activity:
-    """Joins the uses of one parameter in one forward call: a sample counts once.
-
-    Args:
-        uses: at least one, of the same parameter and the same samples.
-    """
-    first = uses[0]
-    if len(uses) == 1:
-        return first
-    if all(isinstance(use, Elements) for use in uses):
-        words = first.bits.words  # type: ignore[attr-defined]
-        for use in uses[1:]:
-            words = words | use.bits.words  # type: ignore[attr-defined]
-        return Elements(first.shape, Bits(words, first.samples))
-    if all(isinstance(use, Rows) for use in uses):
-        return _append([use.spread() for use in uses], [0] * len(uses), first.samples)  # type: ignore[attr-defined]
-    return Joint(tuple(uses))
-
-
-def total(parts: Sequence[Activity]) -> Activity:
-    """Adds the activity of separate batches; bits that would outgrow their counts become counts.
-
-    Args:
-        parts: at least one, of the same parameter.
-    """
-    if len(parts) == 1:
-        return parts[0]
-    if all(isinstance(part, Rows) for part in parts):
-        offsets, samples = [], 0
-        for part in parts:
-            offsets.append(samples)
-            samples += part.samples
-        return _append([part.spread() for part in parts], offsets, samples)  # type: ignore[attr-defined]
-    whole = Total(tuple(parts))
-    counts_bytes = 8 * whole.shape.numel()
-    if sum(tensor.nbytes for tensor in whole.tensors()) <= counts_bytes:
-        return whole
-    return Counts(whole.count(), whole.samples)
-
-
-def _append(parts: Sequence[Rows], offsets: Sequence[int], samples: int) -> Rows:
-    return Rows(
-        shape=parts[0].shape,
-        samples=samples,
-        rows=torch.cat([part.rows for part in parts]),
-        owners=torch.cat([p.owners + offset for p, offset in zip(parts, offsets, strict=True)]),
-        outputs=pack(torch.cat([part.outputs.mask() for part in parts])),
-        by_entry=True,
-    )

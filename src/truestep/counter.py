@@ -6,18 +6,31 @@ the activity when the gradient has reached `.grad`. What becomes of it is `Recor
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import register_multi_grad_hook
 
 from truestep.activity import Activity
+from truestep.combine import Shared
+from truestep.consumers import Used, bypassed
 from truestep.errors import TruestepError
+from truestep.hooks import Hook, InOrder
+from truestep.layers import (
+    Layer,
+    batch_of,
+    check_batch,
+    find_layers,
+    layout_of,
+    parameter_names,
+    sizes_of,
+    tensors_in,
+)
 from truestep.records import Call, Record, Records
-from truestep.rules import RULES, Layout, Rule, Unit, find_rule
+from truestep.rules import RULES, Layout, Rule, Unit
 from truestep.update import scale_
 
 __all__ = ["SampleCounter"]
@@ -36,7 +49,8 @@ class SampleCounter:
         unit: what counts as a sample: "sample", or "position" (each time step or pixel).
         rules: layer class to rule, usually ``truestep.RULES | {MyLayer: my_rule}``.
         batch_dim: where layers' tensors hold the samples; or a mapping from module name (as in
-            `model.named_modules()`) to it for modules that differ from 0.
+            `model.named_modules()`) to it for modules that differ from 0, None for a module whose
+            tensors hold no samples and are shared by all.
         unsupported: "error", or "mean" to keep the plain gradient where a module has no rule.
 
     Raises:
@@ -58,7 +72,7 @@ class SampleCounter:
         *,
         unit: Unit = "sample",
         rules: Mapping[Any, Rule] = RULES,
-        batch_dim: int | Mapping[str, int] = 0,
+        batch_dim: int | Mapping[str, int | None] = 0,
         unsupported: Literal["error", "mean"] = "error",
     ) -> None:
         if unit not in {"sample", "position"}:
@@ -72,21 +86,23 @@ class SampleCounter:
             )
         self._unit = unit
         self._override: int | None = None
-        self._records = Records(_parameter_names(model), unit)
+        self._records = Records(parameter_names(model), unit)
         self._calls: list[Call | None] = []
         self._hooked: set[Tensor] = set()
+        self._uses: dict[Call, list[Used]] = {}
         dims = {"": batch_dim} if isinstance(batch_dim, int) else batch_dim
         everywhere = batch_dim if isinstance(batch_dim, int) else 0
-        self._batch_dim = dims.get("", 0)
-        layers, self._plain = _find_layers(model, rules, unsupported)
-        hook = partial(_Hook, weakref.ref(self))
+        self._batch_dim = dims.get("") or 0
+        self._bypass_checked = False
+        layers, self._plain = find_layers(model, rules, unsupported)
+        hook = partial(Hook, weakref.ref(self))
         self._handles: list[Any] = [
             model.register_forward_pre_hook(
                 hook(SampleCounter._on_call), with_kwargs=True, prepend=True
             )
         ]
         for name, module, rule in layers:
-            layer = _Layer(name, module, rule, Layout(dims.get(name, everywhere), unit))
+            layer = Layer(name, module, rule, Layout(dims.get(name, everywhere), unit))
             self._handles.append(
                 module.register_forward_hook(hook(SampleCounter._on_layer, layer), with_kwargs=True)
             )
@@ -231,143 +247,105 @@ class SampleCounter:
     # The hooks, in the order in which they run.
 
     def _on_call(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
-        inputs = _sizes((args, kwargs), self._batch_dim)
-        self._calls.append(Call(set(inputs)) if torch.is_grad_enabled() else None)
+        if not torch.is_grad_enabled():
+            self._calls.append(None)
+            return
+        inputs = list(tensors_in((args, kwargs)))
+        places = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+        call = Call(list(sizes_of(inputs, self._batch_dim)), places)
+        self._calls.append(call)
+        if not self._bypass_checked:
+            self._uses[call] = []
 
     def _on_layer(
-        self, layer: "_Layer", module: nn.Module, args: Any, kwargs: Any, output: Any
+        self, layer: Layer, module: nn.Module, args: Any, kwargs: Any, output: Any
     ) -> None:
         if not torch.is_grad_enabled():
             return
-        own = module._parameters.values()  # noqa: SLF001
-        trained = [p for p in own if p is not None and p.requires_grad]
+        outputs = list(tensors_in(output))
+        if not any(tensor.requires_grad for tensor in outputs):
+            return
+        trained = [p for p in module.parameters() if p.requires_grad and p.is_leaf]
         if not trained:
             return
-        if not isinstance(output, Tensor):
-            raise TruestepError(
-                f"{layer.name!r} returns {type(output).__name__}, and a rule is given the gradient of "
-                "one tensor; let the module return one"
-            )
-        if not output.requires_grad:
-            return
         for parameter in trained:
-            if parameter not in self._hooked and parameter.is_leaf:
-                hook = _Hook(weakref.ref(self), SampleCounter._on_accumulated)
+            if parameter not in self._hooked:
+                hook = Hook(weakref.ref(self), SampleCounter._on_accumulated)
                 self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
                 self._hooked.add(parameter)
-        call = self._calls[-1] if self._calls else None
-        activity = layer.rule(layer.layout, module, *args, **kwargs)
-        bound = (SampleCounter._on_gradient, layer, call or Call(outside=True), activity)
-        output.register_hook(_Hook(weakref.ref(self), *bound))
+        # In a backward pass activation checkpointing runs layers again, for the call it is in.
+        call = self._calls[-1] if self._calls else self._records.current
+        call = call or Call(outside=True)
+        layout = layout_of(layer, call, args, kwargs)
+        activity = layer.rule(layout, module, *args, **kwargs)
+        hook = Hook(weakref.ref(self), SampleCounter._on_gradient, layer, layout, call, activity)
+        if isinstance(output, Tensor):
+            output.register_hook(hook)
+        else:
+            waited = [tensor for tensor in outputs if tensor.requires_grad]
+            place = {id(tensor): index for index, tensor in enumerate(waited)}
+            order = [place.get(id(tensor)) for tensor in outputs]
+            register_multi_grad_hook(waited, InOrder(hook, order))
+        if call in self._uses:
+            nodes = [tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None]
+            self._uses[call].append((nodes, list(tensors_in((args, kwargs)))))
 
     def _on_return(self, _module: nn.Module, _args: Any, output: Any) -> None:
         call = self._calls.pop() if self._calls else None
         if call is None:
             return
-        call.sizes.update(_sizes(output, self._batch_dim))
+        call.sizes.extend(sizes_of(output, self._batch_dim))
+        outputs = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
+        for tensor in outputs:
+            tensor.register_hook(Hook(weakref.ref(self), SampleCounter._on_output_gradient, call))
+        uses = self._uses.pop(call, None)
+        if uses is not None and outputs:
+            self._bypass_checked = True
+            self._refuse_bypassed(outputs, uses)
+
+    def _on_output_gradient(self, call: Call, delta: Tensor) -> None:
+        self._records.enter(call)
         if self._unit == "position":
-            for tensor in _tensors(output):
-                if tensor.requires_grad and tensor.dim() > 0:
-                    tensor.register_hook(partial(_note_positions, call))
+            _note_positions(call, delta)
 
     def _on_gradient(
         self,
-        layer: "_Layer",
+        layer: Layer,
+        layout: Layout,
         call: Call,
-        activity: Callable[[Tensor], dict[str, Activity]],
-        delta: Tensor,
+        activity: Callable[..., dict[str, Activity]],
+        *deltas: Tensor | None,
     ) -> None:
-        for name, found in activity(delta.detach()).items():
-            parameter = getattr(layer.module, name)
+        detached = [None if delta is None else delta.detach() for delta in deltas]
+        for name, found in activity(*detached).items():
+            parameter = layer.module.get_parameter(name)
             if found.shape != parameter.shape:
                 raise TruestepError(
                     f"the rule for {layer.name!r} gives {name!r} the shape {tuple(found.shape)}, but "
                     f"the parameter has {tuple(parameter.shape)}; correct the rule"
                 )
+            if layout.batch_dim is None:
+                shared = Shared(found, batch_of(layer, call))
+                self._records.receive(parameter, call, shared)
+                continue
             if self._unit == "sample":
-                _check_batch(layer, call, found.samples)
+                check_batch(layer, call, found.samples)
             self._records.receive(parameter, call, found)
 
     def _on_accumulated(self, parameter: Tensor) -> None:
         self._records.commit(parameter)
 
-
-@dataclass(frozen=True)
-class _Layer:
-    name: str
-    module: nn.Module
-    rule: Rule
-    layout: Layout
-
-
-class _Hook:
-    """A hook that knows its counter weakly and does nothing once copied or pickled."""
-
-    def __init__(self, counter: Callable[[], SampleCounter | None], *bound: Any) -> None:
-        self.counter = counter
-        self._bound = bound
-
-    def __call__(self, *args: Any) -> None:
-        counter = self.counter()
-        if counter is not None:
-            method, *bound = self._bound
-            method(counter, *bound, *args)
-
-    def __reduce__(self) -> Any:
-        return _Hook, (_no_counter,)
-
-    def __deepcopy__(self, memo: Any) -> "_Hook":
-        return _Hook(_no_counter)
-
-
-def _no_counter() -> None:
-    return None
-
-
-def _find_layers(
-    model: nn.Module, rules: Mapping[Any, Rule], unsupported: str
-) -> tuple[list[tuple[str, nn.Module, Rule]], set[Tensor]]:
-    layers, plain, reasons = [], set(), []
-    for name, module in model.named_modules():
-        own = [p for p in module._parameters.values() if p is not None]  # noqa: SLF001
-        _refuse_second_counter(name, module)
-        if not own:
-            continue
-        rule = find_rule(module, rules)
-        if not isinstance(rule, str):
-            layers.append((name, module, rule))
-        elif unsupported == "mean":
-            plain.update(own)
-        elif any(parameter.requires_grad for parameter in own):
-            reasons.append(f"  {name or 'the model itself'}: {rule}")
-    if reasons:
-        raise TruestepError(
-            "the samples of these modules cannot be counted:\n"
-            + "\n".join(reasons)
-            + "\nGive each a rule, SampleCounter(model, rules=truestep.RULES | {MyLayer: my_rule}), "
-            "or keep their plain gradients with unsupported='mean'"
-        )
-    return layers, plain
-
-
-def _refuse_second_counter(name: str, module: nn.Module) -> None:
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]  # noqa: SLF001
-    if any(isinstance(hook, _Hook) and hook.counter() is not None for hook in hooks):
-        raise TruestepError(
-            f"another SampleCounter watches {name or 'this model'!r}; use that one, or close() it"
-        )
-
-
-def _check_batch(layer: _Layer, call: Call, samples: int) -> None:
-    known = call.sizes if call.batch_size is None else {call.batch_size}
-    if known and samples not in known:
-        raise TruestepError(
-            f"{layer.name!r} sees a batch of {samples}, the model one of "
-            f"{' or '.join(map(str, sorted(known)))}. Say where its samples are with "
-            f"SampleCounter(model, batch_dim={{{layer.name!r}: ...}}), count positions with "
-            "unit='position', or leave its inputs unflattened"
-        )
-    call.batch_size = samples
+    def _refuse_bypassed(self, outputs: list[Tensor], uses: list[Used]) -> None:
+        names = {p: name for p, name in self._records.names.items() if p not in self._plain}
+        found = bypassed(outputs, uses, names)
+        if found:
+            raise TruestepError(
+                f"the model uses {', '.join(map(repr, found))} without calling the module that owns it, "
+                "so the samples of that use would go uncounted. Call the module (an output head tied "
+                "to an embedding: nn.Linear with its weight set to the embedding's), give the module "
+                "that uses it a rule, or keep plain gradients: rules without its class and "
+                "unsupported='mean'"
+            )
 
 
 def _note_positions(call: Call, delta: Tensor) -> None:
@@ -378,26 +356,3 @@ def _note_positions(call: Call, delta: Tensor) -> None:
     mask = mask.flatten()
     known = call.positions.get(len(mask))
     call.positions[len(mask)] = mask if known is None else mask | known
-
-
-def _parameter_names(model: nn.Module) -> dict[Tensor, str]:
-    distributed = isinstance(model, nn.parallel.DistributedDataParallel)
-    prefix = "module." if distributed else ""
-    return {p: name.removeprefix(prefix) for name, p in model.named_parameters()}
-
-
-def _sizes(value: Any, batch_dim: int) -> Iterator[int]:
-    for tensor in _tensors(value):
-        if tensor.dim() > batch_dim:
-            yield tensor.shape[batch_dim]
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)

@@ -8,13 +8,13 @@ was empty or zero. What a backward pass leaves uncommitted is forgotten when it 
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
 from torch.autograd import Variable
 
-from truestep.activity import Activity, joint, total
+from truestep.activity import Activity
+from truestep.combine import joint, total
 from truestep.errors import TruestepError
 from truestep.rules import Unit
 
@@ -27,12 +27,14 @@ class Call:
 
     Attributes:
         sizes: the batch sizes that the call's inputs and outputs allow; empty where they show none.
+        inputs: where the inputs' memory is.
         outside: whether it is a layer's call outside any call of the model.
         batch_size: the batch size that its layers agree on.
         positions: for each number of positions at an output, bool: those with a gradient.
     """
 
-    sizes: set[int] = field(default_factory=set)
+    sizes: list[int] = field(default_factory=list)
+    inputs: set[int] = field(default_factory=set)
     outside: bool = False
     batch_size: int | None = None
     positions: dict[int, Tensor] = field(default_factory=dict)
@@ -47,6 +49,9 @@ class Record:
         batch_size: N of those samples' batches.
         gradient: weakly, the `.grad` that the record describes.
         version: that tensor's version when it was last known to agree with the record.
+        latest: the last call that it holds, with the backward pass.
+        uses: that call's uses, which a further use by the same samples must be joined with.
+        before: the record without that call.
         corrected: whether it is a mean effective gradient already.
         stepped: whether an optimizer has used it.
     """
@@ -55,6 +60,9 @@ class Record:
     batch_size: int | Tensor
     gradient: Callable[[], Tensor | None]
     version: int
+    latest: tuple[Call, int]
+    uses: list[Activity]
+    before: tuple[Activity, int | Tensor] | None
     corrected: bool = False
     stepped: bool = False
 
@@ -78,6 +86,9 @@ class Records:
         self.committed: dict[Tensor, Record] = {}
         self._unit = unit
         self._pending: dict[int, dict[Tensor, _Pending]] = {}
+        # The outermost backward pass and the call that it is going through, while it runs.
+        self._outermost: int | None = None
+        self.current: Call | None = None
 
     def clear(self) -> None:
         """Forgets everything."""
@@ -111,8 +122,7 @@ class Records:
             if len(self._pending) > MOST_BACKWARDS:
                 self._pending.clear()
             pending = self._pending[task] = {}
-            forget = partial(_forget, weakref.ref(self), task)
-            Variable._execution_engine.queue_callback(forget)  # noqa: SLF001
+            _at_end(self, Records.forget)
         if parameter not in pending:
             pending[parameter] = _Pending(self._starts_anew(parameter))
         pending[parameter].uses.setdefault(call, []).append(activity)
@@ -121,7 +131,8 @@ class Records:
         """Makes the pending activity part of the record, once the gradient has reached `.grad`."""
         gradient, record = parameter.grad, self.committed.get(parameter)
         assert gradient is not None  # noqa: S101
-        entry = self._pending.get(_backward_id(), {}).pop(parameter, None)
+        task = _backward_id()
+        entry = self._pending.get(task, {}).pop(parameter, None)
         if entry is None:
             # A gradient from elsewhere. If more than it changed .grad since a step, it was zeroed.
             if record is not None and record.stepped and _version(gradient) > record.version + 1:
@@ -133,18 +144,22 @@ class Records:
                 "model, so which samples belong together is unknown; make the SampleCounter on the "
                 "module that is called"
             )
-        parts, sizes = [], []
+        before = None if entry.fresh or record is None else (record.activity, record.batch_size)
         for call, uses in entry.uses.items():
-            for same in _same_samples(uses):
-                part = joint(same)
-                parts.append(part)
-                sizes.append(self._size(call, part))
-        if not entry.fresh and record is not None:
-            parts.insert(0, record.activity)
-            sizes.insert(0, record.batch_size)
-        self.committed[parameter] = Record(
-            total(parts), sum(sizes), weakref.ref(gradient), _version(gradient)
-        )
+            latest = (call, task if self._outermost is None else self._outermost)
+            if before is not None and record is not None and record.latest == latest:
+                # Nested backward passes (reentrant checkpointing) deliver one call piece by piece.
+                joined, before = record.uses + uses, record.before
+            else:
+                joined = uses
+            activity, size = self._joint(call, joined)
+            if before is not None:
+                activity, size = total([before[0], activity]), before[1] + size
+            reference, version = weakref.ref(gradient), _version(gradient)
+            record = Record(activity, size, reference, version, latest, joined, before)
+            before = (activity, size)
+        assert record is not None  # noqa: S101
+        self.committed[parameter] = record
 
     def mark_corrected(self, parameter: Tensor) -> None:
         """Notes that the parameter's `.grad` was turned into a mean effective gradient in place."""
@@ -152,6 +167,17 @@ class Records:
         assert parameter.grad is not None  # noqa: S101
         record.corrected = True
         record.version = _version(parameter.grad)
+
+    def enter(self, call: Call) -> None:
+        """Notes that the backward pass has come to the output of a call."""
+        self.current = call
+        if self._outermost is None or self._outermost != _backward_id():
+            self._outermost = _backward_id()
+            _at_end(self, Records.leave)
+
+    def leave(self, _task: int) -> None:
+        """Notes the end of the backward pass."""
+        self.current = self._outermost = None
 
     def forget(self, task: int) -> None:
         """Drops what a backward pass has left pending."""
@@ -175,11 +201,17 @@ class Records:
             )
         return False
 
-    def _size(self, call: Call, part: Activity) -> int | Tensor:
+    def _joint(self, call: Call, uses: list[Activity]) -> tuple[Activity, int | Tensor]:
+        """One call's activity and its N."""
+        parts = [joint(same) for same in _same_samples(uses)]
         if self._unit == "sample":
-            return part.samples
-        at_output = call.positions.get(part.samples)
-        return (part.reached() if at_output is None else at_output).sum()
+            return total(parts), sum(part.samples for part in parts)
+        at_output = [call.positions.get(part.samples) for part in parts]
+        masks = [
+            part.reached() if mask is None else mask
+            for part, mask in zip(parts, at_output, strict=True)
+        ]
+        return total(parts), sum(mask.sum() for mask in masks)
 
 
 # Backward passes can nest (activation checkpointing), though not this deep.
@@ -194,10 +226,16 @@ def _version(tensor: Tensor) -> int:
     return tensor._version  # noqa: SLF001
 
 
-def _forget(reference: Callable[[], Records | None], task: int) -> None:
-    records = reference()
-    if records is not None:
-        records.forget(task)
+def _at_end(records: Records, method: Callable[[Records, int], None]) -> None:
+    """Calls a method with the backward pass's id when that backward pass ends."""
+    task, reference = _backward_id(), weakref.ref(records)
+
+    def call() -> None:
+        living = reference()
+        if living is not None:
+            method(living, task)
+
+    Variable._execution_engine.queue_callback(call)  # noqa: SLF001
 
 
 def _same_samples(uses: list[Activity]) -> Iterator[list[Activity]]:

@@ -17,7 +17,7 @@ from torch.nn import functional
 from truestep.activity import Activity, Elements, Outer, Rows, Window
 from truestep.bits import pack
 
-__all__ = ["RULES", "Layout", "Rule", "Unit", "find_rule"]
+__all__ = ["RULES", "Layout", "Rule", "Unit", "find_rule", "looks_up_positions"]
 
 Unit = Literal["sample", "position"]
 Rule = Callable[..., Callable[[Tensor], dict[str, Activity]]]
@@ -28,12 +28,12 @@ class Layout:
     """Where a layer's tensors hold the samples.
 
     Attributes:
-        batch_dim: the dimension that counts samples.
+        batch_dim: the dimension that counts samples; None where there is none.
         unit: "sample": a sample contributes if any of its positions does; "position": each position
             is a sample.
     """
 
-    batch_dim: int = 0
+    batch_dim: int | None = 0
     unit: Unit = "sample"
 
     def arrange(self, mask: Tensor, unit_dims: int = 1) -> Tensor:
@@ -45,12 +45,12 @@ class Layout:
             unit_dims: how many trailing dimensions are the units.
         """
         lead = mask.dim() - unit_dims
-        if lead == 0:
-            mask, lead = mask.unsqueeze(0), 1
+        if lead == 0 or self.batch_dim is None:
+            mask, lead = mask.unsqueeze(0), lead + 1
         mask = mask.flatten(lead)
         if lead == 1:
             return mask
-        mask = mask.movedim(self.batch_dim, 0)
+        mask = mask.movedim(self.batch_dim or 0, 0)
         return mask.flatten(0, lead - 1) if self.unit == "position" else mask.flatten(1, lead - 1)
 
 
@@ -135,6 +135,12 @@ def embedding(
         return {"weight": _rows(module, rows.flatten(), owners, mask, len(rows), by_entry=True)}
 
     return activity
+
+
+def looks_up_positions(input: Tensor) -> bool:
+    """Whether indices are consecutive numbers without samples: ``[T]`` or ``[1, T]``, from `arange`."""
+    row = input.squeeze(0) if input.dim() == 2 else input  # noqa: PLR2004
+    return row.dim() == 1 and len(row) > 1 and bool((row.diff() == 1).all())
 
 
 def embedding_bag(

@@ -1,0 +1,198 @@
+"""Activity of several uses and batches: `joint`, `total`, and what they are made of."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from truestep.activity import Activity, Elements, Rows
+from truestep.bits import Bits, pack
+
+__all__ = ["Counts", "Joint", "Shared", "Total", "joint", "total"]
+
+
+@dataclass(frozen=True)
+class Joint(Activity):
+    """Several uses of one parameter by the same samples: a sample counts once."""
+
+    uses: tuple[Activity, ...]
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        """The parameter's shape."""
+        return self.uses[0].shape
+
+    @property
+    def samples(self) -> int:  # type: ignore[override]
+        """The number of samples."""
+        return self.uses[0].samples
+
+    def masks(self, start: int, stop: int) -> Tensor:  # noqa: D102
+        mask = self.uses[0].masks(start, stop)
+        for use in self.uses[1:]:
+            mask = mask | use.masks(start, stop)
+        return mask
+
+    def reached(self) -> Tensor:  # noqa: D102
+        return torch.stack([use.reached() for use in self.uses]).any(0)
+
+    def tensors(self) -> Iterator[Tensor]:  # noqa: D102
+        for use in self.uses:
+            yield from use.tensors()
+
+
+@dataclass(frozen=True)
+class Total(Activity):
+    """Separate batches: their counts add."""
+
+    parts: tuple[Activity, ...]
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        """The parameter's shape."""
+        return self.parts[0].shape
+
+    @property
+    def samples(self) -> int:  # type: ignore[override]
+        """The number of samples."""
+        return sum(part.samples for part in self.parts)
+
+    def masks(self, start: int, stop: int) -> Tensor:  # noqa: D102
+        pieces, first = [], 0
+        for part in self.parts:
+            low, high = max(start - first, 0), min(stop - first, part.samples)
+            if low < high:
+                pieces.append(part.masks(low, high))
+            first += part.samples
+        return torch.cat(pieces)
+
+    def count(self) -> Tensor:  # noqa: D102
+        counts = self.parts[0].count()
+        for part in self.parts[1:]:
+            counts = counts + part.count()
+        return counts
+
+    def reached(self) -> Tensor:  # noqa: D102
+        return torch.cat([part.reached() for part in self.parts])
+
+    def tensors(self) -> Iterator[Tensor]:  # noqa: D102
+        for part in self.parts:
+            yield from part.tensors()
+
+
+@dataclass(frozen=True)
+class Shared(Activity):
+    """A use without samples of its own, such as a table of positions: each of several samples repeats it.
+
+    Its gradient reaches it summed over those samples, so that this is an upper bound.
+    """
+
+    use: Activity
+    times: int
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        """The parameter's shape."""
+        return self.use.shape
+
+    @property
+    def samples(self) -> int:  # type: ignore[override]
+        """The number of samples."""
+        return self.times * self.use.samples
+
+    def masks(self, start: int, stop: int) -> Tensor:  # noqa: D102
+        index = torch.arange(start, stop, device=next(self.tensors()).device) % self.use.samples
+        return self.use.masks(0, self.use.samples)[index]
+
+    def count(self) -> Tensor:  # noqa: D102
+        return self.times * self.use.count()
+
+    def reached(self) -> Tensor:  # noqa: D102
+        return self.use.reached().repeat(self.times)
+
+    def tensors(self) -> Iterator[Tensor]:  # noqa: D102
+        return self.use.tensors()
+
+
+@dataclass(frozen=True)
+class Counts(Activity):
+    """Counts that took the place of bits which would have outgrown them.
+
+    Attributes:
+        counts: int64, shaped like the parameter.
+        samples: number of samples they were taken over.
+    """
+
+    counts: Tensor
+    samples: int
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        """The parameter's shape."""
+        return self.counts.shape
+
+    def masks(self, start: int, stop: int) -> Tensor:  # noqa: D102
+        raise TypeError(
+            f"counts of {self.samples} samples hold no mask of samples {start} to {stop}"
+        )
+
+    def reached(self) -> Tensor:  # noqa: D102
+        raise TypeError(f"counts of {self.samples} samples do not say which samples they were")
+
+    def count(self) -> Tensor:  # noqa: D102
+        return self.counts
+
+    def tensors(self) -> Iterator[Tensor]:  # noqa: D102
+        yield self.counts
+
+
+def joint(uses: Sequence[Activity]) -> Activity:
+    """Joins the uses of one parameter in one forward call: a sample counts once.
+
+    Args:
+        uses: at least one, of the same parameter and the same samples.
+    """
+    first = uses[0]
+    if len(uses) == 1:
+        return first
+    if all(isinstance(use, Elements) for use in uses):
+        words = first.bits.words  # type: ignore[attr-defined]
+        for use in uses[1:]:
+            words = words | use.bits.words  # type: ignore[attr-defined]
+        return Elements(first.shape, Bits(words, first.samples))
+    if all(isinstance(use, Rows) for use in uses):
+        return _append([use.spread() for use in uses], [0] * len(uses), first.samples)  # type: ignore[attr-defined]
+    return Joint(tuple(uses))
+
+
+def total(parts: Sequence[Activity]) -> Activity:
+    """Adds the activity of separate batches; bits that would outgrow their counts become counts.
+
+    Args:
+        parts: at least one, of the same parameter.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    if all(isinstance(part, Rows) for part in parts):
+        offsets, samples = [], 0
+        for part in parts:
+            offsets.append(samples)
+            samples += part.samples
+        return _append([part.spread() for part in parts], offsets, samples)  # type: ignore[attr-defined]
+    whole = Total(tuple(parts))
+    counts_bytes = 8 * whole.shape.numel()
+    if sum(tensor.nbytes for tensor in whole.tensors()) <= counts_bytes:
+        return whole
+    return Counts(whole.count(), whole.samples)
+
+
+def _append(parts: Sequence[Rows], offsets: Sequence[int], samples: int) -> Rows:
+    return Rows(
+        shape=parts[0].shape,
+        samples=samples,
+        rows=torch.cat([part.rows for part in parts]),
+        owners=torch.cat([p.owners + offset for p, offset in zip(parts, offsets, strict=True)]),
+        outputs=pack(torch.cat([part.outputs.mask() for part in parts])),
+        by_entry=True,
+    )

@@ -1,0 +1,144 @@
+"""The layers that a counter watches, and where their tensors hold the samples."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from truestep.errors import TruestepError
+from truestep.hooks import Hook
+from truestep.records import Call
+from truestep.rules import Layout, Rule, find_rule, looks_up_positions
+
+__all__ = [
+    "Layer",
+    "batch_of",
+    "check_batch",
+    "find_layers",
+    "layout_of",
+    "parameter_names",
+    "sizes_of",
+    "tensors_in",
+]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module with a rule: its dotted name, the module, its rule and its layout."""
+
+    name: str
+    module: nn.Module
+    rule: Rule
+    layout: Layout
+
+
+def parameter_names(model: nn.Module) -> dict[Tensor, str]:
+    """Parameter to name, as in `model.named_parameters()` without DistributedDataParallel's prefix."""
+    distributed = isinstance(model, nn.parallel.DistributedDataParallel)
+    prefix = "module." if distributed else ""
+    return {p: name.removeprefix(prefix) for name, p in model.named_parameters()}
+
+
+def find_layers(
+    model: nn.Module, rules: Mapping[Any, Rule], unsupported: str
+) -> tuple[list[tuple[str, nn.Module, Rule]], set[Tensor]]:
+    """The modules that have a rule, and the parameters that keep their plain gradient.
+
+    Raises:
+        TruestepError: A module with trained parameters has no rule (all are named) and
+            `unsupported` is "error", or another counter watches the model.
+    """
+    layers, plain, reasons = [], set(), []
+    for name, module in model.named_modules():
+        own = [p for p in module._parameters.values() if p is not None]  # noqa: SLF001
+        _refuse_second_counter(name, module)
+        if not own:
+            continue
+        rule = find_rule(module, rules)
+        if not isinstance(rule, str):
+            layers.append((name, module, rule))
+        elif unsupported == "mean":
+            plain.update(own)
+        elif any(parameter.requires_grad for parameter in own):
+            reasons.append(f"  {name or 'the model itself'}: {rule}")
+    if reasons:
+        raise TruestepError(
+            "the samples of these modules cannot be counted:\n"
+            + "\n".join(reasons)
+            + "\nGive each a rule, SampleCounter(model, rules=truestep.RULES | {MyLayer: my_rule}), "
+            "or keep their plain gradients with unsupported='mean'"
+        )
+    return layers, plain
+
+
+def _refuse_second_counter(name: str, module: nn.Module) -> None:
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]  # noqa: SLF001
+    if any(isinstance(hook, Hook) and hook.counter() is not None for hook in hooks):
+        raise TruestepError(
+            f"another SampleCounter watches {name or 'this model'!r}; use that one, or close() it"
+        )
+
+
+def layout_of(layer: Layer, call: Call, args: Any, kwargs: Any) -> Layout:
+    """The layer's layout; a table of positions looked up once for all samples has no samples."""
+    if layer.layout.batch_dim is None or not isinstance(layer.module, nn.Embedding):
+        return layer.layout
+    indices, dim = next(tensors_in((args, kwargs))), layer.layout.batch_dim
+    if not call.sizes or indices.dim() > 2 or indices.dim() <= dim:  # noqa: PLR2004
+        return layer.layout
+    if indices.shape[dim] not in call.sizes:
+        return (
+            replace(layer.layout, batch_dim=None) if looks_up_positions(indices) else layer.layout
+        )
+    made_inside = indices.untyped_storage().data_ptr() not in call.inputs
+    if indices.dim() == 1 and made_inside and looks_up_positions(indices):
+        raise TruestepError(
+            f"{layer.name!r} looks up {len(indices)} consecutive rows in a batch of {len(indices)}: one "
+            "row for each sample, or positions that all samples share? Look positions up with the "
+            f"shape [1, {len(indices)}], or say batch_dim={{{layer.name!r}: None}} (shared) or 0"
+        )
+    return layer.layout
+
+
+def batch_of(layer: Layer, call: Call) -> int:
+    """How many samples share a layer without samples of its own."""
+    size = call.batch_size or next(iter(call.sizes), None)
+    if size is None:
+        raise TruestepError(
+            f"how many samples share {layer.name!r} is unknown, since no tensor of the model's call "
+            "shows a batch size; set counter.batch_size and leave the module without a rule"
+        )
+    return size
+
+
+def check_batch(layer: Layer, call: Call, samples: int) -> None:
+    """Raises `TruestepError` unless the layer sees as many samples as the model does."""
+    known = set(call.sizes) if call.batch_size is None else {call.batch_size}
+    if known and samples not in known:
+        raise TruestepError(
+            f"{layer.name!r} sees a batch of {samples}, the model one of "
+            f"{' or '.join(map(str, sorted(known)))}. Say where its samples are with "
+            f"SampleCounter(model, batch_dim={{{layer.name!r}: ...}}), None where all samples share "
+            "its inputs, count positions with unit='position', or leave its inputs unflattened"
+        )
+    call.batch_size = samples
+
+
+def sizes_of(value: Any, batch_dim: int) -> Iterator[int]:
+    """The sizes that tensors in nested containers have in their batch dimension."""
+    for tensor in tensors_in(value):
+        if tensor.dim() > batch_dim:
+            yield tensor.shape[batch_dim]
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested lists, tuples and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)
