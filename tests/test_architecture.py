@@ -11,7 +11,7 @@ ROOT = Path(truestep.__file__).parent
 
 # Lower layers first; a module may import modules of lower layers and of its own.
 LAYERS = [
-    {"errors"},
+    {"errors", "kernels"},
     {"bits", "activity", "combine", "rules", "update", "oracle", "consumers"},
     {"records", "hooks", "layers", "counter"},
     {"optim", "transforms"},
@@ -20,7 +20,7 @@ LAYERS = [
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-CORE = [name for names in LAYERS[:4] for name in sorted(names)]
+CORE = [name for names in LAYERS[:4] for name in sorted(names) if name != "kernels"]
 
 
 def imports(path):
@@ -59,6 +59,15 @@ def test_the_core_knows_torch_alone(name):
     known = {"abc", "collections", "copy", "dataclasses", "functools", "math", "typing", "weakref"}
     roots = {imported.split(".")[0] for imported in imports(ROOT / f"{name}.py")}
     assert roots <= allowed | known
+
+
+def test_only_the_compiled_loops_import_numba():
+    importing = {
+        str(path.relative_to(ROOT))
+        for path in FILES
+        if any(name.split(".")[0] in {"numba", "llvmlite"} for name in imports(path))
+    }
+    assert importing == {"kernels/loops.py"}
 
 
 def test_only_the_counter_hooks_modules():

@@ -65,6 +65,16 @@ class Elements(Activity):
     bits: Bits
 
     @property
+    def flat(self) -> bool:
+        """Whether the count is the bits on in `words`: always."""
+        return True
+
+    @property
+    def words(self) -> tuple[Tensor | None, Tensor]:
+        """Output and input words, as `truestep.kernels.scaling.scale_` takes them."""
+        return None, self.bits.words
+
+    @property
     def samples(self) -> int:  # type: ignore[override]
         """The number of samples."""
         return self.bits.samples
@@ -140,6 +150,16 @@ class Outer(Activity):
     outputs: Bits
     inputs: Bits
     window: Window | None = None
+
+    @property
+    def flat(self) -> bool:
+        """Whether the count is the bits on in both `words`: no positions are to be joined."""
+        return self.window is None and not self.outputs.has_positions
+
+    @property
+    def words(self) -> tuple[Tensor | None, Tensor]:
+        """Output and input words, as `truestep.kernels.scaling.scale_` takes them."""
+        return self.outputs.words, self.inputs.words
 
     @property
     def by_position(self) -> bool:

@@ -1,15 +1,14 @@
 """Boolean masks with one bit per element."""
 
-import functools
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-__all__ = ["Bits", "pack"]
+from truestep.kernels import packing
+from truestep.kernels.packing import WORD, unpack
 
-WORD = 64
+__all__ = ["Bits", "pack"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +21,7 @@ class Bits:
         length: how many bits of the packed axis are in use.
 
     Example:
+        >>> import torch
         >>> mask = torch.tensor([[True, False], [True, True]])
         >>> bits = pack(mask)
         >>> bits.words.tolist(), bits.mask().tolist() == mask.tolist()
@@ -57,42 +57,22 @@ class Bits:
             Bool, ``[samples, units]`` or ``[samples, positions, units]``.
         """
         if self.has_positions:
-            return _unpack(self.words[start:stop], self.length)
+            return unpack(self.words[start:stop], self.length)
         stop = self.length if stop is None else stop
         first = start // WORD
         words = self.words[first : math.ceil(stop / WORD)]
-        return _unpack(words, stop - first * WORD)[start - first * WORD :]
+        return unpack(words, stop - first * WORD)[start - first * WORD :]
+
+    def any_position(self) -> "Bits":
+        """Whether any position of a sample is on; the same where there are no positions."""
+        return pack((self.words != 0).any(1)) if self.has_positions else self
 
 
 def pack(mask: Tensor) -> Bits:
-    """Packs a boolean mask ``[samples, units]`` or ``[samples, positions, units]``.
+    """Packs a mask, or the non-zero entries of numbers, to bits.
 
     Args:
-        mask: bool; samples are packed into words, or positions where the mask has them.
+        mask: ``[samples, units]`` or ``[samples, positions, units]``; samples are packed into words,
+            or positions where it has them.
     """
-    *lead, length, units = mask.shape
-    words = math.ceil(length / WORD)
-    octets = mask.view(torch.uint8)
-    if length != words * WORD:
-        padded = octets.new_zeros(*lead, words * WORD, units)
-        padded[..., :length, :] = octets
-        octets = padded
-    octets = octets.reshape(*lead, words * 8, 8, units)
-    packed = (octets * _places(mask.device)).sum(-2, dtype=torch.uint8)
-    packed = packed.reshape(*lead, words, 8, units).transpose(-1, -2)
-    adjacent = octets.new_empty(*lead, words, units, 8).copy_(packed)
-    return Bits(adjacent.view(torch.int64).squeeze(-1), length)
-
-
-def _unpack(words: Tensor, length: int) -> Tensor:
-    *lead, count, units = words.shape
-    octets = words.unsqueeze(-1).view(torch.uint8)
-    octets = octets.transpose(-1, -2).reshape(*lead, count * 8, 1, units)
-    bits = torch.bitwise_and(octets, _places(words.device)).ne_(0).view(torch.bool)
-    return bits.reshape(*lead, count * WORD, units)[..., :length, :]
-
-
-@functools.cache
-def _places(device: torch.device) -> Tensor:
-    """The places of eight bits in an octet, uint8 ``[8, 1]``."""
-    return torch.tensor([[1 << bit] for bit in range(8)], dtype=torch.uint8, device=device)
+    return Bits(packing.pack(mask), mask.shape[-2])

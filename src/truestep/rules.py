@@ -37,7 +37,7 @@ class Layout:
     unit: Unit = "sample"
 
     def arrange(self, mask: Tensor, unit_dims: int = 1) -> Tensor:
-        """Reorders a mask to ``[samples, units]`` or ``[samples, positions, units]``.
+        """Reorders a mask, or numbers, to ``[samples, units]`` or ``[samples, positions, units]``.
 
         Args:
             mask: any shape; its last `unit_dims` dimensions are the units; without a dimension for
@@ -64,17 +64,15 @@ def linear(
     input: Tensor,
 ) -> Callable[[Tensor], dict[str, Activity]]:
     """`nn.Linear`: weight (j, k) needs output gradient j and input k, bias j output gradient j."""
-    inputs = pack(layout.arrange(input != 0)) if module.weight.requires_grad else None
+    inputs = pack(layout.arrange(input)) if module.weight.requires_grad else None
 
     def activity(delta: Tensor) -> dict[str, Activity]:
-        mask = layout.arrange(delta != 0)
         found: dict[str, Activity] = {}
-        outputs = pack(mask)
+        outputs = pack(layout.arrange(delta))
         if inputs is not None:
             found["weight"] = Outer(module.weight.shape, outputs, inputs)
         if module.bias is not None and module.bias.requires_grad:
-            ends = outputs if mask.dim() == 2 else pack(_any_position(mask))  # noqa: PLR2004
-            found["bias"] = Elements(module.bias.shape, ends)
+            found["bias"] = Elements(module.bias.shape, outputs.any_position())
         return found
 
     return activity
@@ -91,7 +89,7 @@ def convolution(
     apart = Layout(layout.batch_dim)
     inputs, size = None, tuple(input.shape[-rank:])
     if module.weight.requires_grad:
-        inputs = pack(apart.arrange((input != 0).movedim(-rank - 1, -1)))
+        inputs = pack(apart.arrange(input.movedim(-rank - 1, -1)))
 
     def activity(delta: Tensor) -> dict[str, Activity]:
         mask = (delta != 0).movedim(-rank - 1, -1)

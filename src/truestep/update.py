@@ -5,10 +5,13 @@ Parameter", Mathematics 10 (2022) 863, Algorithm 2. DA-SGD: Ahn: "A Directional 
 Method In Mini-Batch Gradient Descent", equation 1.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
-from truestep.activity import Activity
+from truestep.activity import Activity, Elements, Outer
+from truestep.kernels import scaling
 
 __all__ = ["adaptive_factor", "boosted", "booster", "scale_"]
 
@@ -62,6 +65,11 @@ def scale_(
         `gradient`.
     """
     dtype = torch.promote_types(gradient.dtype, torch.float32).to_real()
+    if scaling.can_scale(gradient) and isinstance(activity, Elements | Outer) and activity.flat:
+        outputs, inputs = activity.words
+        factors = _factors(activity.samples, int(batch_size), eps, factor_limit, dtype)
+        scaling.scale_(gradient, outputs, inputs, factors)
+        return gradient
     rows, counts = activity.count_rows()
     if gradient.is_sparse:
         if rows is not None:
@@ -74,6 +82,14 @@ def scale_(
     if rows is None:
         return gradient.mul_(factor)
     return gradient.index_copy_(0, rows, (gradient[rows] * factor).to(gradient.dtype))
+
+
+@functools.lru_cache(maxsize=64)
+def _factors(
+    samples: int, batch_size: int, eps: float, factor_limit: float | None, dtype: torch.dtype
+) -> Tensor:
+    """The factor for each count from 0 to `samples`; batches of one size share it."""
+    return adaptive_factor(torch.arange(samples + 1), batch_size, eps, factor_limit, dtype)
 
 
 def booster(gradient: Tensor, previous: Tensor) -> Tensor:

@@ -1,0 +1,39 @@
+"""Multiplying a gradient by a factor of its adaptive batch sizes, counted on the way."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from truestep.kernels.dispatch import compiled_loops
+
+__all__ = ["can_scale", "scale_"]
+
+
+def can_scale(gradient: Tensor) -> bool:
+    """Whether `scale_` takes this gradient."""
+    wide = gradient.dtype in {torch.float32, torch.float64}
+    return wide and compiled_loops(gradient) and gradient.is_contiguous()
+
+
+def scale_(gradient: Tensor, outputs: Tensor | None, inputs: Tensor, factors: Tensor) -> None:
+    """Multiplies ``gradient[j, k]`` in place by ``factors[m]``, m the bits on in output j and input k.
+
+    Args:
+        gradient: ``[J, K]`` seen through any shape, contiguous.
+        outputs: int64 ``[words, J]``; None for one output whose bits are all on.
+        inputs: int64 ``[words, K]``.
+        factors: ``[samples + 1]``, of the gradient's dtype.
+    """
+    if outputs is None:
+        outputs = inputs.new_full((len(inputs), 1), -1)
+    flat = gradient.detach().view(outputs.shape[1], inputs.shape[1])
+    _loops().scale(flat.numpy(), outputs.numpy(), inputs.numpy(), factors.numpy())
+
+
+@functools.cache
+def _loops() -> Any:
+    from truestep.kernels import loops  # noqa: PLC0415 - imports numba, which takes half a second
+
+    return loops
