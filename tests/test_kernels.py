@@ -8,7 +8,7 @@ from torch import nn
 
 import truestep
 from properties import assert_counts_equal_oracle, assert_step_equals_oracle
-from truestep.activity import Elements, Outer
+from truestep.activity import Elements, Outer, Rows
 from truestep.bits import pack
 from truestep.kernels import dispatch, packing, scaling
 from truestep.update import adaptive_factor, scale_
@@ -64,6 +64,23 @@ def test_scaling_equals_its_twin(dtype, samples, rows, columns):
         expected = gradient * factor
         assert scaling.can_scale(gradient)
         assert torch.equal(scale_(gradient, activity, samples, 1.0, 3.0), expected)
+
+
+@given(
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    samples=st.integers(1, 150),
+    entries=st.integers(0, 80),
+    by_entry=st.booleans(),
+    ordered=st.booleans(),
+)
+def test_scaling_rows_equals_its_twin(dtype, samples, entries, by_entry, ordered):
+    owners, rows = torch.randint(0, samples, (entries,)), torch.randint(0, 6, (entries,))
+    owners = owners.sort().values if ordered else owners
+    outputs = pack(torch.rand(entries if by_entry else samples, 5) < 0.5)
+    activity = Rows(torch.Size([6, 5]), samples, rows, owners, outputs, by_entry)
+    gradient = torch.randn(6, 5, dtype=dtype)
+    expected = gradient * adaptive_factor(activity.count(), samples, 1.0, None, dtype)
+    assert torch.equal(scale_(gradient, activity, samples), expected)
 
 
 def test_half_and_strided_gradients_take_the_twin():

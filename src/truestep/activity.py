@@ -238,6 +238,14 @@ class Rows(Activity):
             return self
         return replace(self, outputs=pack(self.outputs.mask()[self.owners]), by_entry=True)
 
+    def in_order(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows, owners and output words, the entries of one sample next to each other."""
+        if len(self.owners) < 2 or bool((self.owners[1:] >= self.owners[:-1]).all()):  # noqa: PLR2004
+            return self.rows, self.owners, self.outputs.words
+        order = self.owners.argsort(stable=True)
+        outputs = pack(self.outputs.mask()[order]) if self.by_entry else self.outputs
+        return self.rows[order], self.owners[order], outputs.words
+
     @cached_property
     def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
         """Each (sample, row) once: samples, rows, and mask ``[pairs, features]``."""

@@ -10,7 +10,7 @@ import functools
 import torch
 from torch import Tensor
 
-from truestep.activity import Activity, Elements, Outer
+from truestep.activity import Activity, Elements, Outer, Rows
 from truestep.kernels import scaling
 
 __all__ = ["adaptive_factor", "boosted", "booster", "scale_"]
@@ -65,23 +65,29 @@ def scale_(
         `gradient`.
     """
     dtype = torch.promote_types(gradient.dtype, torch.float32).to_real()
-    if scaling.can_scale(gradient) and isinstance(activity, Elements | Outer) and activity.flat:
-        outputs, inputs = activity.words
+    if scaling.can_scale(gradient) and isinstance(activity, Elements | Outer | Rows):
         factors = _factors(activity.samples, int(batch_size), eps, factor_limit, dtype)
-        scaling.scale_(gradient, outputs, inputs, factors)
-        return gradient
-    rows, counts = activity.count_rows()
+        if isinstance(activity, Rows):
+            rows, owners, outputs = activity.in_order()
+            scaling.scale_rows_(
+                gradient, rows, owners, outputs, factors, by_entry=activity.by_entry
+            )
+            return gradient
+        if activity.flat:
+            scaling.scale_(gradient, *activity.words, factors)
+            return gradient
+    used, counts = activity.count_rows()
     if gradient.is_sparse:
-        if rows is not None:
+        if used is not None:
             counts = activity.count()
         # Each stored value is scaled by its row's factor; coalescing or not makes no difference.
         counts = counts[gradient._indices()[0]]  # noqa: SLF001
         gradient._values().mul_(adaptive_factor(counts, batch_size, eps, factor_limit, dtype))  # noqa: SLF001
         return gradient
     factor = adaptive_factor(counts, batch_size, eps, factor_limit, dtype)
-    if rows is None:
+    if used is None:
         return gradient.mul_(factor)
-    return gradient.index_copy_(0, rows, (gradient[rows] * factor).to(gradient.dtype))
+    return gradient.index_copy_(0, used, (gradient[used] * factor).to(gradient.dtype))
 
 
 @functools.lru_cache(maxsize=64)

@@ -7,7 +7,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-__all__ = ["pack", "pack_halves", "scale"]
+__all__ = ["pack", "pack_halves", "scale", "scale_rows"]
 
 WORD = 64
 
@@ -75,3 +75,45 @@ def scale(gradient: Any, outputs: Any, inputs: Any, factors: Any) -> None:
         target = gradient[row]
         for column in range(columns):
             target[column] *= factors[counts[column]]
+
+
+@njit(cache=True, nogil=True)
+def scale_rows(
+    gradient: Any, rows: Any, owners: Any, outputs: Any, by_entry: Any, factors: Any
+) -> None:
+    """Multiplies the rows that are looked up by ``factors[m]``, m the samples that reach (row, column).
+
+    Args:
+        gradient: ``[V, D]``.
+        rows: int64 ``[entries]``, the row that each entry looks up.
+        owners: int64 ``[entries]``, the sample of each entry, in ascending order.
+        outputs: int64 ``[words, D]``, bits of entries or of samples.
+        by_entry: which of the two.
+        factors: ``[largest m + 1]``, of the gradient's dtype.
+    """
+    columns = gradient.shape[1]
+    place = np.full(gradient.shape[0], -1, np.int64)
+    used = np.empty(min(len(rows), gradient.shape[0]), np.int64)
+    found = 0
+    for entry in range(len(rows)):
+        if place[rows[entry]] < 0:
+            place[rows[entry]] = found
+            used[found] = rows[entry]
+            found += 1
+    counts = np.zeros((found, columns), np.int32)
+    # The last sample counted: one that looks a row up twice counts once.
+    latest = np.full((found, columns), -1, np.int32)
+    for entry in range(len(rows)):
+        sample = np.int32(owners[entry])
+        bit = entry if by_entry else owners[entry]
+        source = outputs[bit // WORD]
+        shift = np.int64(bit % WORD)
+        count, last = counts[place[rows[entry]]], latest[place[rows[entry]]]
+        for column in range(columns):
+            on = np.int32((source[column] >> shift) & 1)
+            count[column] += on & np.int32(last[column] != sample)
+            last[column] = sample if on else last[column]
+    for index in range(found):
+        target, count = gradient[used[index]], counts[index]
+        for column in range(columns):
+            target[column] *= factors[count[column]]

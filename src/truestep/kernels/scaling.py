@@ -8,7 +8,7 @@ from torch import Tensor
 
 from truestep.kernels.dispatch import compiled_loops
 
-__all__ = ["can_scale", "scale_"]
+__all__ = ["can_scale", "scale_", "scale_rows_"]
 
 
 def can_scale(gradient: Tensor) -> bool:
@@ -30,6 +30,35 @@ def scale_(gradient: Tensor, outputs: Tensor | None, inputs: Tensor, factors: Te
         outputs = inputs.new_full((len(inputs), 1), -1)
     flat = gradient.detach().view(outputs.shape[1], inputs.shape[1])
     _loops().scale(flat.numpy(), outputs.numpy(), inputs.numpy(), factors.numpy())
+
+
+def scale_rows_(
+    gradient: Tensor,
+    rows: Tensor,
+    owners: Tensor,
+    outputs: Tensor,
+    factors: Tensor,
+    *,
+    by_entry: bool,
+) -> None:
+    """Multiplies the rows of an embedding's gradient in place by their factors.
+
+    Args:
+        gradient: ``[V, D]``, contiguous.
+        rows: int64 ``[entries]``, the row that each entry looks up.
+        owners: int64 ``[entries]``, the sample of each entry.
+        outputs: int64 ``[words, D]``, the bits of entries or of samples.
+        factors: ``[samples + 1]``, of the gradient's dtype.
+        by_entry: whether `outputs` are of entries.
+    """
+    _loops().scale_rows(
+        gradient.detach().numpy(),
+        rows.numpy(),
+        owners.numpy(),
+        outputs.numpy(),
+        by_entry,
+        factors.numpy(),
+    )
 
 
 @functools.cache
