@@ -64,3 +64,17 @@ def test_arguments_are_described(name):
     for argument in inspect.signature(thing).parameters:
         if argument != "self":
             assert re.search(rf"^\s+{argument}: ", text, re.MULTILINE), f"{name}({argument})"
+
+
+BLOCKS = re.findall(
+    r"```python\n(.*?)```",
+    (Path(__file__).parent.parent / "README.md").read_text(),
+    re.DOTALL,
+)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_the_code_in_the_readme_runs(block, capsys):
+    exec(compile(block, "README.md", "exec"), {})  # noqa: S102
+    if "print(" in block:
+        assert "tensor(" in capsys.readouterr().out
