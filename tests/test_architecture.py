@@ -12,7 +12,17 @@ ROOT = Path(truestep.__file__).parent
 # Lower layers first; a module may import modules of lower layers and of its own.
 LAYERS = [
     {"errors", "kernels"},
-    {"bits", "activity", "combine", "rules", "update", "oracle", "consumers"},
+    {
+        "bits",
+        "activity",
+        "combine",
+        "layout",
+        "rules_norm",
+        "rules",
+        "update",
+        "oracle",
+        "consumers",
+    },
     {"records", "hooks", "layers", "counter"},
     {"optim", "transforms"},
     {""},  # the public names

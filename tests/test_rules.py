@@ -6,7 +6,8 @@ from torch import nn
 
 import truestep
 from properties import assert_counts_equal_oracle, count
-from truestep.rules import RULES, Layout, find_rule
+from truestep.layout import Layout
+from truestep.rules import RULES, find_rule
 
 batches = st.integers(1, 6)
 small = st.integers(1, 3)
@@ -55,6 +56,79 @@ def test_convolution(rank, batch, groups, kernel, stride, dilation, padding, bia
 def test_convolution_paddings(mode, padding):
     layer = nn.Conv2d(2, 3, (2, 3), padding=padding, padding_mode=mode)
     judge(layer, sparse(4, 2, 5, 6))
+
+
+@given(
+    rank=st.integers(1, 3),
+    batch=batches,
+    groups=st.integers(1, 2),
+    kernel=st.integers(1, 3),
+    stride=st.integers(1, 2),
+    dilation=st.integers(1, 3),
+    padding=st.integers(0, 1),
+    extra=st.integers(0, 2),
+    bias=st.booleans(),
+)
+def test_transposed_convolution(
+    rank, batch, groups, kernel, stride, dilation, padding, extra, bias
+):
+    extra = min(extra, max(stride, dilation) - 1)
+    layer = [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d][rank - 1](
+        groups, 2 * groups, kernel, stride, padding, extra, groups, bias, dilation
+    )
+    judge(layer, sparse(batch, groups, *[3, 4, 3][:rank]))
+
+
+@given(batches, small, small, small, st.booleans(), st.lists(small, max_size=1))
+def test_bilinear(batch, first, second, outputs, bias, positions):
+    layer = nn.Bilinear(first, second, outputs, bias=bias)
+    other = sparse(batch, *positions, second)
+
+    class Pairs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer(x[..., :first], x[..., first:])
+
+    judge(Pairs(), torch.cat([sparse(batch, *positions, first), other], -1))
+
+
+@given(batches, st.lists(small, max_size=2), st.booleans())
+def test_prelu(batch, positions, channels):
+    judge(nn.PReLU(3 if channels else 1), sparse(batch, 3, *positions))
+
+
+@given(st.integers(1, 3), batches, st.booleans(), st.booleans())
+def test_instance_norm(rank, batch, track, train):
+    layer = [nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d][rank - 1](
+        2, affine=True, track_running_stats=track
+    )
+    layer.train(train)
+    judge(layer, sparse(batch, 2, *[3, 2, 2][:rank]))
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_batch_norm_on_request_counts_given_the_statistics(train):
+    model = nn.BatchNorm2d(3).train(train)
+    nn.init.normal_(model.running_mean)
+    inputs, delta = sparse(5, 3, 2, 2), sparse(5, 3, 2, 2)
+    rules = truestep.RULES | truestep.rules.BATCH_NORM
+    before = model.running_mean.clone()
+    momentum, model.momentum = model.momentum, 1.0
+    with torch.no_grad():
+        mean = inputs.mean((0, 2, 3)) if train else before
+    counts, batch_size = count(model, weighted, inputs, delta, rules=rules)
+    model.momentum = momentum
+    if (
+        train
+    ):  # one batch with momentum 1 leaves that batch's mean: the rule's second look left no trace
+        torch.testing.assert_close(model.running_mean, mean)
+    centred = inputs != mean[:, None, None]
+    assert batch_size == 5
+    assert counts["weight"].tolist() == ((delta != 0) & centred).any(-1).any(-1).sum(0).tolist()
+    assert counts["bias"].tolist() == (delta != 0).any(-1).any(-1).sum(0).tolist()
 
 
 @given(batches, st.lists(small, max_size=2), st.none() | st.integers(0, 4), st.booleans())
@@ -148,6 +222,16 @@ def test_convolution_positions_as_samples_equal_unfolded_patches():
     assert torch.equal(counts["weight"], expected)
     assert torch.equal(counts["bias"], (rows != 0).sum(0))
     assert batch_size == int((rows != 0).any(1).sum())
+
+
+def test_transposed_convolution_positions_as_samples():
+    layer = nn.ConvTranspose1d(2, 3, 3, stride=2)
+    inputs, delta = sparse(4, 2, 5), sparse(4, 3, 11)
+    counts, _ = count(layer, weighted, inputs, delta, unit="position")
+    patches = delta.unfold(2, 3, 2).transpose(1, 2).flatten(2).flatten(0, 1)
+    rows = inputs.transpose(1, 2).flatten(0, 1)
+    expected = ((rows != 0).long().T @ (patches != 0).long()).reshape(2, 3, 3)
+    assert torch.equal(counts["weight"], expected)
 
 
 def test_positions_without_gradient_do_not_inflate_n():

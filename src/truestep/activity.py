@@ -95,16 +95,18 @@ class Window:
 
     Attributes:
         size: spatial shape of the input.
+        positions: spatial shape of the positions that the kernel is laid on.
         kernel: spatial shape of the kernel.
         stride: one number per spatial dimension.
         dilation: one number per spatial dimension.
         padding: as `torch.nn.functional.pad` takes it.
         padding_mode: as `torch.nn.functional.pad` takes it.
         groups: number of groups of channels.
-        by_position: every output position counts as a sample.
+        by_position: every position that the kernel is laid on counts as a sample.
     """
 
     size: tuple[int, ...]
+    positions: tuple[int, ...]
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
@@ -129,6 +131,7 @@ class Window:
             zip(self.kernel, self.stride, self.dilation, strict=True)
         ):
             image = image.unfold(2 + axis, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+            image = image.narrow(2 + axis, 0, self.positions[axis])
         # [samples, channels, *positions out, *kernel]
         image = image.flatten(2 + rank).flatten(2, 1 + rank)
         return image.transpose(1, 2).flatten(2)
@@ -144,12 +147,15 @@ class Outer(Activity):
             ``[samples, positions, outputs]``.
         inputs: non-zero inputs, likewise; a convolution's are not unfolded.
         window: a convolution's geometry.
+        transposed: whether the two have changed places, as in a transposed convolution, whose kernel
+            is laid on the output gradient.
     """
 
     shape: torch.Size
     outputs: Bits
     inputs: Bits
     window: Window | None = None
+    transposed: bool = False
 
     @property
     def flat(self) -> bool:
@@ -202,6 +208,9 @@ class Outer(Activity):
 
     def reached(self) -> Tensor:  # noqa: D102
         mask = self.outputs.mask().any(-1)
+        if self.transposed:
+            inputs = self.inputs.mask()
+            mask = (inputs if self.window is None else self.window.unfold(inputs) > 0).any(-1)
         if self.by_position:
             return mask.flatten()
         return mask.any(-1) if mask.dim() > 1 else mask

@@ -29,8 +29,9 @@ from truestep.layers import (
     sizes_of,
     tensors_in,
 )
+from truestep.layout import Layout, Rule, Unit
 from truestep.records import Call, Record, Records
-from truestep.rules import RULES, Layout, Rule, Unit
+from truestep.rules import RULES
 from truestep.update import scale_
 
 __all__ = ["SampleCounter"]

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from truestep.errors import TruestepError
 from truestep.hooks import Hook
+from truestep.layout import Layout, Rule
 from truestep.records import Call
-from truestep.rules import Layout, Rule, find_rule, looks_up_positions
+from truestep.rules import find_rule, looks_up_positions
 
 __all__ = [
     "Layer",

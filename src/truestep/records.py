@@ -16,7 +16,7 @@ from torch.autograd import Variable
 from truestep.activity import Activity
 from truestep.combine import joint, total
 from truestep.errors import TruestepError
-from truestep.rules import Unit
+from truestep.layout import Unit
 
 __all__ = ["Call", "Record", "Records"]
 

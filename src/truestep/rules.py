@@ -7,55 +7,17 @@ it packs the inputs to bits at once. The rules are structural: see `truestep.act
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from truestep.activity import Activity, Elements, Outer, Rows, Window
 from truestep.bits import pack
+from truestep.layout import Layout, Rule, any_position
+from truestep.rules_norm import BATCH_NORM, normalization
 
-__all__ = ["RULES", "Layout", "Rule", "Unit", "find_rule", "looks_up_positions"]
-
-Unit = Literal["sample", "position"]
-Rule = Callable[..., Callable[[Tensor], dict[str, Activity]]]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where a layer's tensors hold the samples.
-
-    Attributes:
-        batch_dim: the dimension that counts samples; None where there is none.
-        unit: "sample": a sample contributes if any of its positions does; "position": each position
-            is a sample.
-    """
-
-    batch_dim: int | None = 0
-    unit: Unit = "sample"
-
-    def arrange(self, mask: Tensor, unit_dims: int = 1) -> Tensor:
-        """Reorders a mask, or numbers, to ``[samples, units]`` or ``[samples, positions, units]``.
-
-        Args:
-            mask: any shape; its last `unit_dims` dimensions are the units; without a dimension for
-                samples it is one sample.
-            unit_dims: how many trailing dimensions are the units.
-        """
-        lead = mask.dim() - unit_dims
-        if lead == 0 or self.batch_dim is None:
-            mask, lead = mask.unsqueeze(0), lead + 1
-        mask = mask.flatten(lead)
-        if lead == 1:
-            return mask
-        mask = mask.movedim(self.batch_dim or 0, 0)
-        return mask.flatten(0, lead - 1) if self.unit == "position" else mask.flatten(1, lead - 1)
-
-
-def _any_position(mask: Tensor) -> Tensor:
-    return mask.any(1) if mask.dim() == 3 else mask  # noqa: PLR2004
+__all__ = ["BATCH_NORM", "RULES", "find_rule", "looks_up_positions"]
 
 
 def linear(
@@ -98,6 +60,7 @@ def convolution(
             zeros = module.padding_mode == "zeros"
             window = Window(
                 size=size,
+                positions=tuple(delta.shape[-rank:]),
                 kernel=tuple(module.kernel_size),
                 stride=tuple(module.stride),
                 dilation=tuple(module.dilation),
@@ -109,9 +72,91 @@ def convolution(
             outputs = pack(apart.arrange(mask))
             found["weight"] = Outer(module.weight.shape, outputs, inputs, window)
         if module.bias is not None and module.bias.requires_grad:
-            ends = pack(_any_position(layout.arrange(mask)))
+            ends = pack(any_position(layout.arrange(mask)))
             found["bias"] = Elements(module.bias.shape, ends)
         return found
+
+    return activity
+
+
+def transposed_convolution(
+    layout: Layout,
+    module: nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d,
+    input: Tensor,
+    output_size: list[int] | None = None,
+) -> Callable[[Tensor], dict[str, Activity]]:
+    """`nn.ConvTranspose1d` to `3d`: a convolution with input and output gradient in changed places."""
+    del output_size
+    rank = len(module.kernel_size)
+    apart = Layout(layout.batch_dim)
+    inputs, positions = None, tuple(input.shape[-rank:])
+    if module.weight.requires_grad:
+        inputs = pack(apart.arrange(input.movedim(-rank - 1, -1)))
+
+    def activity(delta: Tensor) -> dict[str, Activity]:
+        moved = delta.movedim(-rank - 1, -1)
+        found: dict[str, Activity] = {}
+        if inputs is not None:
+            padding = cast("tuple[int, ...]", module.padding)  # a transposed one takes no string
+            window = Window(
+                size=tuple(delta.shape[-rank:]),
+                positions=positions,
+                kernel=tuple(module.kernel_size),
+                stride=tuple(module.stride),
+                dilation=tuple(module.dilation),
+                padding=tuple(side for side in reversed(padding) for _ in range(2)),
+                padding_mode="constant",
+                groups=module.groups,
+                by_position=layout.unit == "position",
+            )
+            outputs = pack(apart.arrange(moved))
+            found["weight"] = Outer(module.weight.shape, inputs, outputs, window, transposed=True)
+        if module.bias is not None and module.bias.requires_grad:
+            ends = pack(layout.arrange(moved)).any_position()
+            found["bias"] = Elements(module.bias.shape, ends)
+        return found
+
+    return activity
+
+
+def bilinear(
+    layout: Layout, module: nn.Bilinear, input1: Tensor, input2: Tensor
+) -> Callable[[Tensor], dict[str, Activity]]:
+    """`nn.Bilinear`: weight (j, k, l) needs output gradient j, first input k and second input l."""
+    pairs = None
+    if module.weight.requires_grad:
+        both = (input1 != 0).unsqueeze(-1) & (input2 != 0).unsqueeze(-2)
+        pairs = pack(layout.arrange(both.flatten(-2)))
+
+    def activity(delta: Tensor) -> dict[str, Activity]:
+        outputs = pack(layout.arrange(delta))
+        found: dict[str, Activity] = {}
+        if pairs is not None:
+            found["weight"] = Outer(module.weight.shape, outputs, pairs)
+        if module.bias is not None and module.bias.requires_grad:
+            found["bias"] = Elements(module.bias.shape, outputs.any_position())
+        return found
+
+    return activity
+
+
+def prelu(
+    layout: Layout, module: nn.PReLU, input: Tensor
+) -> Callable[[Tensor], dict[str, Activity]]:
+    """`nn.PReLU`: slope j needs output gradient and negative input in its channel."""
+
+    def arrange(mask: Tensor) -> Tensor:
+        if module.num_parameters == 1:
+            mask = mask.unsqueeze(-1)
+        elif mask.dim() > 2:  # noqa: PLR2004
+            mask = mask.movedim(1, -1)
+        return layout.arrange(mask)
+
+    negative = pack(arrange(input < 0))
+
+    def activity(delta: Tensor) -> dict[str, Activity]:
+        both = any_position(arrange(delta != 0) & negative.mask())
+        return {"weight": Elements(module.weight.shape, pack(both))}
 
     return activity
 
@@ -201,60 +246,24 @@ def _rows(
     return Rows(module.weight.shape, samples, rows.long(), owners.long(), outputs, by_entry)
 
 
-def normalization(
-    layout: Layout,
-    module: nn.LayerNorm | nn.GroupNorm | nn.RMSNorm,
-    input: Tensor,
-) -> Callable[[Tensor], dict[str, Activity]]:
-    """`nn.LayerNorm`, `nn.GroupNorm`, `nn.RMSNorm`: weight j needs output gradient and normalised input j."""
-    channels = isinstance(module, nn.GroupNorm)
-    unit_dims = 1 if isinstance(module, nn.GroupNorm) else len(module.normalized_shape)
-
-    def arrange(mask: Tensor) -> Tensor:
-        return layout.arrange(mask.movedim(1, -1) if channels else mask, unit_dims)
-
-    weight, bias = module.weight, getattr(module, "bias", None)
-    normalized = None
-    if weight is not None and weight.requires_grad:
-        with torch.no_grad():
-            mask = arrange(_normalize(module, input.detach()) != 0)
-        normalized = pack(mask)
-
-    def activity(delta: Tensor) -> dict[str, Activity]:
-        mask = arrange(delta != 0)
-        found: dict[str, Activity] = {}
-        if normalized is not None:
-            both = _any_position(mask & normalized.mask())
-            found["weight"] = Elements(weight.shape, pack(both))
-        if bias is not None and bias.requires_grad:
-            found["bias"] = Elements(bias.shape, pack(_any_position(mask)))
-        return found
-
-    return activity
-
-
-def _normalize(module: nn.Module, input: Tensor) -> Tensor:
-    match module:
-        case nn.GroupNorm():
-            return functional.group_norm(input, module.num_groups, eps=module.eps)
-        case nn.LayerNorm():
-            return functional.layer_norm(input, module.normalized_shape, eps=module.eps)
-        case nn.RMSNorm():
-            return functional.rms_norm(input, module.normalized_shape, eps=module.eps)
-        case _:
-            raise TypeError(f"no normalisation is known for {type(module).__name__}")
-
-
 RULES: dict[type[nn.Module], Rule] = {
     nn.Linear: linear,
     nn.Conv1d: convolution,
     nn.Conv2d: convolution,
     nn.Conv3d: convolution,
+    nn.ConvTranspose1d: transposed_convolution,
+    nn.ConvTranspose2d: transposed_convolution,
+    nn.ConvTranspose3d: transposed_convolution,
+    nn.Bilinear: bilinear,
+    nn.PReLU: prelu,
     nn.Embedding: embedding,
     nn.EmbeddingBag: embedding_bag,
     nn.LayerNorm: normalization,
     nn.GroupNorm: normalization,
     nn.RMSNorm: normalization,
+    nn.InstanceNorm1d: normalization,
+    nn.InstanceNorm2d: normalization,
+    nn.InstanceNorm3d: normalization,
 }
 """The rules that `SampleCounter` uses unless told otherwise: layer class to rule."""
 
@@ -273,7 +282,10 @@ def find_rule(module: nn.Module, rules: Mapping[Any, Rule]) -> Rule | str:  # no
     if getattr(module, "scale_grad_by_freq", False):
         return f"{name}(scale_grad_by_freq=True) divides by counts itself; set it to False"
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module) not in rules:  # noqa: SLF001
-        return f"{name} mixes the samples of a batch, so no sample has a gradient of its own"
+        return (
+            f"{name} mixes the samples of a batch, so no sample has a gradient of its own; to count "
+            "given the batch's statistics add truestep.rules.BATCH_NORM to rules="
+        )
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return f"{name} is used by nn.MultiheadAttention without being called"
     if nn.utils.parametrize.is_parametrized(module):

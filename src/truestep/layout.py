@@ -1,0 +1,50 @@
+"""Where a layer's tensors hold the samples, and what a rule is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from truestep.activity import Activity
+
+__all__ = ["Layout", "Rule", "Unit", "any_position"]
+
+Unit = Literal["sample", "position"]
+Rule = Callable[..., Callable[[Tensor], dict[str, Activity]]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a layer's tensors hold the samples.
+
+    Attributes:
+        batch_dim: the dimension that counts samples; None where there is none.
+        unit: "sample": a sample contributes if any of its positions does; "position": each position
+            is a sample.
+    """
+
+    batch_dim: int | None = 0
+    unit: Unit = "sample"
+
+    def arrange(self, mask: Tensor, unit_dims: int = 1) -> Tensor:
+        """Reorders a mask, or numbers, to ``[samples, units]`` or ``[samples, positions, units]``.
+
+        Args:
+            mask: any shape; its last `unit_dims` dimensions are the units; without a dimension for
+                samples it is one sample.
+            unit_dims: how many trailing dimensions are the units.
+        """
+        lead = mask.dim() - unit_dims
+        if lead == 0 or self.batch_dim is None:
+            mask, lead = mask.unsqueeze(0), lead + 1
+        mask = mask.flatten(lead)
+        if lead == 1:
+            return mask
+        mask = mask.movedim(self.batch_dim or 0, 0)
+        return mask.flatten(0, lead - 1) if self.unit == "position" else mask.flatten(1, lead - 1)
+
+
+def any_position(mask: Tensor) -> Tensor:
+    """Joins the positions of a mask ``[samples, positions, units]``, if it has them."""
+    return mask.any(1) if mask.dim() == 3 else mask  # noqa: PLR2004

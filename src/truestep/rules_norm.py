@@ -1,0 +1,89 @@
+"""The rule for normalisations with weights."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from truestep.activity import Activity, Elements
+from truestep.bits import pack
+from truestep.layout import Layout, Rule, any_position
+
+__all__ = ["BATCH_NORM", "normalization"]
+
+Norm = (
+    nn.LayerNorm
+    | nn.RMSNorm
+    | nn.GroupNorm
+    | nn.InstanceNorm1d
+    | nn.InstanceNorm2d
+    | nn.InstanceNorm3d
+    | nn.BatchNorm1d
+    | nn.BatchNorm2d
+    | nn.BatchNorm3d
+)
+
+
+def normalization(
+    layout: Layout,
+    module: Norm,
+    input: Tensor,
+) -> Callable[[Tensor], dict[str, Activity]]:
+    """Norms with weights: weight j needs output gradient and normalised input j, bias j the former."""
+    channels = not isinstance(module, nn.LayerNorm | nn.RMSNorm)
+    unit_dims = len(module.normalized_shape) if isinstance(module, nn.LayerNorm | nn.RMSNorm) else 1
+
+    def arrange(mask: Tensor) -> Tensor:
+        return layout.arrange(mask.movedim(1, -1) if channels else mask, unit_dims)
+
+    weight, bias = module.weight, getattr(module, "bias", None)
+    normalized = None
+    if weight is not None and weight.requires_grad:
+        with torch.no_grad():
+            mask = arrange(_normalize(module, input.detach()) != 0)
+        normalized = pack(mask)
+
+    def activity(delta: Tensor) -> dict[str, Activity]:
+        mask = arrange(delta != 0)
+        found: dict[str, Activity] = {}
+        if normalized is not None:
+            both = any_position(mask & normalized.mask())
+            found["weight"] = Elements(weight.shape, pack(both))
+        if bias is not None and bias.requires_grad:
+            found["bias"] = Elements(bias.shape, pack(any_position(mask)))
+        return found
+
+    return activity
+
+
+def _normalize(module: Norm, input: Tensor) -> Tensor:  # noqa: PLR0911 - one for each kind
+    match module:
+        case nn.GroupNorm():
+            return functional.group_norm(input, module.num_groups, eps=module.eps)
+        case nn.LayerNorm():
+            return functional.layer_norm(input, module.normalized_shape, eps=module.eps)
+        case nn.RMSNorm():
+            return functional.rms_norm(input, module.normalized_shape, eps=module.eps)
+    mean, variance = module.running_mean, module.running_var
+    batch_statistics = module.training or mean is None or variance is None
+    if isinstance(module, nn.modules.instancenorm._InstanceNorm):  # noqa: SLF001
+        if batch_statistics:
+            return functional.instance_norm(input, eps=module.eps)
+        return functional.instance_norm(
+            input, mean, variance, use_input_stats=False, eps=module.eps
+        )
+    # Without momentum: this second look must not move the running statistics.
+    if batch_statistics:
+        return functional.batch_norm(input, None, None, training=True, eps=module.eps)
+    return functional.batch_norm(input, mean, variance, training=False, eps=module.eps)
+
+
+BATCH_NORM: dict[type[nn.Module], Rule] = {
+    nn.BatchNorm1d: normalization,
+    nn.BatchNorm2d: normalization,
+    nn.BatchNorm3d: normalization,
+}
+"""Rules that count contributions *given the batch's statistics*, for those who accept that:
+``SampleCounter(model, rules=truestep.RULES | truestep.rules.BATCH_NORM)``. No oracle exists for them,
+since BatchNorm mixes the samples and no sample has a gradient of its own."""
