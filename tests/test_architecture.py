@@ -24,13 +24,13 @@ LAYERS = [
         "consumers",
     },
     {"records", "hooks", "layers", "counter"},
-    {"optim", "transforms"},
+    {"optim", "transforms", "doctor"},
     {""},  # the public names
     {"lab"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-CORE = [name for names in LAYERS[:4] for name in sorted(names) if name != "kernels"]
+CORE = sorted(set().union(*LAYERS[:4]) - {"kernels", "doctor"})
 
 
 def imports(path):

@@ -329,3 +329,23 @@ def test_a_data_set_that_is_here_is_named(call, monkeypatch):
     assert call("data", "get", "mnist")[:2] == (0, "here/mnist\n")
     code, out, _ = call("data", "get", "mnist", "--json")
     assert (code, json.loads(out)) == (0, {"name": "mnist", "folder": "here/mnist"})
+
+
+def test_doctor_prints_what_is_installed_and_checks_itself(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["doctor", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert ended.value.code == 0
+    assert found["right"] is True
+    assert set(found["self-check"].values()) == {"equals the oracle"}
+    assert found["installed"]["extra lab"] == "complete"
+
+
+def test_doctor_exits_with_1_where_counts_are_wrong(monkeypatch, capsys):
+    monkeypatch.setattr("truestep.doctor._largest_difference", lambda *_: 2)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["doctor"])
+    out, err = capsys.readouterr()
+    assert ended.value.code == 1
+    assert "off by 2" in out
+    assert "counts are wrong on this machine" in err

@@ -605,6 +605,40 @@ def test_wrong_options_are_named(model):
         truestep.SampleCounter(nn.DataParallel(model))
 
 
+# To watch.
+
+
+def test_statistics_of_a_batch():
+    model = nn.Linear(3, 1)
+    counter = truestep.SampleCounter(model)
+    assert counter.statistics() == {}
+    inputs = torch.tensor([[1.0, 0.0, 0.0], [2.0, 1.0, 0.0], [3.0, 0.0, 0.0]])
+    model(inputs).sum().backward()
+    assert counter.statistics(eps=0.5)["weight"] == {
+        "batch_size": 3.0,
+        "smallest": 0.0,
+        "mean": 4 / 3,
+        "largest": 3.0,
+        "unreached": pytest.approx(1 / 3),
+        "largest_factor": 3 / 1.5,
+    }
+    model.zero_grad()
+    model(torch.zeros(2, 3)).sum().backward()
+    assert counter.statistics()["weight"]["largest_factor"] == 1.0
+
+
+def test_nan_and_inf_are_named_and_stay(model, counter):
+    inputs = sparse_inputs(5, 4)
+    inputs[2, 1] = torch.nan
+    backward(model, inputs)
+    assert "0.weight" in counter.nonfinite()
+    counter.correct_gradients()
+    assert model[0].weight.grad.isnan().any()
+    model.zero_grad()
+    backward(model, sparse_inputs(5, 4))
+    assert counter.nonfinite() == []
+
+
 # Memory.
 
 

@@ -174,6 +174,39 @@ def race(
     return 1 if failures else 0
 
 
+@app.command()
+def doctor(*, as_json: Json = False, debug: Debug = False) -> int:
+    """Show what is installed and which code runs here, and check counts against the oracle."""
+    del debug  # main() looks for it
+    from rich.table import Table  # noqa: PLC0415
+
+    from truestep import doctor as examine  # noqa: PLC0415 - torch takes seconds
+
+    checks = examine.self_check()
+    wrong = [check for check in checks if check.difference]
+    parts = {
+        "installed": examine.installed_packages(),
+        "in use": examine.paths_in_use(),
+        "self-check": {
+            check.name: f"off by {check.difference}" if check.difference else "equals the oracle"
+            for check in checks
+        },
+    }
+    if as_json:
+        _print_json(parts | {"right": not wrong})
+    else:
+        for title, rows in parts.items():
+            table = Table(title, "", box=None, title_justify="left", padding=(0, 2, 0, 0))
+            for name, value in rows.items():
+                table.add_row(name, value)
+            Console().print(table, "", sep="\n")
+    if wrong:
+        return _complain(
+            "counts are wrong on this machine. Report the output of truestep doctor --json"
+        )
+    return 0
+
+
 @data_app.command("list")
 def data_list(data_dir: DataDir = None, as_json: Json = False, debug: Debug = False) -> None:
     """List the data sets, where they are on this machine, and their licences."""

@@ -152,6 +152,51 @@ class SampleCounter:
             if parameter in committed
         }
 
+    def statistics(self, *, eps: float = 1.0) -> dict[str, dict[str, float]]:
+        """What is worth logging after a step, for each parameter with a record.
+
+        Args:
+            eps: as the optimizer's, for the factor.
+
+        Returns:
+            Parameter name to ``batch_size`` (N), ``smallest``, ``mean`` and ``largest`` (adaptive
+            batch sizes m of its elements), ``unreached`` (the share of elements with m = 0) and
+            ``largest_factor`` (of N / (m + eps) over elements with m > 0, 1 where there is none).
+
+        Example:
+            >>> import torch, truestep
+            >>> model = torch.nn.Linear(2, 1)
+            >>> counter = truestep.SampleCounter(model)
+            >>> model(torch.tensor([[1.0, 0.0], [2.0, 0.0]])).sum().backward()
+            >>> counter.statistics()["weight"]["unreached"]
+            0.5
+        """
+        found = {}
+        for parameter, name in self._records.names.items():
+            record = self._records.committed.get(parameter)
+            if record is None:
+                continue
+            counts = record.activity.count().double()
+            size = float(self._size(record))
+            reached = counts[counts > 0]
+            found[name] = {
+                "batch_size": size,
+                "smallest": counts.min().item(),
+                "mean": counts.mean().item(),
+                "largest": counts.max().item(),
+                "unreached": 1 - reached.numel() / counts.numel(),
+                "largest_factor": size / (reached.min().item() + eps) if reached.numel() else 1.0,
+            }
+        return found
+
+    def nonfinite(self) -> list[str]:
+        """The names of the parameters whose gradient has a NaN or an infinity."""
+        return [
+            name
+            for parameter, name in self._records.names.items()
+            if parameter.grad is not None and not _finite(parameter.grad)
+        ]
+
     def correct_gradients(
         self,
         parameters: Iterable[Tensor] | None = None,
@@ -347,6 +392,11 @@ class SampleCounter:
                 "that uses it a rule, or keep plain gradients: rules without its class and "
                 "unsupported='mean'"
             )
+
+
+def _finite(gradient: Tensor) -> bool:
+    values = gradient._values() if gradient.is_sparse else gradient  # noqa: SLF001
+    return bool(values.isfinite().all())
 
 
 def _note_positions(call: Call, delta: Tensor) -> None:
