@@ -51,8 +51,10 @@ PAPER = "#ffffff"
 WIDTH = 8.0  # inches: 800 pixels at 100 dots per inch, where 9 points are easy to read
 SMALL, NORMAL = 8.0, 9.0
 COLUMNS = 4
-# Wider loss ranges than this are logarithmic; wider than the other, only decades are labelled.
-LOGARITHMIC_FROM, DECADES_FROM = 3, 200
+# Wider loss ranges than this are logarithmic.
+LOGARITHMIC_FROM = 3
+# A logarithmic axis with fewer labels gets finer ones.
+FEWEST_TICKS = 3
 BAND = 0.2  # opacity of an interval
 BAND_ROOM = 0.3  # how far intervals may widen an axis, relative to the spread of the means
 TARGET_LINE: dict[str, Any] = {"color": INK, "linewidth": 0.9, "linestyle": (0, (1, 2))}
@@ -334,13 +336,16 @@ def set_log_y(panels: Iterable[Axes], values: Iterable[float], margin: float) ->
     if not positive:
         return
     low, high = min(positive) / margin, max(positive) * margin
-    steps = (1, 2, 5) if high / low < DECADES_FROM else (1,)
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [step * 10.0**k for k in decades for step in steps]
+    ticks: list[float] = []
+    for steps in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
+        if len(ticks) < FEWEST_TICKS:
+            ticks = [step * 10.0**k for k in decades for step in steps]
+            ticks = [tick for tick in ticks if low <= tick <= high]
     for axes in panels:
         axes.set_yscale("log")
         axes.set_ylim(low, high)
-        axes.yaxis.set_major_locator(FixedLocator([t for t in ticks if low <= t <= high]))
+        axes.yaxis.set_major_locator(FixedLocator(ticks))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(_written_out))
 
