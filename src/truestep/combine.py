@@ -8,6 +8,7 @@ from torch import Tensor
 
 from truestep.activity import Activity, Elements, Rows
 from truestep.bits import Bits, pack
+from truestep.blocks import Blocks
 
 __all__ = ["Counts", "Joint", "Shared", "Total", "joint", "total"]
 
@@ -163,6 +164,12 @@ def joint(uses: Sequence[Activity]) -> Activity:
         return Elements(first.shape, Bits(words, first.samples))
     if all(isinstance(use, Rows) for use in uses):
         return _append([use.spread() for use in uses], [0] * len(uses), first.samples)  # type: ignore[attr-defined]
+    if all(isinstance(use, Blocks) for use in uses):
+        blocks: dict[int, list[Activity]] = {}
+        for use in uses:
+            for start, part in use.parts.items():  # type: ignore[attr-defined]
+                blocks.setdefault(start, []).append(part)
+        return Blocks(first.shape, {start: joint(parts) for start, parts in blocks.items()})
     return Joint(tuple(uses))
 
 

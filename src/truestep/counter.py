@@ -29,7 +29,7 @@ from truestep.layers import (
     sizes_of,
     tensors_in,
 )
-from truestep.layout import Layout, Rule, Unit
+from truestep.layout import Inside, Layout, Rule, Unit
 from truestep.records import Call, Record, Records
 from truestep.rules import RULES
 from truestep.update import scale_
@@ -324,14 +324,12 @@ class SampleCounter:
         call = call or Call(outside=True)
         layout = layout_of(layer, call, args, kwargs)
         activity = layer.rule(layout, module, *args, **kwargs)
-        hook = Hook(weakref.ref(self), SampleCounter._on_gradient, layer, layout, call, activity)
-        if isinstance(output, Tensor):
-            output.register_hook(hook)
-        else:
-            waited = [tensor for tensor in outputs if tensor.requires_grad]
-            place = {id(tensor): index for index, tensor in enumerate(waited)}
-            order = [place.get(id(tensor)) for tensor in outputs]
-            register_multi_grad_hook(waited, InOrder(hook, order))
+        bound = partial(Hook, weakref.ref(self), SampleCounter._on_gradient, layer, layout, call)
+        given, inner = activity.see(outputs) if isinstance(activity, Inside) else (activity, [])
+        for node, use in inner:
+            node.register_prehook(InOrder(bound(use), [0]))
+        if given is not None:
+            _hook_outputs(output, outputs, bound(given))
         if call in self._uses:
             nodes = [tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None]
             self._uses[call].append((nodes, list(tensors_in((args, kwargs)))))
@@ -397,6 +395,15 @@ class SampleCounter:
 def _finite(gradient: Tensor) -> bool:
     values = gradient._values() if gradient.is_sparse else gradient  # noqa: SLF001
     return bool(values.isfinite().all())
+
+
+def _hook_outputs(output: Any, outputs: list[Tensor], hook: Hook) -> None:
+    if isinstance(output, Tensor):
+        output.register_hook(hook)
+        return
+    waited = [tensor for tensor in outputs if tensor.requires_grad]
+    place = {id(tensor): index for index, tensor in enumerate(waited)}
+    register_multi_grad_hook(waited, InOrder(hook, [place.get(id(tensor)) for tensor in outputs]))
 
 
 def _note_positions(call: Call, delta: Tensor) -> None:

@@ -51,14 +51,17 @@ def find_layers(
             `unsupported` is "error", or another counter watches the model.
     """
     layers, plain, reasons = [], set(), []
+    inside: set[nn.Module] = set()  # modules that another uses without calling them
     for name, module in model.named_modules():
         own = [p for p in module._parameters.values() if p is not None]  # noqa: SLF001
         _refuse_second_counter(name, module)
-        if not own:
+        if not own or module in inside:
             continue
         rule = find_rule(module, rules)
         if not isinstance(rule, str):
             layers.append((name, module, rule))
+            if isinstance(module, nn.MultiheadAttention):
+                inside.add(module.out_proj)
         elif unsupported == "mean":
             plain.update(own)
         elif any(parameter.requires_grad for parameter in own):

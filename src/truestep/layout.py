@@ -2,16 +2,32 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 from truestep.activity import Activity
 
-__all__ = ["Layout", "Rule", "Unit", "any_position"]
+__all__ = ["Inside", "Layout", "Rule", "Unit", "any_position"]
 
 Unit = Literal["sample", "position"]
-Rule = Callable[..., Callable[[Tensor], dict[str, Activity]]]
+Given = Callable[..., dict[str, Activity]]
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What a rule returns where the layer's output gradients alone do not say enough.
+
+    Attributes:
+        see: takes the layer's outputs, in the forward pass; returns what any rule returns, a function
+            from the gradients of the outputs to activity (or None), and pairs of a node of the
+            autograd graph inside the layer and such a function of the gradient of that node's output.
+    """
+
+    see: Callable[[list[Tensor]], tuple[Given | None, list[tuple[Any, Given]]]]
+
+
+Rule = Callable[..., Given | Inside]
 
 
 @dataclass(frozen=True)

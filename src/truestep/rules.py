@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from truestep.activity import Activity, Elements, Outer, Rows, Window
 from truestep.bits import pack
 from truestep.layout import Layout, Rule, any_position
+from truestep.rules_attention import attention
 from truestep.rules_norm import BATCH_NORM, normalization
 
 __all__ = ["BATCH_NORM", "RULES", "find_rule", "looks_up_positions"]
@@ -264,6 +265,7 @@ RULES: dict[type[nn.Module], Rule] = {
     nn.InstanceNorm1d: normalization,
     nn.InstanceNorm2d: normalization,
     nn.InstanceNorm3d: normalization,
+    nn.MultiheadAttention: attention,
 }
 """The rules that `SampleCounter` uses unless told otherwise: layer class to rule."""
 

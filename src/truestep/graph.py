@@ -1,0 +1,72 @@
+"""What the autograd graph inside a layer shows: where it uses its parameters, and what it has saved."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Node", "nodes_between", "saved_tensors_are_packed", "uses_of"]
+
+Node = Any  # autograd's nodes have a class per operation and no public base
+
+# What may stand between a parameter and the operation that uses it: views, and autocast's cast.
+LINKS = {"TBackward0", "TransposeBackward0", "ToCopyBackward0"}
+SPLITS = {"SplitBackward0", "SplitWithSizesBackward0"}
+
+
+def nodes_between(outputs: Iterable[Tensor], inputs: Iterable[Any]) -> Iterator[Node]:
+    """The nodes of the autograd graph that lead from `inputs` to `outputs`.
+
+    Args:
+        outputs: of a layer that has just run.
+        inputs: what the layer was given; anything but a tensor is passed over.
+    """
+    seen: set[Node] = {tensor.grad_fn for tensor in inputs if isinstance(tensor, Tensor)}
+    todo: list[Node] = [tensor.grad_fn for tensor in outputs]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            todo += [following for following, _ in node.next_functions]
+
+
+def uses_of(
+    outputs: Iterable[Tensor], inputs: Iterable[Any], names: Mapping[Tensor, str]
+) -> Iterator[tuple[Node, list[tuple[str, int]]]]:
+    """The operations that use parameters, each with the names and which piece of a split it uses.
+
+    Args:
+        outputs: of a layer that has just run.
+        inputs: what the layer was given.
+        names: the layer's parameters.
+
+    Example:
+        >>> linear = torch.nn.Linear(2, 2)
+        >>> x = torch.ones(1, 2)
+        >>> names = {p: name for name, p in linear.named_parameters()}
+        >>> [(node.name(), sorted(uses)) for node, uses in uses_of([linear(x)], [x], names)]
+        [('AddmmBackward0', [('bias', 0), ('weight', 0)])]
+    """
+    for node in nodes_between(outputs, inputs):
+        if node.name() not in LINKS | SPLITS:
+            found = [_parameter(to, piece, names) for to, piece in node.next_functions]
+            uses = [use for use in found if use is not None]
+            if uses:
+                yield node, uses
+
+
+def _parameter(node: Node, piece: int, names: Mapping[Tensor, str]) -> tuple[str, int] | None:
+    place = 0
+    while node is not None and node.name() in LINKS | SPLITS:
+        if node.name() in SPLITS:
+            place = piece
+        node, piece = node.next_functions[0]
+    name = names.get(getattr(node, "variable", None))  # type: ignore[arg-type]
+    return None if name is None else (name, place)
+
+
+def saved_tensors_are_packed() -> bool:
+    """Whether something, such as activation checkpointing, replaces the tensors that nodes save."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # noqa: SLF001
