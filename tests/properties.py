@@ -52,3 +52,33 @@ def assert_accumulation_equals_joint_batch(model, loss_fn, inputs, targets, spli
     counter.close()
     for name, values in joint.items():
         assert torch.equal(counts[name], values), name
+
+
+def own_counts(model, outputs, deltas, samples):
+    """Counts from each sample's own gradient through one graph: dropout and all else is the same.
+
+    Args:
+        outputs: of `model`, samples first.
+        deltas: their gradients.
+    """
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    counts = {name: torch.zeros(p.shape, dtype=torch.int64) for name, p in model.named_parameters()}
+    for index in range(samples):
+        alone = [torch.zeros_like(delta) for delta in deltas]
+        for delta, row in zip(deltas, alone, strict=True):
+            row[index] = delta[index]
+        gradients = torch.autograd.grad(
+            outputs, parameters, alone, retain_graph=True, allow_unused=True
+        )
+        for name, gradient in zip(names, gradients, strict=True):
+            if gradient is not None:
+                counts[name] += gradient != 0
+    return counts
+
+
+def upstream(*shape):
+    """A gradient ``[samples, positions, ...]`` with zeros, whole positions and samples among them."""
+    delta = torch.randn(*shape) * (torch.rand(*shape) < 0.4)
+    delta *= torch.rand(*shape[:2], *[1] * (len(shape) - 2)) < 0.6
+    delta[torch.randint(0, shape[0], ())] *= torch.randint(0, 2, ())
+    return delta.double()

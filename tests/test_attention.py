@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import truestep
-from properties import count
+from properties import count, own_counts, upstream
 from zoo import sparse_inputs
 
 WIDTH = 4
@@ -21,29 +21,6 @@ def sequences(samples, length, width=WIDTH):
     inputs = sparse_inputs(samples, length, width).double()
     inputs[..., 0] = 1 + torch.rand(samples, length)
     return inputs
-
-
-def upstream(*shape):
-    """A gradient with zeros, whole positions and perhaps a whole sample among them."""
-    delta = sparse_inputs(*shape).double() * (torch.rand(*shape[:2], *[1] * (len(shape) - 2)) < 0.6)
-    delta[torch.randint(0, shape[0], ())] *= torch.randint(0, 2, ())
-    return delta
-
-
-def own_gradients(outputs, deltas, parameters, samples):
-    """Counts from each sample's own gradient through the same graph, its dropout included."""
-    counts = [torch.zeros(p.shape, dtype=torch.int64) for p in parameters]
-    for index in range(samples):
-        alone = [torch.zeros_like(delta) for delta in deltas]
-        for delta, row in zip(deltas, alone, strict=True):
-            row[index] = delta[index]
-        gradients = torch.autograd.grad(
-            outputs, parameters, alone, retain_graph=True, allow_unused=True
-        )
-        for place, gradient in enumerate(gradients):
-            if gradient is not None:
-                counts[place] += gradient != 0
-    return counts
 
 
 class SamplesFirst(nn.Module):
@@ -66,9 +43,8 @@ def assert_counts_are_own(model, *sources, **options):
     counter = truestep.SampleCounter(model)
     outputs = [tensor for tensor in model(*sources, **options) if tensor is not None]
     deltas = [upstream(*tensor.shape) for tensor in outputs]
-    names, parameters = zip(*model.named_parameters(), strict=True)
     samples = len(sources[0])
-    expected = dict(zip(names, own_gradients(outputs, deltas, parameters, samples), strict=True))
+    expected = own_counts(model, outputs, deltas, samples)
     if "layer.in_proj_bias" in expected:
         keys = slice(WIDTH, 2 * WIDTH)
         packed = expected.get("layer.in_proj_weight")

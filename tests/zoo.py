@@ -76,6 +76,20 @@ class Sequence(nn.Module):
         return self.head(torch.relu(self.root_norm(hidden))).mean(1)
 
 
+class Encoder(nn.Module):
+    """A small transformer; without biases, since the key bias's exact gradient is 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(9, 4)
+        layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True, bias=False)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.encoder(self.embedding(x)))).mean(1)
+
+
 class Branch(nn.Module):
     """A branch that depends on the sample, and a layer that no sample may reach."""
 
@@ -133,6 +147,7 @@ ZOO = {
     ),
     "two tables": lambda: classify(TwoTables(), torch.randint(0, 6, (7, 3))),
     "sequence": lambda: classify(Sequence(), torch.randint(0, 9, (6, 4))),
+    "encoder": lambda: classify(Encoder(), torch.randint(0, 9, (6, 4))),
     "branch": lambda: classify(Branch(), sparse_inputs(9, 4)),
     "bag": lambda: classify(
         nn.Sequential(nn.EmbeddingBag(8, 5, mode="sum"), nn.ReLU(), nn.Linear(5, 3)),

@@ -18,12 +18,13 @@ from truestep.activity import Activity
 from truestep.combine import Shared
 from truestep.consumers import Used, bypassed
 from truestep.errors import TruestepError
-from truestep.hooks import Hook, InOrder
+from truestep.hooks import Hook, InOrder, Pausable
 from truestep.layers import (
     Layer,
     batch_of,
     check_batch,
     find_layers,
+    fused_in_evaluation,
     layout_of,
     parameter_names,
     sizes_of,
@@ -102,11 +103,15 @@ class SampleCounter:
                 hook(SampleCounter._on_call), with_kwargs=True, prepend=True
             )
         ]
+        fused = fused_in_evaluation(model)
+        self._fused: list[tuple[nn.Module, Pausable]] = []
         for name, module, rule in layers:
             layer = Layer(name, module, rule, Layout(dims.get(name, everywhere), unit))
-            self._handles.append(
-                module.register_forward_hook(hook(SampleCounter._on_layer, layer), with_kwargs=True)
-            )
+            on_layer = hook(SampleCounter._on_layer, layer)
+            handle = Pausable(partial(module.register_forward_hook, on_layer, with_kwargs=True))
+            self._handles.append(handle)
+            if module in fused:
+                self._fused.append((fused[module], handle))
         # After the layers' hooks: the model may be a layer itself.
         self._handles.append(
             model.register_forward_hook(hook(SampleCounter._on_return), always_call=True)
@@ -271,6 +276,7 @@ class SampleCounter:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._fused.clear()
         self._hooked.clear()
         self._records.clear()
 
@@ -295,6 +301,9 @@ class SampleCounter:
     def _on_call(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
         if not torch.is_grad_enabled():
             self._calls.append(None)
+            for outer, handle in self._fused:
+                if not outer.training:
+                    handle.remove()
             return
         inputs = list(tensors_in((args, kwargs)))
         places = {tensor.untyped_storage().data_ptr() for tensor in inputs}
@@ -337,6 +346,8 @@ class SampleCounter:
     def _on_return(self, _module: nn.Module, _args: Any, output: Any) -> None:
         call = self._calls.pop() if self._calls else None
         if call is None:
+            for _, handle in self._fused:
+                handle.resume()
             return
         call.sizes.extend(sizes_of(output, self._batch_dim))
         outputs = [tensor for tensor in tensors_in(output) if tensor.requires_grad]

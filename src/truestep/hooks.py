@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Hook", "InOrder"]
+__all__ = ["Hook", "InOrder", "Pausable"]
 
 
 class Hook:
@@ -52,3 +52,26 @@ class InOrder:
     def __call__(self, gradients: Sequence[Tensor | None]) -> None:
         """Takes the gradients of those outputs that have one."""
         self._hook(*[None if place is None else gradients[place] for place in self._order])
+
+
+class Pausable:
+    """A hook that can be off for a while.
+
+    Args:
+        register: puts the hook on and returns its handle.
+    """
+
+    def __init__(self, register: Callable[[], Any]) -> None:
+        self._register = register
+        self._handle = register()
+
+    def remove(self) -> None:
+        """Takes the hook off."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def resume(self) -> None:
+        """Puts the hook on again, if it is off."""
+        if self._handle is None:
+            self._handle = self._register()

@@ -17,6 +17,7 @@ __all__ = [
     "batch_of",
     "check_batch",
     "find_layers",
+    "fused_in_evaluation",
     "layout_of",
     "parameter_names",
     "sizes_of",
@@ -82,6 +83,16 @@ def _refuse_second_counter(name: str, module: nn.Module) -> None:
         raise TruestepError(
             f"another SampleCounter watches {name or 'this model'!r}; use that one, or close() it"
         )
+
+
+def fused_in_evaluation(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Modules to the one that replaces them all by one operation in evaluation, if they have no hooks."""
+    return {
+        inner: outer
+        for outer in model.modules()
+        if isinstance(outer, nn.TransformerEncoderLayer)
+        for inner in outer.modules()
+    }
 
 
 def layout_of(layer: Layer, call: Call, args: Any, kwargs: Any) -> Layout:
