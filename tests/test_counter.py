@@ -501,6 +501,40 @@ def test_a_use_that_bypasses_the_module_is_an_error_that_names_it():
 # Hooks and copies.
 
 
+class Couple(nn.Linear):
+    """Two outputs, the earlier one last."""
+
+    def forward(self, input):
+        output = super().forward(input)
+        first = output.relu()
+        return output.tanh(), first
+
+
+def couple(layout, module, input):
+    def activity(*deltas):
+        asked.append([delta is not None for delta in deltas])
+        delta = sum(delta for delta in deltas if delta is not None)
+        return {"bias": Elements(module.bias.shape, pack(delta))}
+
+    asked = couple.asked = []
+    return activity
+
+
+@pytest.mark.parametrize("used", [[True, True], [True, False], [False, True]])
+@pytest.mark.parametrize("start", ["loss", "outputs"])
+def test_a_layer_of_several_outputs_hears_of_all_gradients_at_once(used, start):
+    layer = Couple(3, 4)
+    counter = truestep.SampleCounter(layer, rules=truestep.RULES | {Couple: couple})
+    outputs = [output for output, use in zip(layer(torch.randn(5, 3)), used, strict=True) if use]
+    for _ in range(2):
+        if start == "loss":
+            sum(output.sum() for output in outputs).backward(retain_graph=True)
+        else:
+            torch.autograd.backward(outputs, [torch.ones(5, 4)] * len(outputs), retain_graph=True)
+    assert couple.asked == [used, used]
+    assert counter.counts()["bias"].tolist() == [10] * 4
+
+
 def test_unsupported_modules_are_all_named_before_training():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.LSTM(4, 4))
     with pytest.raises(TruestepError) as error:

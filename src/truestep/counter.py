@@ -12,13 +12,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import register_multi_grad_hook
 
 from truestep.activity import Activity
 from truestep.combine import Shared
 from truestep.consumers import Used, bypassed
 from truestep.errors import TruestepError
-from truestep.hooks import Hook, InOrder, Pausable
+from truestep.hooks import Hook, Pausable, on_gradients, on_node
 from truestep.layers import (
     Layer,
     batch_of,
@@ -336,9 +335,11 @@ class SampleCounter:
         bound = partial(Hook, weakref.ref(self), SampleCounter._on_gradient, layer, layout, call)
         given, inner = activity.see(outputs) if isinstance(activity, Inside) else (activity, [])
         for node, use in inner:
-            node.register_prehook(InOrder(bound(use), [0]))
-        if given is not None:
-            _hook_outputs(output, outputs, bound(given))
+            on_node(node, bound(use))
+        if given is not None and isinstance(output, Tensor):
+            output.register_hook(bound(given))
+        elif given is not None:
+            on_gradients(outputs, bound(given))
         if call in self._uses:
             nodes = [tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None]
             self._uses[call].append((nodes, list(tensors_in((args, kwargs)))))
@@ -406,15 +407,6 @@ class SampleCounter:
 def _finite(gradient: Tensor) -> bool:
     values = gradient._values() if gradient.is_sparse else gradient  # noqa: SLF001
     return bool(values.isfinite().all())
-
-
-def _hook_outputs(output: Any, outputs: list[Tensor], hook: Hook) -> None:
-    if isinstance(output, Tensor):
-        output.register_hook(hook)
-        return
-    waited = [tensor for tensor in outputs if tensor.requires_grad]
-    place = {id(tensor): index for index, tensor in enumerate(waited)}
-    register_multi_grad_hook(waited, InOrder(hook, [place.get(id(tensor)) for tensor in outputs]))
 
 
 def _note_positions(call: Call, delta: Tensor) -> None:

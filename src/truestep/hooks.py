@@ -3,9 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["Hook", "InOrder", "Pausable"]
+__all__ = ["Hook", "Pausable", "on_gradients", "on_node"]
 
 
 class Hook:
@@ -38,20 +39,54 @@ def _no_counter() -> None:
     return None
 
 
-class InOrder:
-    """Passes the gradients of some outputs on in the place that each has among all outputs.
+def on_gradients(outputs: Sequence[Tensor], hook: Hook) -> None:
+    """Calls a hook in each backward pass with the gradients of all outputs, None where one gets none.
+
+    torch's register_multi_grad_hook does the same, but misses an output that backward() starts from, and
+    keeps the graph in a reference cycle.
 
     Args:
-        hook: takes one gradient, or None, for each output.
-        order: for each output, its place among those with a gradient, or None.
+        outputs: of one layer; those that no operation made are taken to get no gradient.
+        hook: takes as many gradients as there are outputs.
     """
+    places: dict[Any, list[tuple[int, int]]] = {}
+    for place, tensor in enumerate(outputs):
+        if tensor.grad_fn is not None:
+            places.setdefault(tensor.grad_fn, []).append((tensor.output_nr, place))
+    # A backward pass goes through nodes from the latest to the earliest, and a node owns none that is
+    # later: each hook waits for the earlier ones, and nothing refers to itself.
+    nodes = sorted(places, key=lambda node: node._sequence_nr(), reverse=True)  # noqa: SLF001
+    known: dict[int, list[Tensor | None]] = {}
+    for index, node in enumerate(nodes, 1):
+        node.register_prehook(_Arrival(hook, known, places[node], nodes[index:], len(outputs)))
 
-    def __init__(self, hook: Hook, order: list[int | None]) -> None:
-        self._hook, self._order = hook, order
+
+def on_node(node: Any, hook: Hook) -> None:
+    """Calls a hook in each backward pass with the gradient of the first output of an autograd node."""
+    node.register_prehook(_Arrival(hook, {}, [(0, 0)], [], 1))
+
+
+class _Arrival:
+    """Takes the gradients that arrive at one node; the last of a backward pass to do so passes all on."""
+
+    def __init__(
+        self,
+        hook: Hook,
+        known: dict[int, list[Tensor | None]],
+        places: list[tuple[int, int]],
+        earlier: list[Any],
+        count: int,
+    ) -> None:
+        self._hook, self._known, self._places = hook, known, places
+        self._earlier, self._count = earlier, count
 
     def __call__(self, gradients: Sequence[Tensor | None]) -> None:
-        """Takes the gradients of those outputs that have one."""
-        self._hook(*[None if place is None else gradients[place] for place in self._order])
+        task = torch._C._current_graph_task_id()  # noqa: SLF001
+        found = self._known.setdefault(task, [None] * self._count)
+        for output, place in self._places:
+            found[place] = gradients[output]
+        if not any(map(torch._C._will_engine_execute_node, self._earlier)):  # noqa: SLF001
+            self._hook(*self._known.pop(task))
 
 
 class Pausable:
