@@ -19,7 +19,9 @@ LAYERS = [
         "blocks",
         "graph",
         "layout",
+        "recurrence",
         "rules_attention",
+        "rules_recurrent",
         "rules_norm",
         "rules",
         "update",
@@ -69,7 +71,18 @@ def test_imports_point_down(path):
 @pytest.mark.parametrize("name", CORE)
 def test_the_core_knows_torch_alone(name):
     allowed = {"torch", "numpy", "truestep"}
-    known = {"abc", "collections", "copy", "dataclasses", "functools", "math", "typing", "weakref"}
+    known = {
+        "abc",
+        "collections",
+        "copy",
+        "dataclasses",
+        "functools",
+        "math",
+        "operator",
+        "contextlib",
+        "typing",
+        "weakref",
+    }
     roots = {imported.split(".")[0] for imported in imports(ROOT / f"{name}.py")}
     assert roots <= allowed | known
 

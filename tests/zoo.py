@@ -90,6 +90,21 @@ class Encoder(nn.Module):
         return self.head(torch.relu(self.encoder(self.embedding(x)))).mean(1)
 
 
+class Recurrent(nn.Module):
+    """Reads a sequence to its end."""
+
+    def __init__(self, kind, **options):
+        super().__init__()
+        self.embedding = nn.Embedding(9, 4)
+        self.layer = kind(4, 5, batch_first=True, **options)
+        self.head = nn.LazyLinear(3)
+        self(torch.zeros(1, 1, dtype=torch.long))
+
+    def forward(self, x):
+        output, _ = self.layer(self.embedding(x))
+        return self.head(torch.relu(output[:, -1]))
+
+
 class Branch(nn.Module):
     """A branch that depends on the sample, and a layer that no sample may reach."""
 
@@ -148,6 +163,8 @@ ZOO = {
     "two tables": lambda: classify(TwoTables(), torch.randint(0, 6, (7, 3))),
     "sequence": lambda: classify(Sequence(), torch.randint(0, 9, (6, 4))),
     "encoder": lambda: classify(Encoder(), torch.randint(0, 9, (6, 4))),
+    "lstm": lambda: classify(Recurrent(nn.LSTM, bidirectional=True), torch.randint(0, 9, (6, 4))),
+    "gru": lambda: classify(Recurrent(nn.GRU, num_layers=2), torch.randint(0, 9, (6, 4))),
     "branch": lambda: classify(Branch(), sparse_inputs(9, 4)),
     "bag": lambda: classify(
         nn.Sequential(nn.EmbeddingBag(8, 5, mode="sum"), nn.ReLU(), nn.Linear(5, 3)),

@@ -17,6 +17,7 @@ from truestep.bits import pack
 from truestep.layout import Layout, Rule, any_position
 from truestep.rules_attention import attention
 from truestep.rules_norm import BATCH_NORM, normalization
+from truestep.rules_recurrent import cell, recurrent
 
 __all__ = ["BATCH_NORM", "RULES", "find_rule", "looks_up_positions"]
 
@@ -266,6 +267,12 @@ RULES: dict[type[nn.Module], Rule] = {
     nn.InstanceNorm2d: normalization,
     nn.InstanceNorm3d: normalization,
     nn.MultiheadAttention: attention,
+    nn.RNN: recurrent,
+    nn.LSTM: recurrent,
+    nn.GRU: recurrent,
+    nn.RNNCell: cell,
+    nn.LSTMCell: cell,
+    nn.GRUCell: cell,
 }
 """The rules that `SampleCounter` uses unless told otherwise: layer class to rule."""
 
