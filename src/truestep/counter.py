@@ -304,6 +304,8 @@ class SampleCounter:
                 if not outer.training:
                     handle.remove()
             return
+        for _, handle in self._fused:
+            handle.resume()  # an evaluation that was interrupted could not
         inputs = list(tensors_in((args, kwargs)))
         places = {tensor.untyped_storage().data_ptr() for tensor in inputs}
         call = Call(list(sizes_of(inputs, self._batch_dim)), places)
