@@ -27,15 +27,17 @@ LAYERS = [
         "update",
         "oracle",
         "consumers",
+        "wire",
     },
-    {"records", "hooks", "layers", "counter"},
+    {"distributed", "exchange"},
+    {"records", "batch", "hooks", "layers", "counter"},
     {"optim", "transforms", "doctor"},
     {""},  # the public names
     {"lab"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-CORE = sorted(set().union(*LAYERS[:4]) - {"kernels", "doctor"})
+CORE = sorted(set().union(*LAYERS[:5]) - {"kernels", "doctor"})
 
 
 def imports(path):

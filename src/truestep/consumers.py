@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Used", "bypassed"]
+from truestep.errors import TruestepError
+
+__all__ = ["Used", "bypassed", "refuse_bypassed"]
 
 Node = Any  # autograd's nodes have a class per operation and no public base
 # The nodes of a layer's outputs, and the tensors that it was given.
@@ -54,6 +56,21 @@ def bypassed(
             else:
                 todo += _before(reached)
     return list(found)
+
+
+def refuse_bypassed(
+    outputs: Iterable[Tensor], uses: Iterable[Used], names: Mapping[Tensor, str]
+) -> None:
+    """Raises `TruestepError` if there are parameters that `bypassed` finds."""
+    found = bypassed(outputs, uses, names)
+    if found:
+        raise TruestepError(
+            f"the model uses {', '.join(map(repr, found))} without calling the module that owns it, "
+            "so the samples of that use would go uncounted. Call the module (an output head tied "
+            "to an embedding: nn.Linear with its weight set to the embedding's), give the module "
+            "that uses it a rule, or keep plain gradients: rules without its class and "
+            "unsupported='mean'"
+        )
 
 
 def _origin(tensor: Tensor) -> Node | Tensor:

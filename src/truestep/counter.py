@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from truestep.activity import Activity
+from truestep.batch import Batch
 from truestep.combine import Shared
-from truestep.consumers import Used, bypassed
+from truestep.consumers import Used, refuse_bypassed
+from truestep.distributed import local
 from truestep.errors import TruestepError
 from truestep.hooks import Hook, Pausable, on_gradients, on_node
 from truestep.layers import (
@@ -25,12 +27,13 @@ from truestep.layers import (
     find_layers,
     fused_in_evaluation,
     layout_of,
+    make_layer,
     parameter_names,
     sizes_of,
     tensors_in,
 )
 from truestep.layout import Inside, Layout, Rule, Unit
-from truestep.records import Call, Record, Records
+from truestep.records import FORWARD, Call, Records
 from truestep.rules import RULES
 from truestep.update import scale_
 
@@ -53,6 +56,8 @@ class SampleCounter:
             `model.named_modules()`) to it for modules that differ from 0, None for a module whose
             tensors hold no samples and are shared by all.
         unsupported: "error", or "mean" to keep the plain gradient where a module has no rule.
+        process_group: the ranks that train the model together, where you add up gradients by hand;
+            those of DistributedDataParallel and `fully_shard` are found without it.
 
     Raises:
         TruestepError: a module with parameters has no rule (all such modules are named), or another
@@ -75,6 +80,7 @@ class SampleCounter:
         rules: Mapping[Any, Rule] = RULES,
         batch_dim: int | Mapping[str, int | None] = 0,
         unsupported: Literal["error", "mean"] = "error",
+        process_group: Any = None,
     ) -> None:
         if unit not in {"sample", "position"}:
             raise TruestepError(f"unit is {unit!r}; use 'sample' or 'position'")
@@ -86,10 +92,11 @@ class SampleCounter:
                 "use torch.nn.parallel.DistributedDataParallel"
             )
         self._unit = unit
-        self._override: int | None = None
         self._records = Records(parameter_names(model), unit)
+        self._batch = Batch(model, self._records, process_group)
+        self._handles: list[Any] = []
         self._calls: list[Call | None] = []
-        self._hooked: set[Tensor] = set()
+        self._hooked: dict[Tensor, Tensor] = {}
         self._uses: dict[Call, list[Used]] = {}
         dims = {"": batch_dim} if isinstance(batch_dim, int) else batch_dim
         everywhere = batch_dim if isinstance(batch_dim, int) else 0
@@ -97,17 +104,23 @@ class SampleCounter:
         self._bypass_checked = False
         layers, self._plain = find_layers(model, rules, unsupported)
         hook = partial(Hook, weakref.ref(self))
-        self._handles: list[Any] = [
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            self._watch(model)
+        self._handles.append(
             model.register_forward_pre_hook(
                 hook(SampleCounter._on_call), with_kwargs=True, prepend=True
             )
-        ]
+        )
         fused = fused_in_evaluation(model)
         self._fused: list[tuple[nn.Module, Pausable]] = []
         for name, module, rule in layers:
-            layer = Layer(name, module, rule, Layout(dims.get(name, everywhere), unit))
+            layer = make_layer(name, module, rule, Layout(dims.get(name, everywhere), unit))
             on_layer = hook(SampleCounter._on_layer, layer)
-            handle = Pausable(partial(module.register_forward_hook, on_layer, with_kwargs=True))
+            # fully_shard's own hook takes the gathered parameters away after the call: go before it.
+            first = bool(layer.sharded)
+            handle = Pausable(
+                partial(module.register_forward_hook, on_layer, with_kwargs=True, prepend=first)
+            )
             self._handles.append(handle)
             if module in fused:
                 self._fused.append((fused[module], handle))
@@ -123,16 +136,13 @@ class SampleCounter:
         Set it to the loss's denominator where that is not the batch size of the model's calls; it
         holds until it is set again, and None returns to counting.
         """
-        if self._override is not None:
-            return self._override
-        sizes = (int(record.batch_size) for record in self._records.committed.values())
-        return max(sizes, default=0)
+        return self._batch.size()
 
     @batch_size.setter
     def batch_size(self, value: int | None) -> None:
         if value is not None and value < 1:
             raise TruestepError(f"batch_size is {value}; set a positive number, or None to count")
-        self._override = value
+        self._batch.override = value
 
     @property
     def nbytes(self) -> int:
@@ -141,20 +151,19 @@ class SampleCounter:
         tensors = (tensor for record in records for tensor in record.activity.tensors())
         return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
-    def counts(self) -> dict[str, Tensor]:
+    def counts(self, *, reduce: bool = False) -> dict[str, Tensor]:
         """The adaptive batch sizes m of the batch that the gradients describe.
+
+        Args:
+            reduce: count the samples of all ranks; every rank must call it. The counts of a sharded
+                parameter are a DTensor sharded like it. By default those of this rank's samples.
 
         Returns:
             Parameter name, as in `model.named_parameters()`, to an int64 tensor shaped like the
             parameter, for the parameters with a record. They stay readable after the step, until
             the next batch's gradient replaces them.
         """
-        committed = self._records.committed
-        return {
-            name: committed[parameter].activity.count()
-            for parameter, name in self._records.names.items()
-            if parameter in committed
-        }
+        return self._batch.counts(reduce=reduce)
 
     def statistics(self, *, eps: float = 1.0) -> dict[str, dict[str, float]]:
         """What is worth logging after a step, for each parameter with a record.
@@ -175,23 +184,7 @@ class SampleCounter:
             >>> counter.statistics()["weight"]["unreached"]
             0.5
         """
-        found = {}
-        for parameter, name in self._records.names.items():
-            record = self._records.committed.get(parameter)
-            if record is None:
-                continue
-            counts = record.activity.count().double()
-            size = float(self._size(record))
-            reached = counts[counts > 0]
-            found[name] = {
-                "batch_size": size,
-                "smallest": counts.min().item(),
-                "mean": counts.mean().item(),
-                "largest": counts.max().item(),
-                "unreached": 1 - reached.numel() / counts.numel(),
-                "largest_factor": size / (reached.min().item() + eps) if reached.numel() else 1.0,
-            }
-        return found
+        return self._batch.statistics(eps)
 
     def nonfinite(self) -> list[str]:
         """The names of the parameters whose gradient has a NaN or an infinity."""
@@ -222,12 +215,14 @@ class SampleCounter:
         Raises:
             TruestepError: a parameter has a gradient but no record.
         """
-        for parameter in self._records.names if parameters is None else parameters:
-            record = self._record_to_apply(parameter)
-            if record is not None and parameter.grad is not None:
-                size = self._size(record)
-                scale_(parameter.grad.detach(), record.activity, size, eps, factor_limit)
+        chosen = list(self._records.names if parameters is None else parameters)
+        self.prepare(chosen)
+        for parameter in chosen:
+            found = self._to_apply(parameter)
+            if found is not None and parameter.grad is not None:
+                scale_(local(parameter.grad.detach()), *found, eps, factor_limit)
                 self._records.mark_corrected(parameter)
+        self._batch.release()
 
     def effective_gradient(
         self, parameter: Tensor, *, eps: float = 1.0, factor_limit: float | None = None
@@ -247,11 +242,31 @@ class SampleCounter:
         """
         if parameter.grad is None:
             raise TruestepError("the parameter has no gradient; call backward() first")
-        gradient, record = parameter.grad.detach(), self._record_to_apply(parameter)
-        if record is None:
+        alone = not self._batch.covers(parameter)
+        if alone:
+            self.prepare([parameter])
+        gradient, found = parameter.grad.detach(), self._to_apply(parameter)
+        if alone:
+            self._batch.release()
+        if found is None:
             return gradient
-        size = self._size(record)
-        return scale_(gradient.clone(), record.activity, size, eps, factor_limit)
+        corrected = gradient.clone()
+        scale_(local(corrected), *found, eps, factor_limit)
+        return corrected
+
+    def prepare(self, parameters: Iterable[Tensor]) -> None:
+        """Starts a step over several ranks, which agree once on all that it will ask for.
+
+        Between this and `mark_step`, every rank asks for the `effective_gradient` of the same
+        parameters in the same order. For one process alone it does nothing.
+
+        Args:
+            parameters: those that the step will use, the same on all ranks.
+
+        Raises:
+            TruestepError: the ranks do not agree.
+        """
+        self._batch.prepare(p for p in parameters if p not in self._plain)
 
     def mark_step(self, parameters: Iterable[Tensor]) -> None:
         """Notes that an optimizer has used the gradients of these parameters."""
@@ -259,6 +274,7 @@ class SampleCounter:
             record = self._records.committed.get(parameter)
             if record is not None:
                 record.stepped = True
+        self._batch.release()
 
     def check(self, parameters: Iterable[Tensor]) -> None:
         """Raises `TruestepError` for a parameter that is not the model's."""
@@ -278,6 +294,7 @@ class SampleCounter:
         self._fused.clear()
         self._hooked.clear()
         self._records.clear()
+        self._batch.release()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TruestepError(
@@ -285,15 +302,12 @@ class SampleCounter:
             "make a new SampleCounter on the copy of the model"
         )
 
-    def _record_to_apply(self, parameter: Tensor) -> Record | None:
+    def _to_apply(self, parameter: Tensor) -> tuple[Activity, int | Tensor] | None:
+        """The samples that reach a parameter and N; None where its gradient stays as it is."""
         if parameter.grad is None or parameter in self._plain:
             return None
         self.check([parameter])
-        record = self._records.find(parameter)
-        return None if record.corrected else record
-
-    def _size(self, record: Record) -> int | Tensor:
-        return record.batch_size if self._override is None else self._override
+        return self._batch.find(parameter)
 
     # The hooks, in the order in which they run.
 
@@ -306,12 +320,23 @@ class SampleCounter:
             return
         for _, handle in self._fused:
             handle.resume()  # an evaluation that was interrupted could not
+        wrapper = self._batch.new_wrapper()
+        if wrapper is not None:
+            self._watch(wrapper)
         inputs = list(tensors_in((args, kwargs)))
         places = {tensor.untyped_storage().data_ptr() for tensor in inputs}
         call = Call(list(sizes_of(inputs, self._batch_dim)), places)
         self._calls.append(call)
         if not self._bypass_checked:
             self._uses[call] = []
+
+    def _watch(self, wrapper: nn.Module) -> None:
+        # DistributedDataParallel lays its buckets out anew in its second forward pass.
+        hook = Hook(weakref.ref(self), SampleCounter._on_wrapper)
+        self._handles.append(wrapper.register_forward_pre_hook(hook, prepend=True))
+
+    def _on_wrapper(self, _module: nn.Module, _args: Any) -> None:
+        self._records.watch(FORWARD)
 
     def _on_layer(
         self, layer: Layer, module: nn.Module, args: Any, kwargs: Any, output: Any
@@ -321,14 +346,19 @@ class SampleCounter:
         outputs = list(tensors_in(output))
         if not any(tensor.requires_grad for tensor in outputs):
             return
-        trained = [p for p in module.parameters() if p.requires_grad and p.is_leaf]
+        trained = [
+            (name, p) for name, p in module.named_parameters() if p.requires_grad and p.is_leaf
+        ]
         if not trained:
             return
-        for parameter in trained:
-            if parameter not in self._hooked:
-                hook = Hook(weakref.ref(self), SampleCounter._on_accumulated)
-                self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
-                self._hooked.add(parameter)
+        for name, parameter in trained:
+            owner = layer.owner(name, parameter)
+            if owner not in self._records.names:
+                raise TruestepError(
+                    f"{name!r} of {layer.name!r} is another parameter than when the SampleCounter was "
+                    "made (fully_shard, or an assignment, put it there); make the counter afterwards"
+                )
+            self._wait_for_gradient(owner, parameter)
         # In a backward pass activation checkpointing runs layers again, for the call it is in.
         call = self._calls[-1] if self._calls else self._records.current
         call = call or Call(outside=True)
@@ -346,7 +376,20 @@ class SampleCounter:
             nodes = [tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None]
             self._uses[call].append((nodes, list(tensors_in((args, kwargs)))))
 
+    def _wait_for_gradient(self, owner: Tensor, parameter: Tensor) -> None:
+        reference = weakref.ref(self)
+        if owner not in self._hooked:
+            hook = Hook(reference, SampleCounter._on_accumulated)
+            self._handles.append(owner.register_post_accumulate_grad_hook(hook))
+            self._hooked[owner] = owner
+        if parameter not in self._hooked:
+            # Gathered by fully_shard, which later hands its owner the gradient.
+            hook = Hook(reference, SampleCounter._on_gathered, owner)
+            self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
+            self._hooked[parameter] = owner
+
     def _on_return(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        self._records.follow(FORWARD)
         call = self._calls.pop() if self._calls else None
         if call is None:
             for _, handle in self._fused:
@@ -359,12 +402,14 @@ class SampleCounter:
         uses = self._uses.pop(call, None)
         if uses is not None and outputs:
             self._bypass_checked = True
-            self._refuse_bypassed(outputs, uses)
+            known = {p: name for p, name in self._records.names.items() if p not in self._plain}
+            gathered = {p: known[owner] for p, owner in self._hooked.items() if owner in known}
+            refuse_bypassed(outputs, uses, known | gathered)
 
     def _on_output_gradient(self, call: Call, delta: Tensor) -> None:
         self._records.enter(call)
         if self._unit == "position":
-            _note_positions(call, delta)
+            call.note_positions(delta)
 
     def _on_gradient(
         self,
@@ -376,7 +421,7 @@ class SampleCounter:
     ) -> None:
         detached = [None if delta is None else delta.detach() for delta in deltas]
         for name, found in activity(*detached).items():
-            parameter = layer.module.get_parameter(name)
+            parameter = layer.owner(name, layer.module.get_parameter(name))
             if found.shape != parameter.shape:
                 raise TruestepError(
                     f"the rule for {layer.name!r} gives {name!r} the shape {tuple(found.shape)}, but "
@@ -390,32 +435,13 @@ class SampleCounter:
                 check_batch(layer, call, found.samples)
             self._records.receive(parameter, call, found)
 
+    def _on_gathered(self, owner: Tensor, _parameter: Tensor) -> None:
+        self._records.hold(owner)
+
     def _on_accumulated(self, parameter: Tensor) -> None:
         self._records.commit(parameter)
-
-    def _refuse_bypassed(self, outputs: list[Tensor], uses: list[Used]) -> None:
-        names = {p: name for p, name in self._records.names.items() if p not in self._plain}
-        found = bypassed(outputs, uses, names)
-        if found:
-            raise TruestepError(
-                f"the model uses {', '.join(map(repr, found))} without calling the module that owns it, "
-                "so the samples of that use would go uncounted. Call the module (an output head tied "
-                "to an embedding: nn.Linear with its weight set to the embedding's), give the module "
-                "that uses it a rule, or keep plain gradients: rules without its class and "
-                "unsupported='mean'"
-            )
 
 
 def _finite(gradient: Tensor) -> bool:
     values = gradient._values() if gradient.is_sparse else gradient  # noqa: SLF001
     return bool(values.isfinite().all())
-
-
-def _note_positions(call: Call, delta: Tensor) -> None:
-    mask = delta.detach() != 0
-    if mask.dim() > 1:
-        # Features are the last dimension; of images, which have channels first, the second.
-        mask = mask.any(1 if mask.dim() > 3 else -1)  # noqa: PLR2004
-    mask = mask.flatten()
-    known = call.positions.get(len(mask))
-    call.positions[len(mask)] = mask if known is None else mask | known

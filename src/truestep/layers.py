@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from truestep.distributed import is_sharded
 from truestep.errors import TruestepError
 from truestep.hooks import Hook
 from truestep.layout import Layout, Rule
@@ -19,6 +20,7 @@ __all__ = [
     "find_layers",
     "fused_in_evaluation",
     "layout_of",
+    "make_layer",
     "parameter_names",
     "sizes_of",
     "tensors_in",
@@ -27,19 +29,41 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Layer:
-    """A module with a rule: its dotted name, the module, its rule and its layout."""
+    """A module with a rule: its dotted name, the module, its rule and its layout.
+
+    Attributes:
+        sharded: its parameters that `fully_shard` has divided among ranks, by their names in it. During
+            its calls and their backward passes, the module has gathered ones in their place.
+    """
 
     name: str
     module: nn.Module
     rule: Rule
     layout: Layout
+    sharded: Mapping[str, Tensor]
+
+    def owner(self, name: str, present: Tensor) -> Tensor:
+        """The parameter of the counter's model that the module's present one stands for."""
+        return self.sharded.get(name, present)
+
+
+def make_layer(name: str, module: nn.Module, rule: Rule, layout: Layout) -> Layer:
+    """A layer, with the parameters that it has now."""
+    named = module.named_parameters(remove_duplicate=False)
+    sharded = {own: parameter for own, parameter in named if is_sharded(parameter)}
+    return Layer(name, module, rule, layout, sharded)
 
 
 def parameter_names(model: nn.Module) -> dict[Tensor, str]:
     """Parameter to name, as in `model.named_parameters()` without DistributedDataParallel's prefix."""
-    distributed = isinstance(model, nn.parallel.DistributedDataParallel)
-    prefix = "module." if distributed else ""
-    return {p: name.removeprefix(prefix) for name, p in model.named_parameters()}
+    return {parameter: name for name, parameter in _wrapped(model).named_parameters()}
+
+
+def _wrapped(model: nn.Module) -> nn.Module:
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        inner: nn.Module = model.module
+        return inner
+    return model
 
 
 def find_layers(
@@ -53,7 +77,8 @@ def find_layers(
     """
     layers, plain, reasons = [], set(), []
     inside: set[nn.Module] = set()  # modules that another uses without calling them
-    for name, module in model.named_modules():
+    _refuse_second_counter("", model)
+    for name, module in _wrapped(model).named_modules():
         own = [p for p in module._parameters.values() if p is not None]  # noqa: SLF001
         _refuse_second_counter(name, module)
         if not own or module in inside:

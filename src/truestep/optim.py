@@ -216,12 +216,14 @@ class AdaptiveBatchSGD(Optimizer):
                 "optimizer.counter = truestep.SampleCounter(model) with the model it now trains"
             )
         loss = _call(closure)
+        everything = [p for group in self.param_groups for p in group["params"]]
+        self.counter.prepare(everything)
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             at_once = len(params) if group["foreach"] else 1
             for start in range(0, len(params), max(1, at_once)):
                 self._update(group, params[start : start + at_once], self.counter)
-            self.counter.mark_step(params)
+        self.counter.mark_step(p for p in everything if p.grad is not None)
         return loss
 
     @torch.no_grad()

@@ -15,10 +15,11 @@ from torch.autograd import Variable
 
 from truestep.activity import Activity
 from truestep.combine import joint, total
+from truestep.distributed import is_sharded, local, nobody
 from truestep.errors import TruestepError
 from truestep.layout import Unit
 
-__all__ = ["Call", "Record", "Records"]
+__all__ = ["FORWARD", "Call", "Record", "Records"]
 
 
 @dataclass(eq=False)
@@ -39,6 +40,16 @@ class Call:
     batch_size: int | None = None
     positions: dict[int, Tensor] = field(default_factory=dict)
 
+    def note_positions(self, delta: Tensor) -> None:
+        """Adds the positions where the gradient of an output is not zero."""
+        mask = delta.detach() != 0
+        if mask.dim() > 1:
+            # Features are the last dimension; of images, which have channels first, the second.
+            mask = mask.any(1 if mask.dim() > 3 else -1)  # noqa: PLR2004
+        mask = mask.flatten()
+        known = self.positions.get(len(mask))
+        self.positions[len(mask)] = mask if known is None else mask | known
+
 
 @dataclass
 class Record:
@@ -54,6 +65,7 @@ class Record:
         before: the record without that call.
         corrected: whether it is a mean effective gradient already.
         stepped: whether an optimizer has used it.
+        nonzero: of a sharded gradient, whether this rank's part had anything but zeros at first.
     """
 
     activity: Activity
@@ -65,11 +77,13 @@ class Record:
     before: tuple[Activity, int | Tensor] | None
     corrected: bool = False
     stepped: bool = False
+    nonzero: Tensor | None = None
 
 
 @dataclass
 class _Pending:
     fresh: bool
+    task: int
     uses: dict[Call, list[Activity]] = field(default_factory=dict)
 
 
@@ -79,13 +93,26 @@ class Records:
     Args:
         names: the parameters, with their names for errors.
         unit: what counts as a sample.
+
+    Attributes:
+        committed: the records.
+        follows: whether a record follows its gradient when a backward pass puts another tensor in its
+            place, as DistributedDataParallel does with gradient_as_bucket_view=True.
+        current: the call that the running backward pass is going through.
     """
 
     def __init__(self, names: dict[Tensor, str], unit: Unit) -> None:
         self.names = names
         self.committed: dict[Tensor, Record] = {}
+        self.follows = False
         self._unit = unit
         self._pending: dict[int, dict[Tensor, _Pending]] = {}
+        # Sharded parameters' pending activity whose gradient has not been handed to them yet.
+        self._held: dict[Tensor, list[_Pending]] = {}
+        # Where gradients are followed: the parameters whose gradient the running backward passes found or
+        # left with a record, and whether it was as the record had left it. Views of one bucket share
+        # their version, so that this is known only before the first of them changes.
+        self._living: dict[int, dict[Tensor, bool]] = {}
         # The outermost backward pass and the call that it is going through, while it runs.
         self._outermost: int | None = None
         self.current: Call | None = None
@@ -94,6 +121,26 @@ class Records:
         """Forgets everything."""
         self.committed.clear()
         self._pending.clear()
+        self._living.clear()
+        self._held.clear()
+
+    def of(self, parameter: Tensor) -> Record | None:
+        """The record of the parameter's present gradient, or, without one, of its last."""
+        record = self.committed.get(parameter)
+        if record is None or parameter.grad is None or record.gradient() is parameter.grad:
+            return record
+        return None
+
+    def adopt(self, parameter: Tensor, batch_size: int) -> None:
+        """Gives a gradient that came from other ranks alone a record of no sample, if it has none."""
+        gradient = parameter.grad
+        if gradient is None or self.of(parameter) is not None:
+            return
+        reference, version = weakref.ref(gradient), _version(gradient)
+        activity, latest = nobody(parameter), (Call(), -1)
+        self.committed[parameter] = Record(
+            activity, batch_size, reference, version, latest, [activity], None
+        )
 
     def find(self, parameter: Tensor) -> Record:
         """The record of the parameter's present gradient.
@@ -123,9 +170,20 @@ class Records:
                 self._pending.clear()
             pending = self._pending[task] = {}
             _at_end(self, Records.forget)
+            self.watch(task)
         if parameter not in pending:
-            pending[parameter] = _Pending(self._starts_anew(parameter))
+            pending[parameter] = _Pending(self._starts_anew(parameter, task), task)
         pending[parameter].uses.setdefault(call, []).append(activity)
+
+    def hold(self, parameter: Tensor) -> None:
+        """Keeps pending activity until `fully_shard` hands the parameter the gradient.
+
+        That may be after further backward passes (`set_requires_gradient_sync(False)`), which
+        accumulate the gradient elsewhere.
+        """
+        entry = self._pending.get(_backward_id(), {}).pop(parameter, None)
+        if entry is not None:
+            self._held.setdefault(parameter, []).append(entry)
 
     def commit(self, parameter: Tensor) -> None:
         """Makes the pending activity part of the record, once the gradient has reached `.grad`."""
@@ -133,20 +191,36 @@ class Records:
         assert gradient is not None  # noqa: S101
         task = _backward_id()
         entry = self._pending.get(task, {}).pop(parameter, None)
-        if entry is None:
+        entries = self._held.pop(parameter, []) if entry is None else [entry]
+        if not entries:
             # A gradient from elsewhere. If more than it changed .grad since a step, it was zeroed.
             if record is not None and record.stepped and _version(gradient) > record.version + 1:
                 del self.committed[parameter]
             return
+        replaced = is_sharded(gradient) and record is not None and record.gradient() is not gradient
+        if entries[0].fresh or replaced:
+            record = None
+        for entry in entries:
+            record = self._extended(parameter, record, entry)
+        assert record is not None  # noqa: S101
+        record.gradient, record.version = weakref.ref(gradient), _version(gradient)
+        if is_sharded(gradient):
+            record.nonzero = local(gradient).any()
+        self.committed[parameter] = record
+        if task in self._living:
+            self._living[task][parameter] = True
+
+    def _extended(self, parameter: Tensor, record: Record | None, entry: _Pending) -> Record | None:
+        """A record with the uses of one more backward pass."""
         if sum(call.outside for call in entry.uses) > 1:
             raise TruestepError(
                 f"{self.names[parameter]!r} is used several times outside a call of the counter's "
                 "model, so which samples belong together is unknown; make the SampleCounter on the "
                 "module that is called"
             )
-        before = None if entry.fresh or record is None else (record.activity, record.batch_size)
+        before = None if record is None else (record.activity, record.batch_size)
         for call, uses in entry.uses.items():
-            latest = (call, task if self._outermost is None else self._outermost)
+            latest = (call, entry.task if self._outermost is None else self._outermost)
             if before is not None and record is not None and record.latest == latest:
                 # Nested backward passes (reentrant checkpointing) deliver one call piece by piece.
                 joined, before = record.uses + uses, record.before
@@ -155,11 +229,9 @@ class Records:
             activity, size = self._joint(call, joined)
             if before is not None:
                 activity, size = total([before[0], activity]), before[1] + size
-            reference, version = weakref.ref(gradient), _version(gradient)
-            record = Record(activity, size, reference, version, latest, joined, before)
+            record = Record(activity, size, _nothing, -1, latest, joined, before)
             before = (activity, size)
-        assert record is not None  # noqa: S101
-        self.committed[parameter] = record
+        return record
 
     def mark_corrected(self, parameter: Tensor) -> None:
         """Notes that the parameter's `.grad` was turned into a mean effective gradient in place."""
@@ -182,16 +254,36 @@ class Records:
     def forget(self, task: int) -> None:
         """Drops what a backward pass has left pending."""
         self._pending.pop(task, None)
+        if task in self._living:
+            # DistributedDataParallel finishes in such a callback too: come after it.
+            _at_end(self, Records.follow, task)
 
-    def _starts_anew(self, parameter: Tensor) -> bool:
+    def watch(self, task: int) -> None:
+        """Notes which gradients have a record, before a pass that `follow` ends may replace them."""
+        if self.follows:
+            self._living[task] = {
+                p: _version(p.grad) == record.version
+                for p, record in self.committed.items()
+                if p.grad is not None and record.gradient() is p.grad
+            }
+
+    def follow(self, task: int) -> None:
+        """Binds records to the tensors that have been put in place of their gradients since `watch`."""
+        for parameter, unchanged in self._living.pop(task, {}).items():
+            record = self.committed.get(parameter)
+            if record is not None and parameter.grad is not None:
+                record.gradient = weakref.ref(parameter.grad)
+                record.version = _version(parameter.grad) if unchanged else -1
+
+    def _starts_anew(self, parameter: Tensor, task: int) -> bool:
         """Whether a gradient about to be accumulated is the first of a new batch."""
         gradient, record = parameter.grad, self.committed.get(parameter)
         if gradient is None or record is None or record.gradient() is not gradient:
             return True
-        if _version(gradient) == record.version and not record.corrected:
+        unchanged = _version(gradient) == record.version
+        if self._living.get(task, {}).get(parameter, unchanged) and not record.corrected:
             return False
-        values = gradient._values() if gradient.is_sparse else gradient  # noqa: SLF001
-        if not values.any():  # zeroed in place
+        if _zeroed(gradient, record):
             return True
         if record.corrected:
             raise TruestepError(
@@ -214,6 +306,9 @@ class Records:
         return total(parts), sum(mask.sum() for mask in masks)
 
 
+# Stands for a forward pass where others stand for backward passes.
+FORWARD = -1
+
 # Backward passes can nest (activation checkpointing), though not this deep.
 MOST_BACKWARDS = 64
 
@@ -222,13 +317,28 @@ def _backward_id() -> int:
     return torch._C._current_graph_task_id()  # noqa: SLF001
 
 
+def _zeroed(gradient: Tensor, record: Record) -> bool:
+    """Whether a gradient was zeroed in place since its record was made."""
+    values = gradient._values() if gradient.is_sparse else local(gradient)  # noqa: SLF001
+    if values.any():
+        return False
+    # A rank's few rows may hold nothing but zeros, or be none at all, where the others' do not.
+    return record.nonzero is None or record.stepped or bool(record.nonzero)
+
+
+def _nothing() -> None:
+    return None
+
+
 def _version(tensor: Tensor) -> int:
     return tensor._version  # noqa: SLF001
 
 
-def _at_end(records: Records, method: Callable[[Records, int], None]) -> None:
+def _at_end(
+    records: Records, method: Callable[[Records, int], None], task: int | None = None
+) -> None:
     """Calls a method with the backward pass's id when that backward pass ends."""
-    task, reference = _backward_id(), weakref.ref(records)
+    task, reference = _backward_id() if task is None else task, weakref.ref(records)
 
     def call() -> None:
         living = reference()
