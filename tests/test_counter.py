@@ -91,6 +91,16 @@ def test_a_dropped_batch_without_a_step_leaves_nothing(model, counter, set_to_no
     assert_counted(counter, model, second)
 
 
+def test_zeroing_behind_autograds_back_starts_a_new_batch_after_a_step(model, counter):
+    optimizer = truestep.AdaptiveBatchSGD(model.parameters(), lr=0.1, counter=counter)
+    for samples in (5, 4, 3):
+        backward(model, sparse_inputs(samples, 4))
+        assert counter.batch_size == samples
+        optimizer.step()
+        for parameter in model.parameters():
+            parameter.grad.data.zero_()
+
+
 def test_clipping_between_micro_batches_keeps_the_record(model, counter):
     first, second = sparse_inputs(5, 4), sparse_inputs(3, 4)
     backward(model, first)

@@ -7,8 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
+import typer
 
 import truestep
+from truestep import cli
 
 MODULES = [
     importlib.import_module(info.name)
@@ -78,3 +80,22 @@ def test_the_code_in_the_readme_runs(block, capsys):
     exec(compile(block, "README.md", "exec"), {})  # noqa: S102
     if "print(" in block:
         assert "tensor(" in capsys.readouterr().out
+
+
+def commands(group, path=("truestep",)):
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, (*path, name))
+        else:
+            yield " ".join((*path, name)), command
+
+
+COMMANDS = dict(commands(typer.main.get_command(cli.app)))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_commands_and_their_options_have_help_and_a_place_in_the_reference(name):
+    assert f"`{name}" in REFERENCE, name
+    assert COMMANDS[name].help, name
+    for parameter in COMMANDS[name].params:
+        assert getattr(parameter, "help", None), f"{name} {parameter.name}"

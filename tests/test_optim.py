@@ -409,6 +409,10 @@ def test_wrong_values_are_named():
         truestep.DASGD(model.parameters(), lr=float("nan"))
     with pytest.raises(TruestepError, match="needs momentum > 0"):
         make(nesterov=True)
+    with pytest.raises(
+        TruestepError, match=r"counter is of type Linear; pass .*SampleCounter\(model\)"
+    ):
+        truestep.AdaptiveBatchSGD(model.parameters(), counter=model[0])
     with pytest.raises(TruestepError, match="factor_limit is 0"):
         make(factor_limit=0)
 

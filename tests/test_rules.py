@@ -3,6 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import prune
 
 import truestep
 from properties import assert_counts_equal_oracle, count
@@ -286,6 +287,7 @@ class Own(nn.Module):
         (Scaled(2, 2), "a forward of its own"),
         (nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), "parametrization"),
         (Own(), "Own has no rule"),
+        (prune.l1_unstructured(nn.Linear(2, 2), "weight", 0.5), "prune.remove()"),
         (nn.MultiheadAttention(4, 2).out_proj, "without being called"),
     ],
 )

@@ -129,15 +129,54 @@ def test_refusals():
         truestep.attach(optimizer, truestep.directional_boost())
 
 
-def test_a_further_backward_after_a_step_without_zero_grad_is_an_error():
+def test_a_step_on_corrected_and_plain_gradients_added_up_is_an_error():
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     truestep.attach(optimizer, truestep.mean_effective_gradient(truestep.SampleCounter(model)))
     assert model  # the counter lives as long as its transform
     backward(model)
     optimizer.step()
+    backward(model)
     with pytest.raises(TruestepError, match=r"zero_grad\(\) first"):
-        backward(model)
+        optimizer.step()
+    optimizer.zero_grad()
+    backward(model)
+    optimizer.step()
+
+
+def adaptive(model, counter):
+    return truestep.AdaptiveBatchSGD(model.parameters(), lr=0.1, counter=counter)
+
+
+def attached(model, counter):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    truestep.attach(optimizer, truestep.mean_effective_gradient(counter))
+    return optimizer
+
+
+@pytest.mark.parametrize("make", [adaptive, attached])
+def test_a_gan_in_the_usual_order(make):
+    """The generator's turn adds gradients to the discriminator's that nobody uses."""
+    generator, discriminator = mlp(), nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 1))
+    counters = [truestep.SampleCounter(network) for network in (generator, discriminator)]
+    ours, theirs = make(generator, counters[0]), make(discriminator, counters[1])
+    for _ in range(2):
+        theirs.zero_grad()
+        fake = generator(sparse_inputs(6, 4))
+        (discriminator(torch.randn(8, 3)).mean() - discriminator(fake.detach()).mean()).backward()
+        assert counters[1].batch_size == 8 + 6
+        theirs.step()
+        ours.zero_grad()
+        discriminator(fake).mean().backward()
+        assert counters[0].batch_size == 6
+        ours.step()
+
+
+def test_a_transform_that_was_not_called_is_named():
+    optimizer = torch.optim.SGD(mlp().parameters(), lr=0.1)
+    for wrong in (truestep.mean_effective_gradient, truestep.directional_boost, None):
+        with pytest.raises(TruestepError, match="which is not a transform; pass mean_effective"):
+            truestep.attach(optimizer, wrong)
 
 
 def scaled_step(optimizer, model, *, unscale, factor=1.0):

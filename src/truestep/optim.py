@@ -177,6 +177,10 @@ class AdaptiveBatchSGD(Optimizer):
         foreach: bool = False,
     ) -> None:
         _require_at_least_zero(lr=lr, momentum=momentum, weight_decay=weight_decay, eps=eps)
+        if not isinstance(counter, SampleCounter):
+            raise TruestepError(
+                f"counter is of type {type(counter).__name__}; pass truestep.SampleCounter(model)"
+            )
         if nesterov and (momentum <= 0 or dampening != 0):
             raise TruestepError("nesterov=True needs momentum > 0 and dampening = 0; set them")
         if factor_limit is not None and factor_limit <= 0:

@@ -65,6 +65,7 @@ class Record:
         before: the record without that call.
         corrected: whether it is a mean effective gradient already.
         stepped: whether an optimizer has used it.
+        mixed: whether plain gradients were added to a corrected one after its step.
         nonzero: of a sharded gradient, whether this rank's part had anything but zeros at first.
     """
 
@@ -77,6 +78,7 @@ class Record:
     before: tuple[Activity, int | Tensor] | None
     corrected: bool = False
     stepped: bool = False
+    mixed: bool = False
     nonzero: Tensor | None = None
 
 
@@ -157,6 +159,8 @@ class Records:
                 "module, or .grad was set by hand. Call the module, or leave it out with "
                 "SampleCounter(model, unsupported='mean') and rules without its class"
             )
+        if record.mixed:
+            self._refuse_mixture(parameter)
         return record
 
     def receive(self, parameter: Tensor, call: Call, activity: Activity) -> None:
@@ -200,9 +204,13 @@ class Records:
         replaced = is_sharded(gradient) and record is not None and record.gradient() is not gradient
         if entries[0].fresh or replaced:
             record = None
+        # After a step a backward pass may add to a corrected gradient that nobody will use (a GAN's
+        # discriminator, in the generator's turn); who would use it is told.
+        mixed = record is not None and (record.corrected or record.mixed)
         for entry in entries:
             record = self._extended(parameter, record, entry)
         assert record is not None  # noqa: S101
+        record.mixed = mixed
         record.gradient, record.version = weakref.ref(gradient), _version(gradient)
         if is_sharded(gradient):
             record.nonzero = local(gradient).any()
@@ -280,18 +288,22 @@ class Records:
         gradient, record = parameter.grad, self.committed.get(parameter)
         if gradient is None or record is None or record.gradient() is not gradient:
             return True
-        unchanged = _version(gradient) == record.version
+        # After a step the content is looked at: `.grad.data.zero_()` leaves the version as it is.
+        unchanged = _version(gradient) == record.version and not record.stepped
         if self._living.get(task, {}).get(parameter, unchanged) and not record.corrected:
             return False
         if _zeroed(gradient, record):
             return True
-        if record.corrected:
-            raise TruestepError(
-                f"the gradient of {self.names[parameter]!r} is a mean effective gradient already, and "
-                "a further backward pass would add a plain one to it; call zero_grad() first, or "
-                "correct after the last backward pass"
-            )
+        if record.corrected and not record.stepped:
+            self._refuse_mixture(parameter)
         return False
+
+    def _refuse_mixture(self, parameter: Tensor) -> None:
+        raise TruestepError(
+            f"the gradient of {self.names[parameter]!r} is a mean effective gradient already, and a "
+            "further backward pass adds a plain one to it; call zero_grad() first, or correct after "
+            "the last backward pass"
+        )
 
     def _joint(self, call: Call, uses: list[Activity]) -> tuple[Activity, int | Tensor]:
         """One call's activity and its N."""

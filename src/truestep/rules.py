@@ -299,6 +299,12 @@ def find_rule(module: nn.Module, rules: Mapping[Any, Rule]) -> Rule | str:  # no
         return f"{name} is used by nn.MultiheadAttention without being called"
     if nn.utils.parametrize.is_parametrized(module):
         return f"{name} computes its parameters from others (a parametrization)"
+    computed = [key for key, value in vars(module).items() if isinstance(value, Tensor)]
+    if computed:
+        return (
+            f"{name} computes its {' and '.join(computed)} from others (pruning, weight_norm, "
+            "spectral_norm); make that permanent with prune.remove() and the like"
+        )
     for base in type(module).__mro__:
         if base in rules:
             if type(module).forward is base.forward:  # type: ignore[attr-defined]

@@ -62,6 +62,13 @@ def attach(optimizer: Optimizer, *transforms: Transform) -> "Handle":
         raise TruestepError(
             "attach() got no transform; pass for example truestep.directional_boost()"
         )
+    for transform in transforms:
+        if not callable(transform) or transform in (mean_effective_gradient, directional_boost):
+            name = getattr(transform, "__name__", type(transform).__name__)
+            raise TruestepError(
+                f"attach() got {name}, which is not a transform; "
+                "pass mean_effective_gradient(counter), directional_boost() or a callable"
+            )
     if _find_handle(optimizer) is not None:
         raise TruestepError(
             "this optimizer has transforms already; remove() their handle, then attach all in one call"

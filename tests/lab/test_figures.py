@@ -186,6 +186,13 @@ def test_steps_are_medians_with_a_line_of_perfect_scaling(large, drawn):
     assert crosses(panel(figure, "sgd")), "the race must have targets not reached"
 
 
+def test_a_target_that_nobody_reaches_leaves_steps_that_can_be(large):
+    summary = summarise(large, choose(large), target=("loss", -1.0))
+    assert summary["step_to_target"].map(math.isinf).all()
+    low, high = panel(figures.steps_to_target(summary), "sgd").get_ylim()
+    assert 0 < low < 1 < 10 < high
+
+
 def test_batch_sizes_show_both_ways_of_tuning(large):
     chosen = choose(large)
     own, fixed = summarise(large, chosen), summarise(large, at_reference(chosen, 256))

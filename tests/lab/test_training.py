@@ -274,3 +274,15 @@ def test_the_git_commit_is_that_of_the_users_folder(tmp_path, monkeypatch):
     for command in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "One"]):
         subprocess.run([shutil.which("git"), *command], check=True)  # noqa: S603 - fixed words
     assert re.fullmatch("[0-9a-f]{40}", training._git_commit())
+
+
+def test_a_first_step_that_compiles_says_nothing_about_the_others(monkeypatch):
+    durations = iter([60.0, 0.1, 0.1, 0.1])
+    monkeypatch.setattr(
+        training, "_steps", lambda *_: ((0.0, 1, duration) for duration in durations)
+    )
+    task = find_task("circles")
+    splits = task.load(None)
+    cost = rehearse(task, splits, RunKey("", "sgd", 0.1, 32, 0, final=False))
+    steps = task.epochs * -(-len(splits.train.targets) // 32)
+    assert cost.training == pytest.approx(0.1 * steps)
