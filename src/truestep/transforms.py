@@ -62,8 +62,9 @@ def attach(optimizer: Optimizer, *transforms: Transform) -> "Handle":
         raise TruestepError(
             "attach() got no transform; pass for example truestep.directional_boost()"
         )
+    makers: tuple[Any, ...] = (mean_effective_gradient, directional_boost)
     for transform in transforms:
-        if not callable(transform) or transform in (mean_effective_gradient, directional_boost):
+        if not callable(transform) or transform in makers:
             name = getattr(transform, "__name__", type(transform).__name__)
             raise TruestepError(
                 f"attach() got {name}, which is not a transform; "

@@ -190,7 +190,8 @@ def test_a_target_that_nobody_reaches_leaves_steps_that_can_be(large):
     summary = summarise(large, choose(large), target=("loss", -1.0))
     assert summary["step_to_target"].map(math.isinf).all()
     low, high = panel(figures.steps_to_target(summary), "sgd").get_ylim()
-    assert 0 < low < 1 < 10 < high
+    assert 0 < low < 1
+    assert high > 10
 
 
 def test_batch_sizes_show_both_ways_of_tuning(large):
