@@ -16,6 +16,8 @@ __all__ = ["Used", "bypassed", "refuse_bypassed"]
 Node = Any  # autograd's nodes have a class per operation and no public base
 # The nodes of a layer's outputs, and the tensors that it was given.
 Used = tuple[list[Node], list[Tensor]]
+# What a compiled graph leaves of itself (of the backend "eager", the taps); what it uses cannot be seen.
+COMPILED = {"CompiledFunctionBackward", "ApplyTemplateBackward"}
 
 
 def bypassed(
@@ -53,7 +55,7 @@ def bypassed(
             seen.add(reached)
             if reached in inputs_of:
                 todo += [_origin(tensor) for tensor in inputs_of[reached]]
-            else:
+            elif reached.name() not in COMPILED:
                 todo += _before(reached)
     return list(found)
 

@@ -13,17 +13,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from truestep import compiled
 from truestep.activity import Activity
 from truestep.batch import Batch
 from truestep.combine import Shared
+from truestep.compiled import Receiver
 from truestep.consumers import Used, refuse_bypassed
 from truestep.distributed import local
 from truestep.errors import TruestepError
-from truestep.hooks import Hook, Pausable, on_gradients, on_node
+from truestep.hooks import Hook, Pausable, on_backward, uncompiled
 from truestep.layers import (
     Layer,
     batch_of,
     check_batch,
+    check_options,
+    check_shape,
     find_layers,
     fused_in_evaluation,
     layout_of,
@@ -31,6 +35,7 @@ from truestep.layers import (
     parameter_names,
     sizes_of,
     tensors_in,
+    uncompiled_model,
 )
 from truestep.layout import Inside, Layout, Rule, Unit
 from truestep.records import FORWARD, Call, Records
@@ -82,20 +87,14 @@ class SampleCounter:
         unsupported: Literal["error", "mean"] = "error",
         process_group: Any = None,
     ) -> None:
-        if unit not in {"sample", "position"}:
-            raise TruestepError(f"unit is {unit!r}; use 'sample' or 'position'")
-        if unsupported not in {"error", "mean"}:
-            raise TruestepError(f"unsupported is {unsupported!r}; use 'error' or 'mean'")
-        if isinstance(model, nn.DataParallel):
-            raise TruestepError(
-                "nn.DataParallel runs copies of the model in threads, which cannot be counted; "
-                "use torch.nn.parallel.DistributedDataParallel"
-            )
+        check_options(model, unit, unsupported)
+        model = uncompiled_model(model)
         self._unit = unit
         self._records = Records(parameter_names(model), unit)
         self._batch = Batch(model, self._records, process_group)
         self._handles: list[Any] = []
-        self._calls: list[Call | None] = []
+        # A call that began in a compiled graph is here by its key.
+        self._calls: list[Call | Tensor | None] = []
         self._hooked: dict[Tensor, Tensor] = {}
         self._uses: dict[Call, list[Used]] = {}
         dims = {"": batch_dim} if isinstance(batch_dim, int) else batch_dim
@@ -106,16 +105,16 @@ class SampleCounter:
         hook = partial(Hook, weakref.ref(self))
         if isinstance(model, nn.parallel.DistributedDataParallel):
             self._watch(model)
+        on_call = hook(SampleCounter._on_call)
         self._handles.append(
-            model.register_forward_pre_hook(
-                hook(SampleCounter._on_call), with_kwargs=True, prepend=True
-            )
+            model.register_forward_pre_hook(on_call, with_kwargs=True, prepend=True)
         )
         fused = fused_in_evaluation(model)
         self._fused: list[tuple[nn.Module, Pausable]] = []
         for name, module, rule in layers:
             layer = make_layer(name, module, rule, Layout(dims.get(name, everywhere), unit))
-            on_layer = hook(SampleCounter._on_layer, layer)
+            taps = Receiver(hook(SampleCounter._on_delivered_layer, layer))
+            on_layer = hook(SampleCounter._on_layer, layer, taps)
             # fully_shard's own hook takes the gathered parameters away after the call: go before it.
             first = bool(layer.sharded)
             handle = Pausable(
@@ -124,10 +123,10 @@ class SampleCounter:
             self._handles.append(handle)
             if module in fused:
                 self._fused.append((fused[module], handle))
+        taps = Receiver(hook(SampleCounter._on_delivered_output))
+        on_return = hook(SampleCounter._on_return, taps)
         # After the layers' hooks: the model may be a layer itself.
-        self._handles.append(
-            model.register_forward_hook(hook(SampleCounter._on_return), always_call=True)
-        )
+        self._handles.append(model.register_forward_hook(on_return, always_call=True))
 
     @property
     def batch_size(self) -> int:
@@ -147,9 +146,7 @@ class SampleCounter:
     @property
     def nbytes(self) -> int:
         """The memory that the records hold, in bytes."""
-        records = self._records.committed.values()
-        tensors = (tensor for record in records for tensor in record.activity.tensors())
-        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+        return self._records.nbytes()
 
     def counts(self, *, reduce: bool = False) -> dict[str, Tensor]:
         """The adaptive batch sizes m of the batch that the gradients describe.
@@ -188,12 +185,9 @@ class SampleCounter:
 
     def nonfinite(self) -> list[str]:
         """The names of the parameters whose gradient has a NaN or an infinity."""
-        return [
-            name
-            for parameter, name in self._records.names.items()
-            if parameter.grad is not None and not _finite(parameter.grad)
-        ]
+        return self._records.nonfinite()
 
+    @uncompiled
     def correct_gradients(
         self,
         parameters: Iterable[Tensor] | None = None,
@@ -315,17 +309,20 @@ class SampleCounter:
         if not torch.is_grad_enabled():
             self._calls.append(None)
             for outer, handle in self._fused:
-                if not outer.training:
+                if not (outer.training or torch.compiler.is_compiling()):
                     handle.remove()
+            return
+        inputs = list(tensors_in((args, kwargs)))
+        if torch.compiler.is_compiling():
+            self._calls.append(compiled.begin(inputs, self._batch_dim))
             return
         for _, handle in self._fused:
             handle.resume()  # an evaluation that was interrupted could not
         wrapper = self._batch.new_wrapper()
         if wrapper is not None:
             self._watch(wrapper)
-        inputs = list(tensors_in((args, kwargs)))
         places = {tensor.untyped_storage().data_ptr() for tensor in inputs}
-        call = Call(list(sizes_of(inputs, self._batch_dim)), places)
+        call = compiled.new_call(list(sizes_of(inputs, self._batch_dim)), places)
         self._calls.append(call)
         if not self._bypass_checked:
             self._uses[call] = []
@@ -339,42 +336,36 @@ class SampleCounter:
         self._records.watch(FORWARD)
 
     def _on_layer(
-        self, layer: Layer, module: nn.Module, args: Any, kwargs: Any, output: Any
-    ) -> None:
+        self, layer: Layer, taps: Receiver, module: nn.Module, args: Any, kwargs: Any, output: Any
+    ) -> Any:
         if not torch.is_grad_enabled():
-            return
+            return None
         outputs = list(tensors_in(output))
         if not any(tensor.requires_grad for tensor in outputs):
-            return
-        trained = [
-            (name, p) for name, p in module.named_parameters() if p.requires_grad and p.is_leaf
-        ]
-        if not trained:
-            return
-        for name, parameter in trained:
-            owner = layer.owner(name, parameter)
-            if owner not in self._records.names:
-                raise TruestepError(
-                    f"{name!r} of {layer.name!r} is another parameter than when the SampleCounter was "
-                    "made (fully_shard, or an assignment, put it there); make the counter afterwards"
-                )
-            self._wait_for_gradient(owner, parameter)
+            return None
         # In a backward pass activation checkpointing runs layers again, for the call it is in.
         call = self._calls[-1] if self._calls else self._records.current
-        call = call or Call(outside=True)
+        if torch.compiler.is_compiling():
+            trains = any(parameter.requires_grad for parameter in module.parameters())
+            return compiled.tapped(output, taps, call, (args, kwargs)) if trains else None
+        if not self._wait_for_gradients(layer):
+            return None
+        call = compiled.call_of(call) if isinstance(call, Tensor) else call or Call(outside=True)
         layout = layout_of(layer, call, args, kwargs)
         activity = layer.rule(layout, module, *args, **kwargs)
         bound = partial(Hook, weakref.ref(self), SampleCounter._on_gradient, layer, layout, call)
         given, inner = activity.see(outputs) if isinstance(activity, Inside) else (activity, [])
-        for node, use in inner:
-            on_node(node, bound(use))
-        if given is not None and isinstance(output, Tensor):
-            output.register_hook(bound(given))
-        elif given is not None:
-            on_gradients(outputs, bound(given))
+        on_backward(output, outputs, bound, given, inner)
         if call in self._uses:
             nodes = [tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None]
             self._uses[call].append((nodes, list(tensors_in((args, kwargs)))))
+        return None
+
+    def _wait_for_gradients(self, layer: Layer) -> bool:
+        trained = layer.trained(self._records.names)
+        for owner, parameter in trained:
+            self._wait_for_gradient(owner, parameter)
+        return bool(trained)
 
     def _wait_for_gradient(self, owner: Tensor, parameter: Tensor) -> None:
         reference = weakref.ref(self)
@@ -388,13 +379,17 @@ class SampleCounter:
             self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
             self._hooked[parameter] = owner
 
-    def _on_return(self, _module: nn.Module, _args: Any, output: Any) -> None:
+    def _on_return(self, taps: Receiver, _module: nn.Module, _args: Any, output: Any) -> Any:
+        if torch.compiler.is_compiling():
+            call = self._calls.pop() if self._calls else None
+            return None if call is None else compiled.tapped(output, taps, call, ((), {}))
         self._records.follow(FORWARD)
         call = self._calls.pop() if self._calls else None
         if call is None:
             for _, handle in self._fused:
                 handle.resume()
-            return
+            return None
+        call = compiled.call_of(call) if isinstance(call, Tensor) else call
         call.sizes.extend(sizes_of(output, self._batch_dim))
         outputs = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
         for tensor in outputs:
@@ -405,10 +400,26 @@ class SampleCounter:
             known = {p: name for p, name in self._records.names.items() if p not in self._plain}
             gathered = {p: known[owner] for p, owner in self._hooked.items() if owner in known}
             refuse_bypassed(outputs, uses, known | gathered)
+        return None
 
-    def _on_output_gradient(self, call: Call, delta: Tensor) -> None:
+    def _on_delivered_output(self, call: Call, deltas: list[Tensor | None], *_: Any) -> None:
+        call.sizes.extend(sizes_of(deltas, self._batch_dim))
+        for delta in deltas:
+            # A compiled graph gives zeros to outputs that the loss does not depend on.
+            if delta is not None and (self._unit == "sample" or delta.any()):
+                self._on_output_gradient(call, delta)
+
+    def _on_delivered_layer(
+        self, layer: Layer, call: Call, deltas: list[Tensor | None], args: Any, kwargs: Any
+    ) -> None:
+        if self._handles and self._wait_for_gradients(layer):  # none once it is closed
+            layout = layout_of(layer, call, args, kwargs)
+            for activity, gradients in compiled.delivered(layer, layout, args, kwargs, deltas):
+                self._on_gradient(layer, layout, call, activity, *gradients)
+
+    def _on_output_gradient(self, call: Call, delta: Tensor | None) -> None:
         self._records.enter(call)
-        if self._unit == "position":
+        if self._unit == "position" and delta is not None:
             call.note_positions(delta)
 
     def _on_gradient(
@@ -422,11 +433,7 @@ class SampleCounter:
         detached = [None if delta is None else delta.detach() for delta in deltas]
         for name, found in activity(*detached).items():
             parameter = layer.owner(name, layer.module.get_parameter(name))
-            if found.shape != parameter.shape:
-                raise TruestepError(
-                    f"the rule for {layer.name!r} gives {name!r} the shape {tuple(found.shape)}, but "
-                    f"the parameter has {tuple(parameter.shape)}; correct the rule"
-                )
+            check_shape(layer, name, found.shape, parameter)
             if layout.batch_dim is None:
                 shared = Shared(found, batch_of(layer, call))
                 self._records.receive(parameter, call, shared)
@@ -440,8 +447,3 @@ class SampleCounter:
 
     def _on_accumulated(self, parameter: Tensor) -> None:
         self._records.commit(parameter)
-
-
-def _finite(gradient: Tensor) -> bool:
-    values = gradient._values() if gradient.is_sparse else gradient  # noqa: SLF001
-    return bool(values.isfinite().all())

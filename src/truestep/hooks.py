@@ -1,12 +1,38 @@
 """Hooks that hold their counter weakly."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import suppress
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["Hook", "Pausable", "on_gradients", "on_node"]
+__all__ = ["Hook", "Pausable", "on_backward", "on_gradients", "on_node", "uncompiled"]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def uncompiled(function: Function, *, inside: bool = True) -> Function:
+    """Lets torch.compile leave a function alone, with all that it calls, when it runs by itself.
+
+    Args:
+        function: any.
+        inside: whether also where a compiled function calls it, which is a graph break.
+    """
+    if inside:
+        # All that torch.compiler.disable does to a function's callers, without seconds of imports.
+        vars(function).update(
+            _torchdynamo_disable=True,
+            _torchdynamo_disable_msg="counts are taken between graphs, not in them",
+        )
+    # Where torch has no such switch, these functions are compiled too: slower, but right.
+    with suppress(ImportError):
+        from torch._C._dynamo import eval_frame  # noqa: PLC0415
+
+        skip = eval_frame._FrameAction.SKIP  # noqa: SLF001
+        strategy = eval_frame._FrameExecStrategy(skip, skip)  # noqa: SLF001
+        eval_frame.set_code_exec_strategy(function.__code__, strategy)
+    return function
 
 
 class Hook:
@@ -21,12 +47,15 @@ class Hook:
         self.counter = counter
         self._bound = bound
 
-    def __call__(self, *args: Any) -> None:
+    def __call__(self, *args: Any) -> Any:
         """Calls the counter's method, if the counter lives."""
         counter = self.counter()
-        if counter is not None:
-            method, *bound = self._bound
-            method(counter, *bound, *args)
+        if counter is None:
+            return None
+        method, *bound = self._bound
+        return method(counter, *bound, *args)
+
+    uncompiled(__call__, inside=False)
 
     def __reduce__(self) -> Any:
         return Hook, (_no_counter,)
@@ -37,6 +66,30 @@ class Hook:
 
 def _no_counter() -> None:
     return None
+
+
+def on_backward(
+    output: Any,
+    outputs: Sequence[Tensor],
+    bound: Callable[[Any], Hook],
+    given: Any | None,
+    inner: Sequence[tuple[Any, Any]],
+) -> None:
+    """Hooks what a rule asks for.
+
+    Args:
+        output: of the layer.
+        outputs: the tensors in it.
+        bound: makes the hook for a function of the rule's.
+        given: what is to get the gradients of the outputs, if any.
+        inner: autograd nodes inside the layer, each with what is to get its gradient.
+    """
+    for node, use in inner:
+        on_node(node, bound(use))
+    if given is not None and isinstance(output, Tensor):
+        output.register_hook(bound(given))
+    elif given is not None:
+        on_gradients(outputs, bound(given))
 
 
 def on_gradients(outputs: Sequence[Tensor], hook: Hook) -> None:

@@ -1,9 +1,11 @@
 """The layers that a counter watches, and where their tensors hold the samples."""
 
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from truestep.distributed import is_sharded
@@ -17,6 +19,8 @@ __all__ = [
     "Layer",
     "batch_of",
     "check_batch",
+    "check_options",
+    "check_shape",
     "find_layers",
     "fused_in_evaluation",
     "layout_of",
@@ -24,6 +28,7 @@ __all__ = [
     "parameter_names",
     "sizes_of",
     "tensors_in",
+    "uncompiled_model",
 ]
 
 
@@ -46,6 +51,25 @@ class Layer:
         """The parameter of the counter's model that the module's present one stands for."""
         return self.sharded.get(name, present)
 
+    def trained(self, known: Container[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """The layer's present parameters that get a gradient, each after its `owner`.
+
+        Raises:
+            TruestepError: an owner is not among the `known` ones, the counter's.
+        """
+        found: list[tuple[Tensor, Tensor]] = []
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad and parameter.is_leaf:
+                owner = self.owner(name, parameter)
+                if owner not in known:
+                    raise TruestepError(
+                        f"{name!r} of {self.name!r} is another parameter than when the SampleCounter "
+                        "was made (fully_shard, or an assignment, put it there); make the counter "
+                        "afterwards"
+                    )
+                found.append((owner, parameter))
+        return found
+
 
 def make_layer(name: str, module: nn.Module, rule: Rule, layout: Layout) -> Layer:
     """A layer, with the parameters that it has now."""
@@ -61,9 +85,28 @@ def parameter_names(model: nn.Module) -> dict[Tensor, str]:
 
 def _wrapped(model: nn.Module) -> nn.Module:
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        inner: nn.Module = model.module
-        return inner
+        return uncompiled_model(model.module)
     return model
+
+
+def uncompiled_model(model: nn.Module) -> nn.Module:
+    """The model that `torch.compile(model)` wraps; other models as they are."""
+    dynamo = sys.modules.get("torch._dynamo")  # imported by whoever has compiled a model
+    wrapped = dynamo is not None and isinstance(model, dynamo.OptimizedModule)
+    return model._orig_mod if wrapped else model  # type: ignore[return-value]  # noqa: SLF001
+
+
+def check_options(model: nn.Module, unit: str, unsupported: str) -> None:
+    """Raises `TruestepError` for what a counter cannot be made of."""
+    if unit not in {"sample", "position"}:
+        raise TruestepError(f"unit is {unit!r}; use 'sample' or 'position'")
+    if unsupported not in {"error", "mean"}:
+        raise TruestepError(f"unsupported is {unsupported!r}; use 'error' or 'mean'")
+    if isinstance(model, nn.DataParallel):
+        raise TruestepError(
+            "nn.DataParallel runs copies of the model in threads, which cannot be counted; "
+            "use torch.nn.parallel.DistributedDataParallel"
+        )
 
 
 def find_layers(
@@ -118,6 +161,15 @@ def fused_in_evaluation(model: nn.Module) -> dict[nn.Module, nn.Module]:
         if isinstance(outer, nn.TransformerEncoderLayer)
         for inner in outer.modules()
     }
+
+
+def check_shape(layer: Layer, name: str, shape: torch.Size, parameter: Tensor) -> None:
+    """Raises `TruestepError` unless a rule's activity has the shape of the parameter."""
+    if shape != parameter.shape:
+        raise TruestepError(
+            f"the rule for {layer.name!r} gives {name!r} the shape {tuple(shape)}, but "
+            f"the parameter has {tuple(parameter.shape)}; correct the rule"
+        )
 
 
 def layout_of(layer: Layer, call: Call, args: Any, kwargs: Any) -> Layout:

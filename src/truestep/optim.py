@@ -14,6 +14,7 @@ from torch.optim.sgd import sgd
 
 from truestep.counter import SampleCounter
 from truestep.errors import TruestepError
+from truestep.hooks import uncompiled
 from truestep.update import boosted
 
 __all__ = ["DASGD", "AdaptiveBatchSGD"]
@@ -205,6 +206,7 @@ class AdaptiveBatchSGD(Optimizer):
         if self.counter is not None:
             self.counter.check(self.param_groups[-1]["params"])
 
+    @uncompiled
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes one step.
 

@@ -32,6 +32,7 @@ class Call:
         outside: whether it is a layer's call outside any call of the model.
         batch_size: the batch size that its layers agree on.
         positions: for each number of positions at an output, bool: those with a gradient.
+        key: what stands for the call in a compiled graph, see `truestep.compiled`.
     """
 
     sizes: list[int] = field(default_factory=list)
@@ -39,6 +40,7 @@ class Call:
     outside: bool = False
     batch_size: int | None = None
     positions: dict[int, Tensor] = field(default_factory=dict)
+    key: Tensor | None = None
 
     def note_positions(self, delta: Tensor) -> None:
         """Adds the positions where the gradient of an output is not zero."""
@@ -118,6 +120,8 @@ class Records:
         # The outermost backward pass and the call that it is going through, while it runs.
         self._outermost: int | None = None
         self.current: Call | None = None
+        # All that it went through: nobody else holds a call that began in a compiled graph.
+        self._entered: set[Call] = set()
 
     def clear(self) -> None:
         """Forgets everything."""
@@ -125,6 +129,18 @@ class Records:
         self._pending.clear()
         self._living.clear()
         self._held.clear()
+
+    def nbytes(self) -> int:
+        """The memory that the records hold, in bytes."""
+        records = self.committed.values()
+        tensors = (tensor for record in records for tensor in record.activity.tensors())
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+    def nonfinite(self) -> list[str]:
+        """The names of the parameters whose gradient has a NaN or an infinity."""
+        gradients = [(name, p.grad) for p, name in self.names.items() if p.grad is not None]
+        dense = [(name, g._values() if g.is_sparse else g) for name, g in gradients]  # noqa: SLF001
+        return [name for name, values in dense if not values.isfinite().all()]
 
     def of(self, parameter: Tensor) -> Record | None:
         """The record of the parameter's present gradient, or, without one, of its last."""
@@ -154,10 +170,11 @@ class Records:
         if record is None or record.gradient() is not parameter.grad:
             raise TruestepError(
                 f"{self.names[parameter]!r} has a gradient, but no sample was counted for it. Either "
-                "the forward pass ran before the SampleCounter was made (a compiled model: make the "
-                "counter before its first call), or the parameter was used without calling its "
-                "module, or .grad was set by hand. Call the module, or leave it out with "
-                "SampleCounter(model, unsupported='mean') and rules without its class"
+                "the forward pass ran before the SampleCounter was made, or torch.compile did (make the "
+                "counter before the compiled model's first call, or call torch.compiler.reset() after "
+                "making it), or the parameter was used without calling its module, or .grad was set by "
+                "hand. Call the module, or leave it out with SampleCounter(model, unsupported='mean') "
+                "and rules without its class"
             )
         if record.mixed:
             self._refuse_mixture(parameter)
@@ -251,6 +268,7 @@ class Records:
     def enter(self, call: Call) -> None:
         """Notes that the backward pass has come to the output of a call."""
         self.current = call
+        self._entered.add(call)
         if self._outermost is None or self._outermost != _backward_id():
             self._outermost = _backward_id()
             _at_end(self, Records.leave)
@@ -258,6 +276,7 @@ class Records:
     def leave(self, _task: int) -> None:
         """Notes the end of the backward pass."""
         self.current = self._outermost = None
+        self._entered.clear()
 
     def forget(self, task: int) -> None:
         """Drops what a backward pass has left pending."""

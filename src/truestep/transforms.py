@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from truestep.counter import SampleCounter
 from truestep.errors import TruestepError
+from truestep.hooks import uncompiled
 from truestep.optim import refuse_sparse
 from truestep.update import boosted
 
@@ -122,6 +123,7 @@ class Handle:
             name: value for name, value in kwargs.items() if name != "closure"
         }
 
+    @uncompiled
     @torch.no_grad()
     def _transform(self, optimizer: Optimizer) -> None:
         if getattr(optimizer, "grad_scale", None) is not None:
