@@ -56,8 +56,9 @@ class Batch:
         wrapper: nn.parallel.DistributedDataParallel | None = (
             nn.parallel.DistributedDataParallel._get_active_ddp_module()  # noqa: SLF001
         )
-        if wrapper is not None:
-            self._join(ranks_of(wrapper))
+        if wrapper is None or self._records.names.keys().isdisjoint(wrapper.parameters()):
+            return None
+        self._join(ranks_of(wrapper))
         return wrapper
 
     def prepare(self, parameters: Iterable[Tensor]) -> None:

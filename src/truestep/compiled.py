@@ -40,10 +40,11 @@ class Receiver:
     Args:
         hook: called in the backward pass with the call, the gradients of the tapped tensors (None
             for those without one), and the arguments and keyword arguments.
+        begins: the hook is called instead with nothing, when a call of any model is traced.
     """
 
-    def __init__(self, hook: Hook) -> None:
-        self.hook = hook
+    def __init__(self, hook: Hook, *, begins: bool = False) -> None:
+        self.hook, self.begins = hook, begins
         serial = next(SERIALS)
         self.number = torch.tensor(serial, device="cpu")
         RECEIVERS[serial] = self
@@ -202,6 +203,10 @@ class Tap(torch.autograd.Function):
 
 
 def _apart() -> int:
+    # The last moment inside DistributedDataParallel: a graph may begin calls in its backward pass.
+    for receiver in list(RECEIVERS.values()):
+        if receiver.begins:
+            receiver.hook()
     return next(SERIALS)
 
 

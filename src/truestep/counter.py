@@ -105,7 +105,8 @@ class SampleCounter:
         hook = partial(Hook, weakref.ref(self))
         if isinstance(model, nn.parallel.DistributedDataParallel):
             self._watch(model)
-        on_call = hook(SampleCounter._on_call)
+        begins = Receiver(hook(SampleCounter._find_wrapper), begins=True)
+        on_call = hook(SampleCounter._on_call, begins)
         self._handles.append(
             model.register_forward_pre_hook(on_call, with_kwargs=True, prepend=True)
         )
@@ -305,7 +306,7 @@ class SampleCounter:
 
     # The hooks, in the order in which they run.
 
-    def _on_call(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _on_call(self, _begins: Receiver, _module: nn.Module, args: Any, kwargs: Any) -> None:
         if not torch.is_grad_enabled():
             self._calls.append(None)
             for outer, handle in self._fused:
@@ -318,22 +319,28 @@ class SampleCounter:
             return
         for _, handle in self._fused:
             handle.resume()  # an evaluation that was interrupted could not
-        wrapper = self._batch.new_wrapper()
-        if wrapper is not None:
-            self._watch(wrapper)
+        self._find_wrapper()
         places = {tensor.untyped_storage().data_ptr() for tensor in inputs}
         call = compiled.new_call(list(sizes_of(inputs, self._batch_dim)), places)
         self._calls.append(call)
         if not self._bypass_checked:
             self._uses[call] = []
 
+    def _find_wrapper(self) -> None:
+        wrapper = self._batch.new_wrapper()
+        if wrapper is not None:
+            self._watch(wrapper)
+
     def _watch(self, wrapper: nn.Module) -> None:
         # DistributedDataParallel lays its buckets out anew in its second forward pass.
-        hook = Hook(weakref.ref(self), SampleCounter._on_wrapper)
-        self._handles.append(wrapper.register_forward_pre_hook(hook, prepend=True))
+        hook = partial(Hook, weakref.ref(self), SampleCounter._on_wrapper)
+        self._handles += [
+            wrapper.register_forward_pre_hook(hook(Records.watch), prepend=True),
+            wrapper.register_forward_hook(hook(Records.follow), always_call=True),
+        ]
 
-    def _on_wrapper(self, _module: nn.Module, _args: Any) -> None:
-        self._records.watch(FORWARD)
+    def _on_wrapper(self, method: Callable[[Records, int], None], *_: Any) -> None:
+        method(self._records, FORWARD)
 
     def _on_layer(
         self, layer: Layer, taps: Receiver, module: nn.Module, args: Any, kwargs: Any, output: Any
@@ -362,29 +369,23 @@ class SampleCounter:
         return None
 
     def _wait_for_gradients(self, layer: Layer) -> bool:
-        trained = layer.trained(self._records.names)
+        reference, trained = weakref.ref(self), layer.trained(self._records.names)
         for owner, parameter in trained:
-            self._wait_for_gradient(owner, parameter)
+            if owner not in self._hooked:
+                hook = Hook(reference, SampleCounter._on_accumulated)
+                self._handles.append(owner.register_post_accumulate_grad_hook(hook))
+                self._hooked[owner] = owner
+            if parameter not in self._hooked:
+                # Gathered by fully_shard, which later hands its owner the gradient.
+                hook = Hook(reference, SampleCounter._on_gathered, owner)
+                self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
+                self._hooked[parameter] = owner
         return bool(trained)
 
-    def _wait_for_gradient(self, owner: Tensor, parameter: Tensor) -> None:
-        reference = weakref.ref(self)
-        if owner not in self._hooked:
-            hook = Hook(reference, SampleCounter._on_accumulated)
-            self._handles.append(owner.register_post_accumulate_grad_hook(hook))
-            self._hooked[owner] = owner
-        if parameter not in self._hooked:
-            # Gathered by fully_shard, which later hands its owner the gradient.
-            hook = Hook(reference, SampleCounter._on_gathered, owner)
-            self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
-            self._hooked[parameter] = owner
-
     def _on_return(self, taps: Receiver, _module: nn.Module, _args: Any, output: Any) -> Any:
-        if torch.compiler.is_compiling():
-            call = self._calls.pop() if self._calls else None
-            return None if call is None else compiled.tapped(output, taps, call, ((), {}))
-        self._records.follow(FORWARD)
         call = self._calls.pop() if self._calls else None
+        if torch.compiler.is_compiling():
+            return None if call is None else compiled.tapped(output, taps, call, ((), {}))
         if call is None:
             for _, handle in self._fused:
                 handle.resume()
