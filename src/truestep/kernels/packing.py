@@ -2,12 +2,11 @@
 
 import functools
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from truestep.kernels.dispatch import compiled_loops
+from truestep.kernels.dispatch import compiled_loops, loops
 
 __all__ = ["WORD", "pack", "unpack"]
 
@@ -33,9 +32,9 @@ def pack(values: Tensor) -> Tensor:
     rows = values.detach().reshape(-1, length, units)
     words = torch.empty(len(rows), math.ceil(length / WORD), units, dtype=torch.int64)
     if values.dtype in {torch.float16, torch.bfloat16}:
-        _loops().pack_halves(rows.view(torch.int16).numpy(), words.numpy())
+        loops().pack_halves(rows.view(torch.int16).numpy(), words.numpy())
     else:
-        _loops().pack(rows.numpy(), words.numpy())
+        loops().pack(rows.numpy(), words.numpy())
     return words.reshape(*lead, -1, units)
 
 
@@ -69,10 +68,3 @@ def unpack(words: Tensor, length: int) -> Tensor:
 def _places(device: torch.device) -> Tensor:
     """The places of eight bits in an octet, uint8 ``[8, 1]``."""
     return torch.tensor([[1 << bit] for bit in range(8)], dtype=torch.uint8, device=device)
-
-
-@functools.cache
-def _loops() -> Any:
-    from truestep.kernels import loops  # noqa: PLC0415 - imports numba, which takes half a second
-
-    return loops

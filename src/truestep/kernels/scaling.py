@@ -1,12 +1,9 @@
 """Multiplying a gradient by a factor of its adaptive batch sizes, counted on the way."""
 
-import functools
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from truestep.kernels.dispatch import compiled_loops
+from truestep.kernels.dispatch import compiled_loops, loops
 
 __all__ = ["can_scale", "scale_", "scale_rows_"]
 
@@ -29,7 +26,7 @@ def scale_(gradient: Tensor, outputs: Tensor | None, inputs: Tensor, factors: Te
     if outputs is None:
         outputs = inputs.new_full((len(inputs), 1), -1)
     flat = gradient.detach().view(outputs.shape[1], inputs.shape[1])
-    _loops().scale(flat.numpy(), outputs.numpy(), inputs.numpy(), factors.numpy())
+    loops().scale(flat.numpy(), outputs.numpy(), inputs.numpy(), factors.numpy())
 
 
 def scale_rows_(
@@ -51,7 +48,7 @@ def scale_rows_(
         factors: ``[samples + 1]``, of the gradient's dtype.
         by_entry: whether `outputs` are of entries.
     """
-    _loops().scale_rows(
+    loops().scale_rows(
         gradient.detach().numpy(),
         rows.numpy(),
         owners.numpy(),
@@ -59,10 +56,3 @@ def scale_rows_(
         by_entry,
         factors.numpy(),
     )
-
-
-@functools.cache
-def _loops() -> Any:
-    from truestep.kernels import loops  # noqa: PLC0415 - imports numba, which takes half a second
-
-    return loops
