@@ -56,7 +56,7 @@ def convolution(
         inputs = pack(apart.arrange(input.movedim(-rank - 1, -1)))
 
     def activity(delta: Tensor) -> dict[str, Activity]:
-        mask = (delta != 0).movedim(-rank - 1, -1)
+        moved = delta.movedim(-rank - 1, -1)
         found: dict[str, Activity] = {}
         if inputs is not None:
             zeros = module.padding_mode == "zeros"
@@ -71,10 +71,10 @@ def convolution(
                 groups=module.groups,
                 by_position=layout.unit == "position",
             )
-            outputs = pack(apart.arrange(mask))
+            outputs = pack(apart.arrange(moved))
             found["weight"] = Outer(module.weight.shape, outputs, inputs, window)
         if module.bias is not None and module.bias.requires_grad:
-            ends = pack(any_position(layout.arrange(mask)))
+            ends = pack(layout.arrange(moved)).any_position()
             found["bias"] = Elements(module.bias.shape, ends)
         return found
 

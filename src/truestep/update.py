@@ -65,26 +65,24 @@ def scale_(
         `gradient`.
     """
     dtype = torch.promote_types(gradient.dtype, torch.float32).to_real()
-    if scaling.can_scale(gradient) and isinstance(activity, Elements | Outer | Rows):
-        factors = _factors(activity.samples, int(batch_size), eps, factor_limit, dtype)
+    options = (eps, factor_limit, dtype)
+    if scaling.can_scale(gradient):
         if isinstance(activity, Rows):
-            rows, owners, outputs = activity.in_order()
-            scaling.scale_rows_(
-                gradient, rows, owners, outputs, factors, by_entry=activity.by_entry
-            )
+            factors = _factors(activity.samples, int(batch_size), *options)
+            entries = activity.in_order()
+            scaling.scale_rows_(gradient, *entries, factors, by_entry=activity.by_entry)
             return gradient
-        if activity.flat:
+        if isinstance(activity, Elements | Outer) and activity.flat:
+            factors = _factors(activity.samples, int(batch_size), *options)
             scaling.scale_(gradient, *activity.words, factors)
             return gradient
-    used, counts = activity.count_rows()
     if gradient.is_sparse:
-        if used is not None:
-            counts = activity.count()
         # Each stored value is scaled by its row's factor; coalescing or not makes no difference.
-        counts = counts[gradient._indices()[0]]  # noqa: SLF001
-        gradient._values().mul_(adaptive_factor(counts, batch_size, eps, factor_limit, dtype))  # noqa: SLF001
+        counts = activity.count()[gradient._indices()[0]]  # noqa: SLF001
+        gradient._values().mul_(adaptive_factor(counts, batch_size, *options))  # noqa: SLF001
         return gradient
-    factor = adaptive_factor(counts, batch_size, eps, factor_limit, dtype)
+    used, counts = activity.count_rows()
+    factor = adaptive_factor(counts, batch_size, *options)
     if used is None:
         return gradient.mul_(factor)
     return gradient.index_copy_(0, used, (gradient[used] * factor).to(gradient.dtype))
