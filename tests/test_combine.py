@@ -20,9 +20,10 @@ def outer(samples, positions=None):
 
 
 def rows(samples, by_entry):
-    owners = torch.randint(0, samples, (3 * samples,))
+    owners = torch.randint(0, samples, (3 * samples,)).sort().values.int()
     outputs = pack(mask(len(owners) if by_entry else samples, 3))
-    return Rows(SHAPE, samples, torch.randint(0, 4, (len(owners),)), owners, outputs, by_entry)
+    looked_up = torch.randint(0, 4, (len(owners),), dtype=torch.int32)
+    return Rows(SHAPE, samples, looked_up, owners, outputs, by_entry)
 
 
 def elements(samples):

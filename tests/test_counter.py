@@ -14,6 +14,7 @@ import truestep
 from truestep import TruestepError
 from truestep.activity import Elements
 from truestep.bits import pack
+from truestep.kernels import dispatch
 from truestep.records import Call
 from zoo import Twice, mlp, sparse_inputs
 
@@ -251,7 +252,7 @@ def test_batch_size_can_be_set_and_returned_to_counting(model, counter):
     plain = model[0].weight.grad.clone()
     counter.batch_size = 40
     counts = counter.counts()["0.weight"]
-    factor = torch.where(counts > 0, 40 / (counts + 1.0), 1.0)
+    factor = torch.where(counts > 0, torch.tensor(40.0) / (counts + 1.0), 1.0)
     assert torch.equal(counter.effective_gradient(model[0].weight), plain * factor)
     counter.batch_size = None
     assert counter.batch_size == 5
@@ -695,8 +696,16 @@ def test_nan_and_inf_are_named_and_stay(model, counter):
 def test_the_record_of_a_wide_batch_takes_a_bit_per_sample_and_unit():
     model = nn.Linear(1000, 500, bias=False)
     counter = truestep.SampleCounter(model)
-    model(torch.randn(640, 1000)).sum().backward()
+    model(sparse_inputs(640, 1000)).relu().sum().backward()
     assert counter.nbytes == 640 * (1000 + 500) // 8
+
+
+@pytest.mark.skipif(not dispatch.installed(), reason="numba is not installed")
+def test_bits_that_are_all_on_take_no_memory():
+    model = nn.Linear(10, 5, bias=False)
+    counter = truestep.SampleCounter(model)
+    model(torch.ones(64, 10)).sum().backward()
+    assert counter.nbytes == 0
 
 
 def test_many_micro_batches_hold_no_more_than_the_counts():

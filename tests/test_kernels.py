@@ -1,5 +1,7 @@
 """Compiled loops and their twins in torch operations give the same, to the bit."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,9 +10,10 @@ from torch import nn
 
 import truestep
 from properties import assert_counts_equal_oracle, assert_step_equals_oracle
-from truestep.activity import Elements, Outer, Rows
+from truestep.activity import Elements, Outer, Rows, Window
 from truestep.bits import pack
-from truestep.kernels import dispatch, packing, scaling
+from truestep.fused import Pass
+from truestep.kernels import dispatch, packing, stepping, threads
 from truestep.update import adaptive_factor, scale_
 from zoo import ZOO
 
@@ -19,17 +22,34 @@ pytestmark = pytest.mark.skipif(not dispatch.installed(), reason="numba is not i
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 
+def words_of(values):
+    """What `packing.pack` gives, with all bits on written out."""
+    words = packing.pack(values)
+    if words is None:
+        assert values.all()
+        return packing.pack_torch(torch.ones(values.shape))
+    return words
+
+
 @given(
-    st.sampled_from(DTYPES),
-    st.lists(st.integers(0, 3), max_size=2),
+    st.sampled_from([*DTYPES, torch.bool]),
     st.integers(0, 140),
-    st.integers(0, 9),
-    st.floats(0, 1),
+    st.integers(0, 140),
+    st.integers(0, 70),
+    st.sampled_from([0.0, 0.5, 1.0]),
+    st.sampled_from(["positions", "none", "channels first", "time first"]),
 )
-def test_packing_equals_its_twin(dtype, lead, length, units, density):
-    values = torch.randn(*lead, length, units).to(dtype)
-    values *= torch.rand(*lead, length, units) < density
-    assert torch.equal(packing.pack(values), packing.pack_torch(values))
+def test_packing_equals_its_twin(dtype, samples, positions, units, density, order):
+    if order == "none":
+        values = torch.randn(samples, units)
+    elif order == "positions":
+        values = torch.randn(samples % 9, positions, units)
+    elif order == "channels first":
+        values = torch.randn(samples % 9, units, positions).transpose(1, 2)
+    else:
+        values = torch.randn(positions, samples % 9, units).transpose(0, 1)
+    values = (values * (torch.rand_like(values) < density)).to(dtype)
+    assert torch.equal(words_of(values), packing.pack_torch(values))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -46,46 +66,171 @@ def test_packing_takes_any_stride():
         values[::2, ::3],
         values.expand(2, 140, 70),
         values[:, None].expand(-1, 2, -1),
+        values.reshape(10, 14, 70).permute(2, 0, 1),
     ):
-        assert torch.equal(packing.pack(view), packing.pack_torch(view))
+        assert torch.equal(words_of(view), packing.pack_torch(view))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@given(samples=st.integers(1, 200), rows=st.integers(1, 5), columns=st.integers(1, 9))
-def test_scaling_equals_its_twin(dtype, samples, rows, columns):
-    shape = torch.Size([rows, columns])
-    outputs, inputs = torch.rand(samples, rows) < 0.4, torch.rand(samples, columns) < 0.4
-    for activity in (
-        Outer(shape, pack(outputs), pack(inputs)),
-        Elements(shape, pack(torch.rand(samples, rows * columns) < 0.4)),
-    ):
-        gradient = torch.randn(shape, dtype=dtype)
-        factor = adaptive_factor(activity.count(), samples, 1.0, 3.0, dtype)
-        expected = gradient * factor
-        assert scaling.can_scale(gradient)
-        assert torch.equal(scale_(gradient, activity, samples, 1.0, 3.0), expected)
+@given(st.integers(1, 70), st.integers(0, 140), st.integers(1, 9), st.sampled_from([0.02, 0.5, 1]))
+def test_joining_positions_equals_its_twin(samples, positions, units, density):
+    mask = torch.rand(samples, positions, units) < density
+    joined = packing.join(packing.pack_torch(mask), samples, positions)
+    if joined is None:
+        assert mask.any(1).all()
+    else:
+        assert torch.equal(joined, packing.pack_torch(mask.any(1)))
+
+
+DENSITY = st.sampled_from([0.0, 0.05, 0.4, 1.0])
+
+
+def same_counts(activity):
+    """Compiled counts and those by masks are the same, and so is what they do to a gradient."""
+    assert activity.entries() is not None
+    counts = activity.count_masks()
+    assert torch.equal(activity.count(), counts)
+    for dtype in (torch.float32, torch.float64):
+        gradient = torch.randn(activity.shape, dtype=dtype)
+        size = activity.samples
+        expected = gradient * adaptive_factor(counts, size, 1.0, 3.0, dtype)
+        assert stepping.takes(gradient)
+        assert torch.equal(scale_(gradient, activity, size, 1.0, 3.0), expected)
 
 
 @given(
-    dtype=st.sampled_from([torch.float32, torch.float64]),
+    samples=st.integers(1, 300),
+    positions=st.integers(1, 140),
+    rows=st.integers(1, 5),
+    columns=st.integers(1, 70),
+    densities=st.tuples(DENSITY, DENSITY),
+)
+def test_linear_maps_equal_their_twin(samples, positions, rows, columns, densities):
+    samples = samples if positions == 1 else samples % 9 + 1
+    outputs = torch.rand(samples, positions, rows) < densities[0]
+    inputs = torch.rand(samples, positions, columns) < densities[1]
+    same_counts(Outer(torch.Size([rows, columns]), pack(outputs), pack(inputs)))
+    same_counts(Elements(torch.Size([rows]), pack(outputs).any_position()))
+
+
+AXIS = st.tuples(
+    st.integers(1, 9), st.integers(1, 3), st.integers(1, 3), st.integers(1, 2), st.integers(0, 2)
+)
+
+
+@given(
+    axes=st.lists(AXIS, min_size=1, max_size=3),
+    long=st.sampled_from([0, 60, 130]),
+    samples=st.integers(1, 3),
+    channels=st.integers(1, 3),
+    groups=st.integers(1, 2),
+    densities=st.tuples(DENSITY, DENSITY),
+    by_position=st.booleans(),
+)
+def test_convolutions_equal_their_twin(
+    axes, long, samples, channels, groups, densities, by_position
+):
+    size, kernel, stride, dilation, padding = zip(*axes, strict=True)
+    if len(size) == 1:
+        size = (size[0] + long,)
+    seen = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, d, p in zip(size, kernel, stride, dilation, padding, strict=True)
+    ]
+    if min(seen) < 1:
+        return
+    around = tuple(side for side in reversed(padding) for _ in range(2))
+    inputs = channels * groups
+    window = Window(
+        *(size, tuple(seen), kernel, stride, dilation, around, "constant", inputs, groups),
+        by_position=by_position,
+    )
+    rows = 2 * groups
+    outputs = torch.rand(samples, math.prod(seen), rows) < densities[0]
+    image = torch.rand(samples, math.prod(size), inputs) < densities[1]
+    shape = torch.Size([rows, channels, *kernel])
+    same_counts(Outer(shape, pack(outputs), pack(image), window))
+
+
+@given(
     samples=st.integers(1, 150),
     entries=st.integers(0, 80),
     by_entry=st.booleans(),
-    ordered=st.booleans(),
+    density=DENSITY,
 )
-def test_scaling_rows_equals_its_twin(dtype, samples, entries, by_entry, ordered):
+def test_embeddings_equal_their_twin(samples, entries, by_entry, density):
     owners, rows = torch.randint(0, samples, (entries,)), torch.randint(0, 6, (entries,))
-    owners = owners.sort().values if ordered else owners
-    outputs = pack(torch.rand(entries if by_entry else samples, 5) < 0.5)
-    activity = Rows(torch.Size([6, 5]), samples, rows, owners, outputs, by_entry)
-    gradient = torch.randn(6, 5, dtype=dtype)
-    expected = gradient * adaptive_factor(activity.count(), samples, 1.0, None, dtype)
-    assert torch.equal(scale_(gradient, activity, samples), expected)
+    outputs = pack(torch.rand(entries if by_entry else samples, 5) < density)
+    owners = owners.sort().values.int()
+    same_counts(Rows(torch.Size([6, 5]), samples, rows.int(), owners, outputs, by_entry))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("extra", [{}, {"dampening": 0.3}, {"nesterov": True}])
+def test_a_fused_step_equals_the_step_of_torch(dtype, momentum, weight_decay, maximize, extra):
+    if extra and not momentum:
+        return
+    torch.manual_seed(0)
+    ours = [
+        torch.randn(7, 9, dtype=dtype),
+        torch.randn(5, dtype=dtype),
+        torch.randn(3, dtype=dtype),
+    ]
+    theirs = [nn.Parameter(tensor.clone()) for tensor in ours]
+    settings = {"lr": 0.03, "momentum": momentum, "weight_decay": weight_decay}
+    settings |= {"maximize": maximize, **extra}
+    reference = torch.optim.SGD(theirs, foreach=False, **settings)
+    buffers = [torch.empty_like(tensor) if momentum else None for tensor in ours]
+    for number in range(3):
+        mask = torch.rand(20, 7) < 0.3, torch.rand(20, 9) < 0.3
+        weight = Outer(ours[0].shape, pack(mask[0]), pack(mask[1]))
+        bias = Elements(ours[1].shape, pack(torch.rand(20, 5) < 0.2))
+        found = [(weight, 20), (bias, 20), None]
+        whole = Pass(stepping.Options(**settings))
+        for parameter, same, reached, buffer in zip(ours, theirs, found, buffers, strict=True):
+            gradient = torch.randn_like(parameter)
+            same.grad = gradient.clone()
+            if reached is not None:
+                same.grad *= adaptive_factor(reached[0].count_masks(), 20, dtype=dtype)
+            whole.add(gradient, reached, parameter, buffer, fresh=number == 0)
+        whole.run()
+        reference.step()
+        for one, other in zip(ours, theirs, strict=True):
+            assert torch.equal(one, other.detach())
 
 
 def test_half_and_strided_gradients_take_the_twin():
-    assert not scaling.can_scale(torch.ones(2, 2, dtype=torch.bfloat16))
-    assert not scaling.can_scale(torch.ones(2, 3).T)
+    assert not stepping.takes(torch.ones(2, 2, dtype=torch.bfloat16))
+    assert not stepping.takes(torch.ones(2, 3).T)
+
+
+def test_a_fused_step_is_seen_by_autograd():
+    model = nn.Linear(3, 2)
+    counter = truestep.SampleCounter(model)
+    optimizer = truestep.AdaptiveBatchSGD(model.parameters(), lr=0.1, counter=counter)
+    loss = model(torch.randn(4, 3)).relu().square().sum()
+    loss.backward(retain_graph=True)
+    before = [parameter._version for parameter in model.parameters()]
+    optimizer.step()
+    assert all(p._version > v for p, v in zip(model.parameters(), before, strict=True))
+
+
+def test_threads_give_the_same(monkeypatch):
+    monkeypatch.setattr(threads, "GRAIN", 1.0)
+    torch.manual_seed(0)
+    outputs, inputs = torch.rand(100, 40) < 0.4, torch.rand(100, 30) < 0.4
+    activity = Outer(torch.Size([40, 30]), pack(outputs), pack(inputs))
+    gradient = torch.randn(40, 30)
+    expected = gradient * adaptive_factor(activity.count_masks(), 100)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(activity.count(), activity.count_masks())
+        assert torch.equal(scale_(gradient, activity, 100), expected)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_subclasses_and_integers_take_the_twin():
@@ -97,10 +242,15 @@ def test_subclasses_and_integers_take_the_twin():
     assert dispatch.compiled_loops(nn.Parameter(torch.ones(2)))
 
 
+def test_machine_code_is_kept_apart_for_each_version_of_the_loops(tmp_path):
+    assert dispatch._cache(str(tmp_path)).parent == tmp_path
+    assert dispatch._cache(str(tmp_path)) == dispatch._cache(str(tmp_path))
+
+
 @pytest.mark.parametrize("name", ZOO)
 def test_the_zoo_without_numba(name, monkeypatch):
     monkeypatch.setattr(dispatch, "installed", lambda: False)
-    assert not scaling.can_scale(torch.ones(2, 2))
+    assert not stepping.takes(torch.ones(2, 2))
     assert_counts_equal_oracle(*ZOO[name]())
     assert_step_equals_oracle(*ZOO[name]())
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from truestep.bits import Bits, pack
+from truestep.kernels import dispatch, stepping
+from truestep.kernels.stepping import Entry
 
 __all__ = ["Activity", "Elements", "Outer", "Rows", "Window"]
 
@@ -39,9 +41,30 @@ class Activity(ABC):
     def tensors(self) -> Iterator[Tensor]:
         """The tensors held, for their memory."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are; only a CPU holds none."""
+        return next((tensor.device for tensor in self.tensors()), torch.device("cpu"))
+
+    def entries(self) -> list[Entry] | None:
+        """How compiled loops see this, one entry after the other along the first dimension, or None.
+
+        They hold addresses of what the activity holds.
+        """
+        return None
+
     def count(self) -> Tensor:
         """The adaptive batch sizes m, int64 ``[*shape]``: how many samples reach each element."""
-        counts = torch.zeros(self.shape, dtype=torch.int64, device=next(self.tensors()).device)
+        entries = self.entries() if dispatch.installed() else None
+        if entries is not None:
+            counts = torch.zeros(self.shape, dtype=torch.int64)
+            stepping.count(entries, counts)
+            return counts
+        return self.count_masks()
+
+    def count_masks(self) -> Tensor:
+        """The twin of `count` in torch operations."""
+        counts = torch.zeros(self.shape, dtype=torch.int64, device=self.device)
         step = max(1, CHUNK_ELEMENTS // max(1, self.shape.numel()))
         for start in range(0, self.samples, step):
             counts += self.masks(start, min(start + step, self.samples)).sum(0)
@@ -52,7 +75,7 @@ class Activity(ABC):
         return None, self.count()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Elements(Activity):
     """A parameter whose every element is a unit of its own: biases, norm weights.
 
@@ -65,19 +88,15 @@ class Elements(Activity):
     bits: Bits
 
     @property
-    def flat(self) -> bool:
-        """Whether the count is the bits on in `words`: always."""
-        return True
-
-    @property
-    def words(self) -> tuple[Tensor | None, Tensor]:
-        """Output and input words, as `truestep.kernels.scaling.scale_` takes them."""
-        return None, self.bits.words
-
-    @property
     def samples(self) -> int:  # type: ignore[override]
         """The number of samples."""
         return self.bits.samples
+
+    def entries(self) -> list[Entry] | None:  # noqa: D102
+        words = _address(self.bits.words)
+        if words is None:
+            return None
+        return [Entry(1, self.bits.units, inputs=words, samples=self.bits.samples)]
 
     def masks(self, start: int, stop: int) -> Tensor:  # noqa: D102
         return self.bits.mask(start, stop).reshape(-1, *self.shape)
@@ -86,7 +105,15 @@ class Elements(Activity):
         return self.bits.mask().any(-1)
 
     def tensors(self) -> Iterator[Tensor]:  # noqa: D102
-        yield self.bits.words
+        if self.bits.words is not None:
+            yield self.bits.words
+
+
+def _address(words: Tensor | None) -> int | None:
+    """The address of words for compiled loops; 0 where all bits are on, None where they cannot go."""
+    if words is None:
+        return 0
+    return words.data_ptr() if words.is_cpu and words.is_contiguous() else None
 
 
 @dataclass(frozen=True)
@@ -101,6 +128,7 @@ class Window:
         dilation: one number per spatial dimension.
         padding: as `torch.nn.functional.pad` takes it.
         padding_mode: as `torch.nn.functional.pad` takes it.
+        channels: number of channels of the input.
         groups: number of groups of channels.
         by_position: every position that the kernel is laid on counts as a sample.
     """
@@ -112,8 +140,21 @@ class Window:
     dilation: tuple[int, ...]
     padding: tuple[int, ...]
     padding_mode: str
+    channels: int
     groups: int
     by_position: bool
+
+    @cached_property
+    def numbers(self) -> Tensor | None:
+        """int64, as compiled loops take it; None where they do not know the padding."""
+        if self.padding_mode != "constant" and any(self.padding):
+            return None
+        lead = 3 - len(self.size)
+        before = self.padding[-2::-2]  # of each axis; the last axis comes first in `padding`
+        ones = (1,) * lead
+        sizes = (self.size, self.positions, self.kernel, self.stride, self.dilation)
+        axes = [number for values in sizes for number in (*ones, *values)]
+        return torch.tensor([*axes, *(0,) * lead, *before, self.channels, self.groups])
 
     def unfold(self, inputs: Tensor) -> Tensor:
         """What the kernel sees at each output position.
@@ -137,7 +178,7 @@ class Window:
         return image.transpose(1, 2).flatten(2)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Outer(Activity):
     """A linear map's weight: element (j, k) needs output gradient j and input k at one position.
 
@@ -158,16 +199,6 @@ class Outer(Activity):
     transposed: bool = False
 
     @property
-    def flat(self) -> bool:
-        """Whether the count is the bits on in both `words`: no positions are to be joined."""
-        return self.window is None and not self.outputs.has_positions
-
-    @property
-    def words(self) -> tuple[Tensor | None, Tensor]:
-        """Output and input words, as `truestep.kernels.scaling.scale_` takes them."""
-        return self.outputs.words, self.inputs.words
-
-    @property
     def by_position(self) -> bool:
         """Whether each output position of a convolution counts as a sample."""
         return self.window is not None and self.window.by_position
@@ -175,18 +206,43 @@ class Outer(Activity):
     @property
     def samples(self) -> int:  # type: ignore[override]
         """The number of samples."""
-        return self.outputs.samples * (self.outputs.length if self.by_position else 1)
+        return self.outputs.samples * (self.outputs.positions if self.by_position else 1)
+
+    def entries(self) -> list[Entry] | None:  # noqa: D102
+        outputs, inputs = self.outputs, self.inputs
+        to, of = _address(outputs.words), _address(inputs.words)
+        if to is None or of is None:
+            return None
+        window = numbers = None
+        if self.window is not None:
+            window, numbers = self.window, self.window.numbers
+            if numbers is None:
+                return None
+        rows = outputs.units
+        return [
+            Entry(
+                rows,
+                self.shape.numel() // rows if rows else 0,
+                to,
+                of,
+                outputs.samples,
+                outputs.positions,
+                0 if numbers is None else numbers.data_ptr(),
+                int(window is not None and window.by_position),
+            )
+        ]
 
     def factors(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
         """Float masks ``[samples, groups, positions, outputs]`` and ``[..., inputs of a group]``."""
         groups = 1 if self.window is None else self.window.groups
-        outputs, inputs = self.outputs.mask(start, stop), self.inputs.mask(start, stop)
+        outputs, inputs = (
+            bits.mask(start, stop).reshape(-1, bits.positions, bits.units)
+            for bits in (self.outputs, self.inputs)
+        )
         if self.window is not None:
             inputs = self.window.unfold(inputs)
         if self.by_position:
-            outputs, inputs = outputs.flatten(0, 1), inputs.flatten(0, 1)
-        if outputs.dim() == 2:  # noqa: PLR2004
-            outputs, inputs = outputs.unsqueeze(1), inputs.unsqueeze(1)
+            outputs, inputs = (mask.flatten(0, 1).unsqueeze(1) for mask in (outputs, inputs))
         return (
             outputs.float().unflatten(-1, (groups, -1)).transpose(1, 2),
             inputs.float().unflatten(-1, (groups, -1)).transpose(1, 2),
@@ -199,25 +255,29 @@ class Outer(Activity):
             outputs, inputs = self.factors(start, stop)
         return (outputs.transpose(-1, -2) @ inputs > 0).reshape(-1, *self.shape)
 
-    def count(self) -> Tensor:  # noqa: D102
+    def count_masks(self) -> Tensor:  # noqa: D102
         if self.outputs.has_positions and not self.by_position:
-            return super().count()
+            return super().count_masks()
         # One position per sample: the sum over samples is one product, exact up to 2**24 samples.
         outputs, inputs = (factor.squeeze(2).transpose(0, 1) for factor in self.factors())
         return (outputs.transpose(-1, -2) @ inputs).to(torch.int64).reshape(self.shape)
 
     def reached(self) -> Tensor:  # noqa: D102
-        mask = self.outputs.mask().any(-1)
+        bits = self.outputs
         if self.transposed:
-            inputs = self.inputs.mask()
-            mask = (inputs if self.window is None else self.window.unfold(inputs) > 0).any(-1)
+            bits = self.inputs
+            if self.window is not None:
+                images = bits.mask().reshape(-1, bits.positions, bits.units)
+                bits = pack(self.window.unfold(images))
+        mask = bits.mask().any(-1)
         if self.by_position:
             return mask.flatten()
         return mask.any(-1) if mask.dim() > 1 else mask
 
     def tensors(self) -> Iterator[Tensor]:  # noqa: D102
-        yield self.outputs.words
-        yield self.inputs.words
+        for bits in (self.outputs, self.inputs):
+            if bits.words is not None:
+                yield bits.words
 
 
 @dataclass(frozen=True)
@@ -227,8 +287,8 @@ class Rows(Activity):
     Attributes:
         shape: ``[rows, features]``.
         samples: number of samples.
-        rows: int64 ``[entries]``.
-        owners: int64 ``[entries]``.
+        rows: int32 ``[entries]``.
+        owners: int32 ``[entries]``, in ascending order.
         outputs: non-zero output gradients, ``[entries, features]``, or ``[samples, features]``
             where all entries of a sample share one output (a bag).
         by_entry: which of the two.
@@ -247,18 +307,30 @@ class Rows(Activity):
             return self
         return replace(self, outputs=pack(self.outputs.mask()[self.owners]), by_entry=True)
 
-    def in_order(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows, owners and output words, the entries of one sample next to each other."""
-        if len(self.owners) < 2 or bool((self.owners[1:] >= self.owners[:-1]).all()):  # noqa: PLR2004
-            return self.rows, self.owners, self.outputs.words
-        order = self.owners.argsort(stable=True)
-        outputs = pack(self.outputs.mask()[order]) if self.by_entry else self.outputs
-        return self.rows[order], self.owners[order], outputs.words
+    def entries(self) -> list[Entry] | None:  # noqa: D102
+        words = _address(self.outputs.words)
+        if words is None:
+            return None
+        if len(self.rows) == 0:
+            return [Entry(self.shape[0], self.shape[1])]
+        return [
+            Entry(
+                self.shape[0],
+                self.shape[1],
+                outputs=words,
+                samples=self.samples,
+                entries=len(self.rows),
+                looked_up=self.rows.data_ptr(),
+                owners=self.owners.data_ptr(),
+                by_entry=int(self.by_entry),
+            )
+        ]
 
     @cached_property
     def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
         """Each (sample, row) once: samples, rows, and mask ``[pairs, features]``."""
-        keys, index = torch.unique(self.owners * self.shape[0] + self.rows, return_inverse=True)
+        keys = self.owners.long() * self.shape[0] + self.rows
+        keys, index = torch.unique(keys, return_inverse=True)
         owners, rows = keys // self.shape[0], keys % self.shape[0]
         mask = self.outputs.mask()
         if not self.by_entry:
@@ -275,7 +347,7 @@ class Rows(Activity):
         dense[owners[chosen] - start, rows[chosen]] = mask[chosen]
         return dense
 
-    def count(self) -> Tensor:  # noqa: D102
+    def count_masks(self) -> Tensor:  # noqa: D102
         rows, counts = self.count_rows()
         dense = torch.zeros(self.shape, dtype=torch.int64, device=counts.device)
         return dense.index_copy_(0, rows, counts)
@@ -297,4 +369,5 @@ class Rows(Activity):
     def tensors(self) -> Iterator[Tensor]:  # noqa: D102
         yield self.rows
         yield self.owners
-        yield self.outputs.words
+        if self.outputs.words is not None:
+            yield self.outputs.words

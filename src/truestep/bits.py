@@ -1,8 +1,8 @@
 """Boolean masks with one bit per element."""
 
-import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from truestep.kernels import packing
@@ -11,14 +11,16 @@ from truestep.kernels.packing import WORD, unpack
 __all__ = ["Bits", "pack"]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Bits:
-    """A boolean mask with one bit per element, packed along its last axis but one.
+    """A boolean mask ``[samples, units]`` or ``[samples, positions, units]``, one bit per element; a value.
 
     Attributes:
-        words: int64, ``[ceil(length / 64), units]`` for a mask ``[samples, units]`` and
-            ``[samples, ceil(length / 64), units]`` for a mask ``[samples, positions, units]``.
-        length: how many bits of the packed axis are in use.
+        words: int64 ``[ceil(samples * positions / 64), units]``, packed along samples and positions;
+            None where all bits are on.
+        samples: number of samples.
+        positions: of each sample; 1 where there are none.
+        units: size of the last axis.
 
     Example:
         >>> import torch
@@ -28,23 +30,26 @@ class Bits:
         ([[3, 2]], True)
     """
 
-    words: Tensor
-    length: int
+    words: Tensor | None
+    samples: int
+    positions: int
+    units: int
 
     @property
-    def samples(self) -> int:
-        """The number of samples."""
-        return self.length if self.words.dim() == 2 else self.words.shape[0]  # noqa: PLR2004
-
-    @property
-    def units(self) -> int:
-        """The size of the last axis."""
-        return self.words.shape[-1]
+    def length(self) -> int:
+        """How many bits there are for each unit."""
+        return self.samples * self.positions
 
     @property
     def has_positions(self) -> bool:
-        """Whether the mask has a positions axis."""
-        return self.words.dim() == 3  # noqa: PLR2004
+        """Whether samples have several positions."""
+        return self.positions != 1
+
+    def dense(self) -> Tensor:
+        """The words, also where all bits are on."""
+        if self.words is not None:
+            return self.words
+        return packing.pack_torch(torch.ones(self.length, self.units, dtype=torch.bool))
 
     def mask(self, start: int = 0, stop: int | None = None) -> Tensor:
         """The mask of some samples.
@@ -56,23 +61,48 @@ class Bits:
         Returns:
             Bool, ``[samples, units]`` or ``[samples, positions, units]``.
         """
-        if self.has_positions:
-            return unpack(self.words[start:stop], self.length)
-        stop = self.length if stop is None else stop
-        first = start // WORD
-        words = self.words[first : math.ceil(stop / WORD)]
-        return unpack(words, stop - first * WORD)[start - first * WORD :]
+        start, stop, _ = slice(start, stop).indices(self.samples)
+        stop = max(start, stop)
+        rows, first = (stop - start) * self.positions, start * self.positions
+        if self.words is None:
+            mask = torch.ones(rows, self.units, dtype=torch.bool)
+        else:
+            words = self.words[first // WORD : -(-(first + rows) // WORD)]
+            mask = unpack(words, first % WORD + rows)[first % WORD :]
+        if self.positions == 1:
+            return mask
+        return mask.reshape(stop - start, self.positions, self.units)
 
     def any_position(self) -> "Bits":
         """Whether any position of a sample is on; the same where there are no positions."""
-        return pack((self.words != 0).any(1)) if self.has_positions else self
+        if self.positions == 1:
+            return self
+        words = self.words
+        if words is not None:
+            words = packing.join(words, self.samples, self.positions)
+        return Bits(words, self.samples, 1, self.units)
+
+    def apart(self) -> "Bits":
+        """Each position as a sample of its own."""
+        return Bits(self.words, self.length, 1, self.units)
+
+    def __and__(self, other: "Bits") -> "Bits":
+        if self.words is None or other.words is None:
+            return other if self.words is None else self
+        return Bits(self.words & other.words, self.samples, self.positions, self.units)
+
+    def __or__(self, other: "Bits") -> "Bits":
+        if self.words is None or other.words is None:
+            return self if self.words is None else other
+        return Bits(self.words | other.words, self.samples, self.positions, self.units)
 
 
 def pack(mask: Tensor) -> Bits:
     """Packs a mask, or the non-zero entries of numbers, to bits.
 
     Args:
-        mask: ``[samples, units]`` or ``[samples, positions, units]``; samples are packed into words,
-            or positions where it has them.
+        mask: ``[samples, units]`` or ``[samples, positions, units]``.
     """
-    return Bits(packing.pack(mask), mask.shape[-2])
+    shape = mask.shape
+    positions = 1 if len(shape) == 2 else shape[1]  # noqa: PLR2004
+    return Bits(packing.pack(mask), shape[0], positions, shape[-1])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from truestep.activity import Activity
+from truestep.kernels.stepping import Entry
 
 __all__ = ["Blocks"]
 
@@ -35,16 +36,25 @@ class Blocks(Activity):
         """The number of samples."""
         return next(iter(self.parts.values())).samples
 
+    def entries(self) -> list[Entry] | None:  # noqa: D102
+        found: list[Entry] = []
+        row = 0
+        for first, part in sorted(self.parts.items()):
+            entries = part.entries()
+            if first != row or entries is None:
+                return None
+            found += entries
+            row += part.shape[0]
+        return found if row == self.shape[0] else None
+
     def masks(self, start: int, stop: int) -> Tensor:  # noqa: D102
-        device = next(self.tensors()).device
-        mask = torch.zeros(stop - start, *self.shape, dtype=torch.bool, device=device)
+        mask = torch.zeros(stop - start, *self.shape, dtype=torch.bool, device=self.device)
         for first, part in self.parts.items():
             mask[:, first : first + part.shape[0]] = part.masks(start, stop)
         return mask
 
-    def count(self) -> Tensor:  # noqa: D102
-        device = next(self.tensors()).device
-        counts = torch.zeros(self.shape, dtype=torch.int64, device=device)
+    def count_masks(self) -> Tensor:  # noqa: D102
+        counts = torch.zeros(self.shape, dtype=torch.int64, device=self.device)
         for first, part in self.parts.items():
             counts[first : first + part.shape[0]] = part.count()
         return counts

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from truestep.activity import Activity, Elements, Rows
+from truestep.activity import Activity, Elements, Outer, Rows
 from truestep.bits import Bits, pack
 from truestep.blocks import Blocks
+from truestep.kernels.stepping import Entry
 
 __all__ = ["Counts", "Joint", "Shared", "Total", "joint", "total"]
 
@@ -103,7 +104,7 @@ class Shared(Activity):
         return self.times * self.use.samples
 
     def masks(self, start: int, stop: int) -> Tensor:  # noqa: D102
-        index = torch.arange(start, stop, device=next(self.tensors()).device) % self.use.samples
+        index = torch.arange(start, stop, device=self.device) % self.use.samples
         return self.use.masks(0, self.use.samples)[index]
 
     def count(self) -> Tensor:  # noqa: D102
@@ -141,6 +142,14 @@ class Counts(Activity):
     def reached(self) -> Tensor:  # noqa: D102
         raise TypeError(f"counts of {self.samples} samples do not say which samples they were")
 
+    def entries(self) -> list[Entry] | None:  # noqa: D102
+        counts = self.counts
+        if not (counts.is_cpu and counts.dtype == torch.int64 and counts.is_contiguous()):
+            return None
+        rows = self.shape[0] if self.shape else 1
+        columns = self.shape.numel() // max(1, rows)
+        return [Entry(rows, columns, counts=counts.data_ptr())]
+
     def count(self) -> Tensor:  # noqa: D102
         return self.counts
 
@@ -158,10 +167,15 @@ def joint(uses: Sequence[Activity]) -> Activity:
     if len(uses) == 1:
         return first
     if all(isinstance(use, Elements) for use in uses):
-        words = first.bits.words  # type: ignore[attr-defined]
+        bits = first.bits  # type: ignore[attr-defined]
         for use in uses[1:]:
-            words = words | use.bits.words  # type: ignore[attr-defined]
-        return Elements(first.shape, Bits(words, first.samples))
+            bits = bits | use.bits  # type: ignore[attr-defined]
+        return Elements(first.shape, bits)
+    if all(isinstance(use, Outer) and use.window is None for use in uses):
+        # Further positions of the same samples.
+        outputs = _side_by_side([use.outputs for use in uses])  # type: ignore[attr-defined]
+        inputs = _side_by_side([use.inputs for use in uses])  # type: ignore[attr-defined]
+        return Outer(first.shape, outputs, inputs)
     if all(isinstance(use, Rows) for use in uses):
         return _append([use.spread() for use in uses], [0] * len(uses), first.samples)  # type: ignore[attr-defined]
     if all(isinstance(use, Blocks) for use in uses):
@@ -194,12 +208,17 @@ def total(parts: Sequence[Activity]) -> Activity:
     return Counts(whole.count(), whole.samples)
 
 
+def _side_by_side(bits: Sequence[Bits]) -> Bits:
+    samples, units = bits[0].samples, bits[0].units
+    masks = [part.mask().reshape(samples, part.positions, units) for part in bits]
+    return pack(torch.cat(masks, 1))
+
+
 def _append(parts: Sequence[Rows], offsets: Sequence[int], samples: int) -> Rows:
-    return Rows(
-        shape=parts[0].shape,
-        samples=samples,
-        rows=torch.cat([part.rows for part in parts]),
-        owners=torch.cat([p.owners + offset for p, offset in zip(parts, offsets, strict=True)]),
-        outputs=pack(torch.cat([part.outputs.mask() for part in parts])),
-        by_entry=True,
-    )
+    rows = torch.cat([part.rows for part in parts])
+    owners = torch.cat([p.owners + offset for p, offset in zip(parts, offsets, strict=True)])
+    outputs = torch.cat([part.outputs.mask() for part in parts])
+    if not any(offsets):
+        owners, order = owners.sort(stable=True)
+        rows, outputs = rows[order], outputs[order]
+    return Rows(parts[0].shape, samples, rows, owners, pack(outputs), by_entry=True)

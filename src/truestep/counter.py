@@ -21,7 +21,9 @@ from truestep.compiled import Receiver
 from truestep.consumers import Used, refuse_bypassed
 from truestep.distributed import local
 from truestep.errors import TruestepError
+from truestep.fused import Pass
 from truestep.hooks import Hook, Pausable, on_backward, uncompiled
+from truestep.kernels.stepping import Options
 from truestep.layers import (
     Layer,
     batch_of,
@@ -40,7 +42,7 @@ from truestep.layers import (
 from truestep.layout import Inside, Layout, Rule, Unit
 from truestep.records import FORWARD, Call, Records
 from truestep.rules import RULES
-from truestep.update import scale_
+from truestep.update import mean_effective, scale_
 
 __all__ = ["SampleCounter"]
 
@@ -212,11 +214,21 @@ class SampleCounter:
         """
         chosen = list(self._records.names if parameters is None else parameters)
         self.prepare(chosen)
+        corrected: list[Tensor] = []
+        whole = Pass(Options(eps=eps, limit=factor_limit))
         for parameter in chosen:
-            found = self._to_apply(parameter)
-            if found is not None and parameter.grad is not None:
-                scale_(local(parameter.grad.detach()), *found, eps, factor_limit)
-                self._records.mark_corrected(parameter)
+            found = self.reach(parameter)
+            if found is None or parameter.grad is None:
+                continue
+            gradient = local(parameter.grad.detach())
+            if whole.takes(gradient):
+                whole.add(gradient, found)
+            else:
+                scale_(gradient, *found, eps, factor_limit)
+            corrected.append(parameter)
+        whole.run()
+        for parameter in corrected:
+            self._records.mark_corrected(parameter)
         self._batch.release()
 
     def effective_gradient(
@@ -240,14 +252,21 @@ class SampleCounter:
         alone = not self._batch.covers(parameter)
         if alone:
             self.prepare([parameter])
-        gradient, found = parameter.grad.detach(), self._to_apply(parameter)
+        gradient, found = parameter.grad.detach(), self.reach(parameter)
         if alone:
             self._batch.release()
-        if found is None:
-            return gradient
-        corrected = gradient.clone()
-        scale_(local(corrected), *found, eps, factor_limit)
-        return corrected
+        return mean_effective(gradient, found, eps, factor_limit)
+
+    def reach(self, parameter: Tensor) -> tuple[Activity, int | Tensor] | None:
+        """The samples that reach a parameter and N; None where its gradient stays as it is.
+
+        Raises:
+            TruestepError: the parameter has a gradient, but no record.
+        """
+        if parameter.grad is None or parameter in self._plain:
+            return None
+        self.check([parameter])
+        return self._batch.find(parameter)
 
     def prepare(self, parameters: Iterable[Tensor]) -> None:
         """Starts a step over several ranks, which agree once on all that it will ask for.
@@ -296,13 +315,6 @@ class SampleCounter:
             "a SampleCounter belongs to its model and cannot be copied or pickled; "
             "make a new SampleCounter on the copy of the model"
         )
-
-    def _to_apply(self, parameter: Tensor) -> tuple[Activity, int | Tensor] | None:
-        """The samples that reach a parameter and N; None where its gradient stays as it is."""
-        if parameter.grad is None or parameter in self._plain:
-            return None
-        self.check([parameter])
-        return self._batch.find(parameter)
 
     # The hooks, in the order in which they run.
 

@@ -148,4 +148,4 @@ def like(parameter: Tensor, values: Tensor) -> Tensor:
 def nobody(parameter: Tensor) -> Activity:
     """The activity of no sample."""
     words = torch.zeros(0, parameter.numel(), dtype=torch.int64, device=local(parameter).device)
-    return Elements(parameter.shape, Bits(words, 0))
+    return Elements(parameter.shape, Bits(words, 0, 1, parameter.numel()))

@@ -185,7 +185,7 @@ class Exchange:
         if self._size > 1:
             dist.all_reduce(counts, group=self._ranks.group)
         return {
-            index: Counts(part.reshape(shape), self._batch_size(index))
+            index: Counts(part.long().reshape(shape), self._batch_size(index))
             for index, part, shape in zip(indices, parts, shapes, strict=True)
         }
 
@@ -301,16 +301,20 @@ def _added(parts: list[Activity]) -> Activity:
     """
     if len(parts) > 1 and all(isinstance(part, Elements) for part in parts):
         return Elements(parts[0].shape, _appended([part.bits for part in parts]))  # type: ignore[attr-defined]
-    if len(parts) > 1 and all(isinstance(part, Outer) and part.flat for part in parts):
+    if len(parts) > 1 and all(isinstance(part, Outer) and _is_flat(part) for part in parts):
         outputs = _appended([part.outputs for part in parts])  # type: ignore[attr-defined]
         inputs = _appended([part.inputs for part in parts])  # type: ignore[attr-defined]
         return Outer(parts[0].shape, outputs, inputs)
     return total(parts)
 
 
+def _is_flat(part: Outer) -> bool:
+    return part.window is None and not part.outputs.has_positions
+
+
 def _appended(bits: list[Bits]) -> Bits:
-    words = torch.cat([part.words for part in bits])
-    return Bits(words, WORD * len(words))
+    words = torch.cat([part.dense() for part in bits])
+    return Bits(words, WORD * len(words), 1, bits[0].units)
 
 
 def _where(flags: list[bool]) -> list[int]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from truestep.activity import Activity
 
-__all__ = ["Inside", "Layout", "Rule", "Unit", "any_position"]
+__all__ = ["Inside", "Layout", "Rule", "Unit"]
 
 Unit = Literal["sample", "position"]
 Given = Callable[..., dict[str, Activity]]
@@ -59,8 +59,3 @@ class Layout:
             return mask
         mask = mask.movedim(self.batch_dim or 0, 0)
         return mask.flatten(0, lead - 1) if self.unit == "position" else mask.flatten(1, lead - 1)
-
-
-def any_position(mask: Tensor) -> Tensor:
-    """Joins the positions of a mask ``[samples, positions, units]``, if it has them."""
-    return mask.any(1) if mask.dim() == 3 else mask  # noqa: PLR2004

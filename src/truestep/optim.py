@@ -13,9 +13,12 @@ from torch.optim import Optimizer
 from torch.optim.sgd import sgd
 
 from truestep.counter import SampleCounter
+from truestep.distributed import local
 from truestep.errors import TruestepError
+from truestep.fused import Pass
 from truestep.hooks import uncompiled
-from truestep.update import boosted
+from truestep.kernels.stepping import Options
+from truestep.update import boosted, mean_effective
 
 __all__ = ["DASGD", "AdaptiveBatchSGD"]
 
@@ -225,26 +228,49 @@ class AdaptiveBatchSGD(Optimizer):
         everything = [p for group in self.param_groups for p in group["params"]]
         self.counter.prepare(everything)
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            at_once = len(params) if group["foreach"] else 1
-            for start in range(0, len(params), max(1, at_once)):
-                self._update(group, params[start : start + at_once], self.counter)
+            self._update(group, [p for p in group["params"] if p.grad is not None], self.counter)
         self.counter.mark_step(p for p in everything if p.grad is not None)
         return loss
 
     @torch.no_grad()
     def _update(self, group: dict[str, Any], params: list[Tensor], counter: SampleCounter) -> None:
+        """Takes the step of one group: what compiled loops take with the counting in one pass."""
+        names = (*Options._fields[:-1], "factor_limit")
+        whole = Pass(Options(float(group["lr"]), *(group[name] for name in names[1:])))
+        plain: list[Tensor] = []
+        directions: list[Tensor] = []
+        for parameter in params:
+            found, gradient = counter.reach(parameter), parameter.grad
+            assert gradient is not None  # noqa: S101
+            state = self.state[parameter] if group["momentum"] else {}
+            buffer = state.get("momentum_buffer")
+            fresh = buffer is None and bool(group["momentum"])
+            tensors = [local(t) for t in (gradient, parameter, buffer) if t is not None]
+            if not group["foreach"] and whole.takes(*tensors):
+                if fresh:
+                    buffer = state["momentum_buffer"] = torch.empty_like(parameter)
+                    tensors.append(local(buffer))
+                whole.add(tensors[0], found, *tensors[1:], fresh=fresh)
+                continue
+            plain.append(parameter)
+            directions.append(
+                mean_effective(gradient.detach(), found, group["eps"], group["factor_limit"])
+            )
+            if not group["foreach"]:
+                self._step(group, [plain.pop()], [directions.pop()])
+        whole.run()
+        self._step(group, plain, directions)
+
+    def _step(self, group: dict[str, Any], params: list[Tensor], directions: list[Tensor]) -> None:
+        """torch's own step along directions."""
         buffers = [
             self.state[p].get("momentum_buffer") if group["momentum"] else None for p in params
         ]
         sgd(
             params,
-            [
-                counter.effective_gradient(p, eps=group["eps"], factor_limit=group["factor_limit"])
-                for p in params
-            ],
+            directions,
             buffers,
-            has_sparse_grad=any(p.grad is not None and p.grad.is_sparse for p in params),
+            has_sparse_grad=any(direction.is_sparse for direction in directions),
             foreach=group["foreach"],
             fused=False,
             lr=group["lr"],

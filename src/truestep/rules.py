@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from truestep.activity import Activity, Elements, Outer, Rows, Window
 from truestep.bits import pack
-from truestep.layout import Layout, Rule, any_position
+from truestep.layout import Layout, Rule
 from truestep.rules_attention import attention
 from truestep.rules_norm import BATCH_NORM, normalization
 from truestep.rules_recurrent import cell, recurrent
@@ -56,7 +56,7 @@ def convolution(
         inputs = pack(apart.arrange(input.movedim(-rank - 1, -1)))
 
     def activity(delta: Tensor) -> dict[str, Activity]:
-        moved = delta.movedim(-rank - 1, -1)
+        outputs = pack(apart.arrange(delta.movedim(-rank - 1, -1)))
         found: dict[str, Activity] = {}
         if inputs is not None:
             zeros = module.padding_mode == "zeros"
@@ -68,13 +68,13 @@ def convolution(
                 dilation=tuple(module.dilation),
                 padding=tuple(module._reversed_padding_repeated_twice),  # noqa: SLF001
                 padding_mode="constant" if zeros else module.padding_mode,
+                channels=module.in_channels,
                 groups=module.groups,
                 by_position=layout.unit == "position",
             )
-            outputs = pack(apart.arrange(moved))
             found["weight"] = Outer(module.weight.shape, outputs, inputs, window)
         if module.bias is not None and module.bias.requires_grad:
-            ends = pack(layout.arrange(moved)).any_position()
+            ends = outputs.apart() if layout.unit == "position" else outputs.any_position()
             found["bias"] = Elements(module.bias.shape, ends)
         return found
 
@@ -96,7 +96,7 @@ def transposed_convolution(
         inputs = pack(apart.arrange(input.movedim(-rank - 1, -1)))
 
     def activity(delta: Tensor) -> dict[str, Activity]:
-        moved = delta.movedim(-rank - 1, -1)
+        outputs = pack(apart.arrange(delta.movedim(-rank - 1, -1)))
         found: dict[str, Activity] = {}
         if inputs is not None:
             padding = cast("tuple[int, ...]", module.padding)  # a transposed one takes no string
@@ -108,13 +108,13 @@ def transposed_convolution(
                 dilation=tuple(module.dilation),
                 padding=tuple(side for side in reversed(padding) for _ in range(2)),
                 padding_mode="constant",
+                channels=module.out_channels,
                 groups=module.groups,
                 by_position=layout.unit == "position",
             )
-            outputs = pack(apart.arrange(moved))
             found["weight"] = Outer(module.weight.shape, inputs, outputs, window, transposed=True)
         if module.bias is not None and module.bias.requires_grad:
-            ends = pack(layout.arrange(moved)).any_position()
+            ends = outputs.apart() if layout.unit == "position" else outputs.any_position()
             found["bias"] = Elements(module.bias.shape, ends)
         return found
 
@@ -157,8 +157,8 @@ def prelu(
     negative = pack(arrange(input < 0))
 
     def activity(delta: Tensor) -> dict[str, Activity]:
-        both = any_position(arrange(delta != 0) & negative.mask())
-        return {"weight": Elements(module.weight.shape, pack(both))}
+        both = pack(arrange(delta)) & negative
+        return {"weight": Elements(module.weight.shape, both.any_position())}
 
     return activity
 
@@ -245,7 +245,7 @@ def _rows(
         rows, owners = rows[kept], owners[kept]
         mask = mask[kept] if by_entry else mask
     outputs = pack(mask)
-    return Rows(module.weight.shape, samples, rows.long(), owners.long(), outputs, by_entry)
+    return Rows(module.weight.shape, samples, rows.int(), owners.int(), outputs, by_entry)
 
 
 RULES: dict[type[nn.Module], Rule] = {

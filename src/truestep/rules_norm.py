@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from truestep.activity import Activity, Elements
 from truestep.bits import pack
-from truestep.layout import Layout, Rule, any_position
+from truestep.layout import Layout, Rule
 
 __all__ = ["BATCH_NORM", "normalization"]
 
@@ -41,17 +41,15 @@ def normalization(
     normalized = None
     if weight is not None and weight.requires_grad:
         with torch.no_grad():
-            mask = arrange(_normalize(module, input.detach()) != 0)
-        normalized = pack(mask)
+            normalized = pack(arrange(_normalize(module, input.detach())))
 
     def activity(delta: Tensor) -> dict[str, Activity]:
-        mask = arrange(delta != 0)
+        outputs = pack(arrange(delta))
         found: dict[str, Activity] = {}
         if normalized is not None:
-            both = any_position(mask & normalized.mask())
-            found["weight"] = Elements(weight.shape, pack(both))
+            found["weight"] = Elements(weight.shape, (outputs & normalized).any_position())
         if bias is not None and bias.requires_grad:
-            found["bias"] = Elements(bias.shape, pack(any_position(mask)))
+            found["bias"] = Elements(bias.shape, outputs.any_position())
         return found
 
     return activity

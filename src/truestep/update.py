@@ -5,15 +5,15 @@ Parameter", Mathematics 10 (2022) 863, Algorithm 2. DA-SGD: Ahn: "A Directional 
 Method In Mini-Batch Gradient Descent", equation 1.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 
-from truestep.activity import Activity, Elements, Outer, Rows
-from truestep.kernels import scaling
+from truestep.activity import Activity
+from truestep.distributed import local
+from truestep.fused import Pass
+from truestep.kernels.stepping import Options
 
-__all__ = ["adaptive_factor", "boosted", "booster", "scale_"]
+__all__ = ["adaptive_factor", "boosted", "booster", "mean_effective", "scale_"]
 
 
 def adaptive_factor(
@@ -39,7 +39,9 @@ def adaptive_factor(
         >>> adaptive_factor(torch.tensor([0, 1, 4, 7]), batch_size=8).tolist()
         [1.0, 4.0, 1.600000023841858, 1.0]
     """
-    factor = batch_size / (counts.to(dtype) + eps)
+    # Not N / counts, which torch computes as N times the rounded 1 / counts.
+    size = torch.as_tensor(batch_size, dtype=dtype, device=counts.device)
+    factor = size / (counts.to(dtype) + eps)
     if factor_limit is not None:
         factor.clamp_(max=factor_limit)
     return factor.masked_fill_(counts == 0, 1.0)
@@ -64,22 +66,18 @@ def scale_(
     Returns:
         `gradient`.
     """
+    if Pass.takes(gradient):
+        whole = Pass(Options(eps=eps, limit=factor_limit))
+        whole.add(gradient, (activity, batch_size))
+        whole.run()
+        return gradient
     dtype = torch.promote_types(gradient.dtype, torch.float32).to_real()
     options = (eps, factor_limit, dtype)
-    if scaling.can_scale(gradient):
-        if isinstance(activity, Rows):
-            factors = _factors(activity.samples, int(batch_size), *options)
-            entries = activity.in_order()
-            scaling.scale_rows_(gradient, *entries, factors, by_entry=activity.by_entry)
-            return gradient
-        if isinstance(activity, Elements | Outer) and activity.flat:
-            factors = _factors(activity.samples, int(batch_size), *options)
-            scaling.scale_(gradient, *activity.words, factors)
-            return gradient
     if gradient.is_sparse:
         # Each stored value is scaled by its row's factor; coalescing or not makes no difference.
         counts = activity.count()[gradient._indices()[0]]  # noqa: SLF001
-        gradient._values().mul_(adaptive_factor(counts, batch_size, *options))  # noqa: SLF001
+        factor = adaptive_factor(counts, batch_size, *options)
+        gradient._values().mul_(factor)  # noqa: SLF001
         return gradient
     used, counts = activity.count_rows()
     factor = adaptive_factor(counts, batch_size, *options)
@@ -88,12 +86,25 @@ def scale_(
     return gradient.index_copy_(0, used, (gradient[used] * factor).to(gradient.dtype))
 
 
-@functools.lru_cache(maxsize=64)
-def _factors(
-    samples: int, batch_size: int, eps: float, factor_limit: float | None, dtype: torch.dtype
+def mean_effective(
+    gradient: Tensor,
+    found: tuple[Activity, int | Tensor] | None,
+    eps: float = 1.0,
+    factor_limit: float | None = None,
 ) -> Tensor:
-    """The factor for each count from 0 to `samples`; batches of one size share it."""
-    return adaptive_factor(torch.arange(samples + 1), batch_size, eps, factor_limit, dtype)
+    """The mean effective gradient as a new tensor; the gradient itself where nothing was `found`.
+
+    Args:
+        gradient: as for `scale_`, or sharded: a rank's rows are corrected.
+        found: the samples that contributed to it, and N.
+        eps: see `adaptive_factor`.
+        factor_limit: see `adaptive_factor`.
+    """
+    if found is None:
+        return gradient
+    corrected = gradient.clone()
+    scale_(local(corrected), *found, eps, factor_limit)
+    return corrected
 
 
 def booster(gradient: Tensor, previous: Tensor) -> Tensor:

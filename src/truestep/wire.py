@@ -73,7 +73,7 @@ def read(header: list[int], words: Tensor, shape: torch.Size) -> Activity:
         shape: the parameter's, or that of its rows which the message is about.
     """
     if header[0] == COUNTS:
-        return Counts(_whole(words, shape.numel()).reshape(shape), header[1])
+        return Counts(_narrow(words, shape.numel()).long().reshape(shape), header[1])
     activity: Activity = _read(iter(header), _Tape(words))
     return activity
 
@@ -122,15 +122,16 @@ def of_rows(activity: Activity, start: int, stop: int) -> Activity:  # noqa: PLR
 
 
 def _nobody(activity: Activity, shape: torch.Size) -> Activity:
-    device = next(activity.tensors()).device
-    return Counts(torch.zeros(shape, dtype=torch.int64, device=device), activity.samples)
+    counts = torch.zeros(shape, dtype=torch.int64, device=activity.device)
+    return Counts(counts, activity.samples)
 
 
 def _units(bits: Bits, start: int, stop: int) -> Bits:
-    return Bits(bits.words[..., start:stop].contiguous(), bits.length)
+    words = bits.words if bits.words is None else bits.words[:, start:stop].contiguous()
+    return Bits(words, bits.samples, bits.positions, stop - start)
 
 
-def _write(value: Any, header: list[int], tensors: list[Tensor], *, narrow: bool = False) -> bool:
+def _write(value: Any, header: list[int], tensors: list[Tensor]) -> bool:
     """Appends a value; False, with the rest left out, where a message cannot hold it."""
     match value:
         case None:
@@ -146,16 +147,15 @@ def _write(value: Any, header: list[int], tensors: list[Tensor], *, narrow: bool
             header += [MAPPING, len(value)]
             return all(_write(pair, header, tensors) for pair in value.items())
         case Tensor():
-            if value.dtype != torch.int64:
+            if value.dtype not in {torch.int64, torch.int32}:
                 return False
+            narrow = value.dtype == torch.int32
             header += [HALF_WORDS if narrow else WORDS, value.dim(), *value.shape]
             tensors.append(_halves(value) if narrow else value)
         case _ if is_dataclass(value) and type(value) in KINDS:
             header += [OBJECT, KINDS.index(type(value))]
-            # Numbers of rows and samples fit 32 bits, which bits packed to words do not.
-            narrow = isinstance(value, Rows)
             parts = [getattr(value, field.name) for field in fields(value)]
-            return all(_write(part, header, tensors, narrow=narrow) for part in parts)
+            return all(_write(part, header, tensors) for part in parts)
         case _:
             return False
     return True
@@ -188,7 +188,7 @@ def _read(numbers: Iterator[int], tape: _Tape) -> Any:  # noqa: PLR0911
         if tag == WORDS:
             return tape.take(shape.numel()).reshape(shape)
         halves = tape.take(_words_of_halves(shape.numel()))
-        return _whole(halves, shape.numel()).reshape(shape)
+        return _narrow(halves, shape.numel()).reshape(shape)
     if tag == OBJECT:
         kind = KINDS[next(numbers)]
         values = {field.name: _read(numbers, tape) for field in fields(kind)}
@@ -208,5 +208,5 @@ def _halves(numbers: Tensor) -> Tensor:
     return torch.nn.functional.pad(halves, (0, len(halves) % 2)).view(torch.int64)
 
 
-def _whole(words: Tensor, length: int) -> Tensor:
-    return words.contiguous().view(torch.int32)[:length].to(torch.int64)
+def _narrow(words: Tensor, length: int) -> Tensor:
+    return words.contiguous().view(torch.int32)[:length]

@@ -1,7 +1,10 @@
-"""Whether tensors can go to compiled loops."""
+"""Whether tensors can go to compiled loops, and the loops."""
 
 import functools
+import hashlib
 import importlib.util
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,8 +12,9 @@ from torch import Tensor
 
 __all__ = ["compiled_loops", "installed", "loops"]
 
-# numpy has no bfloat16: 16-bit floats are read as their bits.
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+# numpy has no bfloat16: loops that take 16-bit floats read their bits.
+DTYPES = {torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.bool}
+PLAIN = {Tensor, torch.nn.Parameter}
 
 
 @functools.cache
@@ -20,17 +24,17 @@ def installed() -> bool:
 
 
 def compiled_loops(tensor: Tensor) -> bool:
-    """Whether a tensor can be handed to a compiled loop as an array.
+    """Whether a compiled loop can read a tensor's memory.
 
     Args:
-        tensor: of floating point numbers.
+        tensor: of floating point numbers, or bool.
     """
     return (
-        installed()
-        and tensor.device.type == "cpu"
-        and type(tensor) in {Tensor, torch.nn.Parameter}
+        tensor.is_cpu
+        and type(tensor) in PLAIN
         and tensor.dtype in DTYPES
-        and tensor.layout == torch.strided
+        and tensor.layout is torch.strided
+        and installed()
         and not torch.compiler.is_compiling()
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # noqa: SLF001
     )
@@ -38,7 +42,32 @@ def compiled_loops(tensor: Tensor) -> bool:
 
 @functools.cache
 def loops() -> Any:
-    """The module of compiled loops, imported when it is first needed."""
-    from truestep.kernels import loops  # noqa: PLC0415 - imports numba, which takes half a second
+    """The package of compiled loops, imported when it is first needed: numba takes half a second."""
+    from numba.core import config  # noqa: PLC0415
 
+    settings: Any = config
+    before = settings.CACHE_DIR
+    settings.CACHE_DIR = str(_cache(before))
+    try:
+        from truestep.kernels import loops  # noqa: PLC0415
+    finally:
+        settings.CACHE_DIR = before
     return loops
+
+
+def _cache(chosen: str) -> Path:
+    """Where machine code is kept, under a name made from all the loops' source.
+
+    numba itself looks only at the file of the function that is called, not at what that calls.
+    """
+    here = Path(__file__).parent / "loops"
+    sources = b"".join(path.read_bytes() for path in sorted(here.glob("*.py")))
+    name = f"loops-{hashlib.sha256(sources).hexdigest()[:16]}"
+    if chosen:
+        return Path(chosen) / name
+    beside = here / "__pycache__"
+    if os.access(beside if beside.exists() else here, os.W_OK):
+        return beside / name
+    from numba.misc import appdirs  # noqa: PLC0415
+
+    return Path(appdirs.user_cache_dir("truestep")) / name  # type: ignore[no-untyped-call]

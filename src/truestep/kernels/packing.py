@@ -1,4 +1,8 @@
-"""Packing the non-zero entries of a tensor to one bit each, along its last axis but one."""
+"""Packing the non-zero entries of a tensor to one bit each.
+
+Bits run along samples, and along the positions of each: row ``s * positions + p`` of unit u is bit
+``row % 64`` of word ``[row // 64, u]``.
+"""
 
 import functools
 import math
@@ -8,60 +12,87 @@ from torch import Tensor
 
 from truestep.kernels.dispatch import compiled_loops, loops
 
-__all__ = ["WORD", "pack", "unpack"]
+__all__ = ["WORD", "join", "pack", "unpack"]
 
 WORD = 64
+# The bits that tell a number of so many bytes from zero: all but a float's sign.
+MAGNITUDE = {1: 0xFF, 2: 0x7FFF, 4: 0x7FFF_FFFF, 8: 0x7FFF_FFFF_FFFF_FFFF}
 
 
-def pack(values: Tensor) -> Tensor:
+def pack(values: Tensor) -> Tensor | None:
     """One bit for each entry, on where it is not zero.
 
     Args:
-        values: ``[..., length, units]``, bool or numbers.
+        values: ``[samples, units]`` or ``[samples, positions, units]``, bool or numbers.
 
     Returns:
-        int64 ``[..., ceil(length / 64), units]``; entry i is bit ``i % 64`` of word ``i // 64``.
+        int64 ``[ceil(samples * positions / 64), units]``; None where a compiled loop finds all bits on.
 
     Example:
         >>> pack(torch.tensor([[0.0, 2.0], [3.0, 1.0]])).tolist()
         [[2, 3]]
     """
-    if not compiled_loops(values) or values.numel() == 0:
+    if not compiled_loops(values):
         return pack_torch(values)
-    *lead, length, units = values.shape
-    rows = values.detach().reshape(-1, length, units)
-    words = torch.empty(len(rows), math.ceil(length / WORD), units, dtype=torch.int64)
-    if values.dtype in {torch.float16, torch.bfloat16}:
-        loops().pack_halves(rows.view(torch.int16).numpy(), words.numpy())
+    shape, strides, size = values.shape, values.stride(), values.element_size()
+    samples, units = shape[0], shape[-1]
+    positions = 1 if len(shape) == 2 else shape[1]  # noqa: PLR2004
+    total = samples * positions
+    if total == 0 or units == 0:
+        return pack_torch(values)
+    words = torch.empty((total + WORD - 1) // WORD, units, dtype=torch.int64)
+    geometry = (size, MAGNITUDE[size], samples, positions, units, strides[0] * size)
+    place = values.data_ptr(), *geometry
+    if strides[-1] == 1 or units == 1:
+        inner = strides[1] * size if positions > 1 else 0
+        full = loops().pack_units(0, len(words), *place, inner, words.data_ptr())
+    elif positions > 1 and strides[1] == 1:
+        full = loops().pack_positions(0, units, *place, strides[2] * size, words.data_ptr())
     else:
-        loops().pack(rows.numpy(), words.numpy())
-    return words.reshape(*lead, -1, units)
+        return pack(values.contiguous())
+    return None if full else words
 
 
 def pack_torch(values: Tensor) -> Tensor:
     """The twin of `pack` in torch operations."""
     mask = values if values.dtype == torch.bool else values != 0
-    *lead, length, units = mask.shape
+    mask = mask.flatten(0, -2)
+    length, units = mask.shape
     words = math.ceil(length / WORD)
     octets = mask.view(torch.uint8)
     if length != words * WORD:
-        padded = octets.new_zeros(*lead, words * WORD, units)
-        padded[..., :length, :] = octets
-        octets = padded
-    octets = octets.reshape(*lead, words * 8, 8, units)
+        octets = torch.nn.functional.pad(octets, (0, 0, 0, words * WORD - length))
+    octets = octets.reshape(words * 8, 8, units)
     packed = (octets * _places(mask.device)).sum(-2, dtype=torch.uint8)
-    packed = packed.reshape(*lead, words, 8, units).transpose(-1, -2)
-    adjacent = octets.new_empty(*lead, words, units, 8).copy_(packed)
+    packed = packed.reshape(words, 8, units).transpose(-1, -2)
+    adjacent = octets.new_empty(words, units, 8).copy_(packed)
     return adjacent.view(torch.int64).squeeze(-1)
 
 
 def unpack(words: Tensor, length: int) -> Tensor:
-    """The mask that was packed, bool ``[..., length, units]``."""
-    *lead, count, units = words.shape
+    """The rows that were packed, bool ``[length, units]``."""
+    count, units = words.shape
     octets = words.unsqueeze(-1).view(torch.uint8)
-    octets = octets.transpose(-1, -2).reshape(*lead, count * 8, 1, units)
+    octets = octets.transpose(-1, -2).reshape(count * 8, 1, units)
     bits = torch.bitwise_and(octets, _places(words.device)).ne_(0).view(torch.bool)
-    return bits.reshape(*lead, count * WORD, units)[..., :length, :]
+    return bits.reshape(count * WORD, units)[:length]
+
+
+def join(words: Tensor, samples: int, positions: int) -> Tensor | None:
+    """The samples with any position on: packed like `pack` does, None where all are on.
+
+    Args:
+        words: int64 ``[words, units]``.
+        samples: how many.
+        positions: of each.
+    """
+    units = words.shape[1]
+    if not (words.is_cpu and compiled_loops(words.new_empty(0, dtype=torch.bool))) or samples == 0:
+        mask = unpack(words, samples * positions).reshape(samples, positions, units)
+        return pack_torch(mask.any(1))
+    joined = torch.empty((samples + WORD - 1) // WORD, units, dtype=torch.int64)
+    full = loops().join(words.data_ptr(), samples, positions, units, joined.data_ptr())
+    return None if full else joined
 
 
 @functools.cache

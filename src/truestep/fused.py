@@ -1,0 +1,106 @@
+"""Counting and correcting, or counting and stepping, of many parameters in one compiled pass."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from truestep.activity import Activity
+from truestep.combine import Counts
+from truestep.kernels import stepping
+from truestep.kernels.stepping import Entry, Options, Task
+
+__all__ = ["Pass"]
+
+# Larger parameters get a call of their own, so that what is made for them is not held together.
+LARGE = 1 << 20
+
+
+class Pass:
+    """Gathers parameters and lets compiled loops go over all of them at once.
+
+    Args:
+        options: see `truestep.kernels.stepping.Options`.
+
+    Example:
+        >>> gradient = torch.ones(2)
+        >>> whole = Pass(Options(eps=1.0))
+        >>> if whole.takes(gradient):
+        ...     whole.add(gradient, (Counts(torch.tensor([0, 1]), 4), 4))
+        ...     whole.run()
+        ... else:  # numba is not installed
+        ...     gradient = torch.tensor([1.0, 2.0])
+        >>> gradient
+        tensor([1., 2.])
+    """
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._tasks: dict[torch.dtype, list[Task]] = {}
+        self._changed: list[Tensor] = []
+        self._held: list[Any] = []  # the tasks have only addresses
+
+    @staticmethod
+    def takes(*tensors: Tensor) -> bool:
+        """Whether compiled loops can go over a parameter, its gradient and its buffer."""
+        return stepping.takes(*tensors)
+
+    def add(
+        self,
+        gradient: Tensor,
+        found: tuple[Activity, int | Tensor] | None,
+        parameter: Tensor | None = None,
+        buffer: Tensor | None = None,
+        *,
+        fresh: bool = False,
+    ) -> None:
+        """Adds a parameter.
+
+        Args:
+            gradient: its gradient.
+            found: the samples that reach it, and N; None where the gradient is to be taken as it is.
+            parameter: what to take a step with; without it the gradient is corrected in place.
+            buffer: of momentum.
+            fresh: whether the buffer holds nothing yet.
+        """
+        entries, size = self._entries(gradient, found)
+        tensors = (gradient, parameter, buffer)
+        places = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        tasks = self._tasks.setdefault(gradient.dtype, [])
+        for entry in entries:
+            tasks.append(Task(places[0], places[1], places[2], int(fresh), size, entry))
+            if len(entries) > 1:
+                passed = entry.rows * entry.columns * gradient.element_size()
+                places = [place and place + passed for place in places]
+        self._held.append(tensors)
+        if parameter is None:
+            self._changed.append(gradient)
+        else:
+            self._changed.append(parameter)
+            if buffer is not None:
+                self._changed.append(buffer)
+        if gradient.numel() >= LARGE:
+            self.run()
+
+    def _entries(
+        self, gradient: Tensor, found: tuple[Activity, int | Tensor] | None
+    ) -> tuple[list[Entry], int]:
+        if found is None:
+            return [Entry(1, gradient.numel())], 1  # no sample: a factor of 1
+        activity, size = found
+        entries = activity.entries()
+        if entries is None:
+            activity = Counts(activity.count().contiguous(), activity.samples)
+            entries = activity.entries() or []
+        self._held.append(activity)
+        return entries, int(size)
+
+    def run(self) -> None:
+        """Does all that was added."""
+        for dtype, tasks in self._tasks.items():
+            stepping.run(tasks, self._options, dtype)
+        increment_version(self._changed)
+        self._tasks.clear()
+        self._changed.clear()
+        self._held.clear()

@@ -1,0 +1,6 @@
+"""The compiled loops, which alone import numba. The inner ones run over units, which the compiler vectorises."""
+
+from truestep.kernels.loops.pack import join, pack_positions, pack_units
+from truestep.kernels.loops.step import count, step
+
+__all__ = ["count", "join", "pack_positions", "pack_units", "step"]

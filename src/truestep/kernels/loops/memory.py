@@ -1,0 +1,73 @@
+"""Single instructions, and memory at raw addresses: a call with numbers costs a tenth of one with arrays."""
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+__all__ = ["count_bits", "fma", "pointer"]
+
+LANES = (64, 8, 1)
+
+
+@intrinsic
+def pointer(_context: Any, address: Any) -> Any:
+    """The pointer that `numba.carray` takes, of an address."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.int64), generate
+
+
+@intrinsic
+def count_bits(_context: Any, word: Any) -> Any:
+    """The number of bits that are on in an int64."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        function = builder.module.declare_intrinsic("llvm.ctpop", [ir.IntType(64)])
+        return builder.call(function, arguments)
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def fma(_context: Any, factor: Any, other: Any, addend: Any) -> Any:
+    """``factor * other + addend``, rounded once, as torch's ``add`` with ``alpha`` does."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.fma(*arguments)
+
+    return factor(factor, other, addend), generate
+
+
+def _lanes(width: int, lanes: int) -> Callable[..., Any]:
+    """Reads `lanes` neighbours of `width` bits at an address: one bit each, on where `magnitude` sees any."""
+
+    @intrinsic
+    def read(_context: Any, address: Any, magnitude: Any) -> Any:
+        def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            item, word = ir.IntType(width), ir.IntType(64)
+            kind = ir.VectorType(item, lanes)
+            source = builder.inttoptr(arguments[0], kind.as_pointer())
+            values = builder.load(source)
+            values.align = width // 8
+            kept = arguments[1] if width == word.width else builder.trunc(arguments[1], item)
+            one = builder.insert_element(ir.Constant(kind, ir.Undefined), kept, ir.IntType(32)(0))
+            zeros = ir.Constant(ir.VectorType(ir.IntType(32), lanes), None)
+            spread = builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), zeros)
+            on = builder.icmp_unsigned("!=", builder.and_(values, spread), ir.Constant(kind, None))
+            bits = builder.bitcast(on, ir.IntType(lanes))
+            return bits if lanes == word.width else builder.zext(bits, word)
+
+        return types.int64(types.int64, types.int64), generate
+
+    return read
+
+
+OCTET_64, OCTET_8, OCTET_1 = (_lanes(8, lanes) for lanes in LANES)
+HALF_64, HALF_8, HALF_1 = (_lanes(16, lanes) for lanes in LANES)
+SINGLE_64, SINGLE_8, SINGLE_1 = (_lanes(32, lanes) for lanes in LANES)
+DOUBLE_64, DOUBLE_8, DOUBLE_1 = (_lanes(64, lanes) for lanes in LANES)

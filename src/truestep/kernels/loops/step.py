@@ -1,0 +1,364 @@
+"""From activity to corrected gradients, or to a whole step, row by row: no count outlives its row.
+
+What is to be done with one parameter stands in one row of a table of int64. A parameter is seen as
+``[J, K]``: weight (j, k) counts the samples in which output j and input k are on at one position.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import carray, njit
+
+from truestep.kernels.loops.memory import count_bits, fma, pointer
+from truestep.kernels.loops.pack import align
+from truestep.kernels.loops.window import channels_first, positions_seen, sizes, unfold
+
+__all__ = ["count", "step"]
+
+# The columns of the table: the fields of `Task`, then those of `Entry` (`truestep.kernels.stepping`).
+GRADIENT, PARAMETER, BUFFER, FRESH, BATCH_SIZE = range(5)
+ROWS, COLUMNS, OUTPUTS, INPUTS, SAMPLES, POSITIONS = range(5, 11)
+WINDOW, APART, ENTRIES, LOOKED_UP, OWNERS, BY_ENTRY, COUNTS = range(11, 18)
+
+# The places in `options`, whose dtype is the parameters'.
+LR, WEIGHT_DECAY, MOMENTUM, KEPT, NESTEROV, MAXIMIZE, EPS, LIMIT = range(8)
+
+
+# Division as numpy does it: a check for zeros would keep the loop from being vectorised.
+@njit(cache=True, nogil=True, error_model="numpy")
+def _factors(counts: Any, batch_size: Any, options: Any, factors: Any) -> None:
+    eps, limit, one = options[EPS], options[LIMIT], options.dtype.type(1)
+    for column in range(len(factors)):
+        count = counts[column]
+        factor = batch_size / (options.dtype.type(count) + eps)
+        factor = min(factor, limit)
+        factors[column] = one if count == 0 else factor
+
+
+@njit(cache=True, nogil=True)
+def _count_samples(outputs: Any, inputs: Any, row: Any, group: Any, counts: Any) -> None:
+    """The bits that are on in both: ``outputs[:, :, row]`` and ``inputs[:, :, group]``."""
+    counts[:] = 0
+    words, columns = outputs.shape[1], len(counts)
+    for sample in range(outputs.shape[0]):
+        word = 0
+        while word + 4 <= words:
+            a, b = outputs[sample, word, row], outputs[sample, word + 1, row]
+            c, d = outputs[sample, word + 2, row], outputs[sample, word + 3, row]
+            p, q = inputs[sample, word, group], inputs[sample, word + 1, group]
+            r, s = inputs[sample, word + 2, group], inputs[sample, word + 3, group]
+            for column in range(columns):
+                counts[column] += (
+                    count_bits(a & p[column])
+                    + count_bits(b & q[column])
+                    + count_bits(c & r[column])
+                    + count_bits(d & s[column])
+                )
+            word += 4
+        while word < words:
+            a, p = outputs[sample, word, row], inputs[sample, word, group]
+            for column in range(columns):
+                counts[column] += count_bits(a & p[column])
+            word += 1
+
+
+@njit(cache=True, nogil=True)
+def _count_joined(
+    outputs: Any, view: Any, row: Any, group: Any, hits: Any, counts: Any, window: Any
+) -> None:
+    """The samples with any position where both are on; `view` is what `_operands` returns."""
+    inputs, ready, packed = view
+    counts[:] = 0
+    columns = len(counts)
+    for sample in range(outputs.shape[0]):
+        seen, missing = False, columns
+        for word in range(outputs.shape[1]):
+            output = outputs[sample, word, row]
+            if output == 0:
+                continue
+            if not ready[sample, word]:
+                unfold(packed, sample, word, window, _flat(inputs, sample, word))
+                ready[sample, word] = True
+            source = inputs[sample, word, group]
+            missing = 0
+            if seen:
+                for column in range(columns):
+                    hits[column] |= output & source[column]
+                    missing += hits[column] == 0
+            else:
+                for column in range(columns):
+                    hits[column] = output & source[column]
+                    missing += hits[column] == 0
+            seen = True
+            if missing == 0:
+                break
+        if missing == 0:
+            for column in range(columns):
+                counts[column] += 1
+        elif seen:
+            for column in range(columns):
+                counts[column] += hits[column] != 0
+
+
+@njit(cache=True, nogil=True)
+def _count_on(words: Any, unit: Any, joined: Any) -> Any:
+    """The bits of one unit that are on in ``[samples, words, units]``, or the samples with any."""
+    total = 0
+    for sample in range(words.shape[0]):
+        for word in range(words.shape[1]):
+            if not joined:
+                total += count_bits(words[sample, word, unit])
+            elif words[sample, word, unit] != 0:
+                total += 1
+                break
+    return total
+
+
+@njit(cache=True, nogil=True)
+def _update(entry: Any, row: Any, factors: Any, options: Any) -> None:
+    """One row of the parameter: ``w <- w - lr g N / (m + eps)``, or of the gradient alone."""
+    columns = entry[COLUMNS]
+    place = row * columns * options.itemsize
+    gradient = carray(pointer(entry[GRADIENT] + place), (columns,), options.dtype)
+    if entry[PARAMETER] == 0:
+        for column in range(columns):
+            gradient[column] *= factors[column]
+        return
+    parameter = carray(pointer(entry[PARAMETER] + place), (columns,), options.dtype)
+    # In the order of torch's SGD, and with its roundings.
+    sign = options.dtype.type(-1) if options[MAXIMIZE] != 0 else options.dtype.type(1)
+    back, decay = -options[LR], options[WEIGHT_DECAY]
+    if entry[BUFFER] == 0:
+        if decay == 0:
+            for column in range(columns):
+                direction = sign * (gradient[column] * factors[column])
+                parameter[column] = fma(back, direction, parameter[column])
+        else:
+            for column in range(columns):
+                direction = sign * (gradient[column] * factors[column])
+                direction = fma(decay, parameter[column], direction)
+                parameter[column] = fma(back, direction, parameter[column])
+        return
+    buffer = carray(pointer(entry[BUFFER] + place), (columns,), options.dtype)
+    momentum, kept = options[MOMENTUM], options[KEPT]
+    nesterov, fresh = options[NESTEROV] != 0, entry[FRESH] != 0
+    for column in range(columns):
+        direction = sign * (gradient[column] * factors[column])
+        if decay != 0:
+            direction = fma(decay, parameter[column], direction)
+        speed = direction if fresh else fma(kept, direction, momentum * buffer[column])
+        buffer[column] = speed
+        if nesterov:
+            speed = fma(momentum, speed, direction)
+        parameter[column] = fma(back, speed, parameter[column])
+
+
+@njit(cache=True, nogil=True)
+def _words(address: Any, samples: Any, positions: Any, units: Any) -> Any:
+    """Aligned words ``[samples, words, units]``; without positions, all samples are one's positions."""
+    count = (samples * positions + 63) // 64
+    if address == 0:
+        words = np.full((count, units), np.int64(-1))
+        return align(words, samples, positions) if positions > 1 else align(words, 1, samples)
+    words = carray(pointer(address), (count, units), np.int64)
+    return align(words, samples, positions) if positions > 1 else words.reshape((1, count, units))
+
+
+@njit(cache=True, nogil=True)
+def _flat(inputs: Any, sample: Any, word: Any) -> Any:
+    return inputs[sample, word].reshape(inputs.shape[2] * inputs.shape[3]).view(np.uint64)
+
+
+@njit(cache=True, nogil=True)
+def _operands(entry: Any, everything: Any) -> Any:
+    """Outputs ``[samples, words, J]``, and inputs ``[samples, words, groups, K]``.
+
+    A window's inputs are unfolded word by word as they are needed, since the first few mostly suffice:
+    with them come bool ``[samples, words]``, whether they are there, and what to unfold.
+    """
+    samples, positions = entry[SAMPLES], entry[POSITIONS]
+    outputs = _words(entry[OUTPUTS], samples, positions, entry[ROWS])
+    if entry[WINDOW] == 0:
+        packed = _words(entry[INPUTS], samples, positions, entry[COLUMNS])
+        inputs = packed.reshape((packed.shape[0], packed.shape[1], 1, packed.shape[2]))
+        return outputs, (inputs, np.ones(inputs.shape[:2], np.bool_), np.empty(0, np.uint64))
+    groups, _ = sizes(entry[WINDOW])
+    pixels, channels = positions_seen(entry[WINDOW])
+    count = (samples * pixels + 63) // 64
+    if entry[INPUTS] == 0:
+        source = np.full(count * channels, np.uint64(0xFFFFFFFFFFFFFFFF))
+    else:
+        source = carray(pointer(entry[INPUTS]), (count * channels,), np.uint64)
+    words = (positions + 63) // 64
+    inputs = np.zeros((samples, words, groups, entry[COLUMNS]), np.int64)
+    ready = np.zeros((samples, words), np.bool_)
+    if everything:
+        for sample in range(samples):
+            for word in range(words):
+                unfold(source, sample, word, entry[WINDOW], _flat(inputs, sample, word))
+        ready[:] = True
+    return outputs, (inputs, ready, source)
+
+
+@njit(cache=True, nogil=True)
+def _linear(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> None:
+    """Rows `first` to `last` of a linear map: counts them, then updates or, with `counted`, keeps them."""
+    rows, columns, samples = entry[ROWS], entry[COLUMNS], entry[SAMPLES]
+    joined = entry[POSITIONS] > 1 and entry[APART] == 0
+    if entry[APART] != 0:
+        samples *= entry[POSITIONS]
+    counts, hits = np.empty(columns, np.int64), np.empty(columns, np.int64)
+    factors = np.empty(columns, options.dtype)
+    batch_size = options.dtype.type(entry[BATCH_SIZE])
+    groups, taps = sizes(entry[WINDOW])
+    ordered = np.empty(columns, np.int64) if taps > 1 else counts
+    by_row = entry[INPUTS] == 0 and entry[WINDOW] == 0
+    by_column = entry[OUTPUTS] == 0
+    known = -1
+    constant = by_row and by_column
+    if constant:
+        outputs = np.empty((0, 0, 0), np.int64)
+        view = np.empty((0, 0, 0, 0), np.int64), np.empty((0, 0), np.bool_), np.empty(0, np.uint64)
+    else:
+        outputs, view = _operands(entry, by_column or not joined)
+    for row in range(first, last):
+        group = row // (rows // groups)
+        if constant:
+            counts[:] = samples
+        elif by_row:
+            counts[:] = _count_on(outputs, row, joined)
+        elif not by_column:
+            if joined:
+                _count_joined(outputs, view, row, group, hits, counts, entry[WINDOW])
+            else:
+                _count_samples(outputs, view[0], row, group, counts)
+        elif known != group:
+            _count_columns(view[0], group, joined, counts)
+        if by_row or not by_column or known != group:
+            if taps > 1:
+                channels_first(counts, taps, ordered)
+            _factors(ordered, batch_size, options, factors)
+            known = group
+        if counted.shape[0] > 0:
+            counted[row] = ordered
+        else:
+            _update(entry, row, factors, options)
+
+
+@njit(cache=True, nogil=True)
+def _count_columns(inputs: Any, group: Any, joined: Any, counts: Any) -> None:
+    """The samples that each input is on in."""
+    counts[:] = 0
+    hits = np.empty(len(counts), np.int64)
+    for sample in range(inputs.shape[0]):
+        hits[:] = 0
+        for word in range(inputs.shape[1]):
+            source = inputs[sample, word, group]
+            for column in range(len(counts)):
+                if joined:
+                    hits[column] |= source[column]
+                else:
+                    counts[column] += count_bits(source[column])
+        if joined:
+            for column in range(len(counts)):
+                counts[column] += hits[column] != 0
+
+
+@njit(cache=True, nogil=True)
+def _table(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> None:
+    """Rows `first` to `last` of an embedding."""
+    columns, entries = entry[COLUMNS], entry[ENTRIES]
+    rows = carray(pointer(entry[LOOKED_UP]), (entries,), np.int32)
+    owners = carray(pointer(entry[OWNERS]), (entries,), np.int32)
+    bits = entries if entry[BY_ENTRY] != 0 else entry[SAMPLES]
+    full = entry[OUTPUTS] == 0
+    words = carray(pointer(entry[OUTPUTS]), ((bits + 63) // 64, columns), np.int64)
+    place = np.full(last - first, np.int32(-1), np.int32)
+    found = 0
+    for index in range(entries):
+        row = rows[index] - first
+        if rows[index] >= first and rows[index] < last and place[row] < 0:
+            place[row] = found
+            found += 1
+    counts = np.zeros((found, columns), np.int32)
+    # The last sample counted: one that looks a row up twice counts once.
+    latest = np.full((found, columns), np.int32(-1), np.int32)
+    for index in range(entries):
+        if rows[index] < first or rows[index] >= last:
+            continue
+        sample = owners[index]
+        bit = index if entry[BY_ENTRY] != 0 else np.int64(sample)
+        count, last_seen = counts[place[rows[index] - first]], latest[place[rows[index] - first]]
+        if full:
+            for column in range(columns):
+                count[column] += np.int32(last_seen[column] != sample)
+                last_seen[column] = sample
+            continue
+        source, shift = words[bit // 64], np.int64(bit % 64)
+        for column in range(columns):
+            on = np.int32((source[column] >> shift) & 1)
+            count[column] += on & np.int32(last_seen[column] != sample)
+            last_seen[column] = sample if on else last_seen[column]
+    batch_size = options.dtype.type(entry[BATCH_SIZE])
+    factors = np.empty(columns, options.dtype)
+    ones = np.ones(columns, options.dtype)
+    for row in range(first, last):
+        index = place[row - first]
+        if counted.shape[0] > 0:
+            if index >= 0:
+                for column in range(columns):
+                    counted[row, column] = counts[index, column]
+        elif index >= 0:
+            _factors(counts[index], batch_size, options, factors)
+            _update(entry, row, factors, options)
+        elif entry[PARAMETER] != 0:
+            _update(entry, row, ones, options)
+
+
+@njit(cache=True, nogil=True)
+def _counted(entry: Any, first: Any, last: Any, options: Any) -> None:
+    """Rows whose counts are there already."""
+    counts = carray(pointer(entry[COUNTS]), (entry[ROWS], entry[COLUMNS]), np.int64)
+    factors = np.empty(entry[COLUMNS], options.dtype)
+    batch_size = options.dtype.type(entry[BATCH_SIZE])
+    for row in range(first, last):
+        _factors(counts[row], batch_size, options, factors)
+        _update(entry, row, factors, options)
+
+
+@njit(cache=True, nogil=True)
+def step(start: Any, stop: Any, table: Any, options: Any) -> None:
+    """Corrects gradients, or takes a step, for the elements `start` to `stop` of all parameters.
+
+    Args:
+        start: first element; the row that it lies in goes to whoever has the row's first one.
+        stop: the element after the last.
+        table: int64 ``[parameters, fields]``.
+        options: learning rate and so on, of the parameters' dtype.
+    """
+    nothing = np.empty((0, 0), np.int64)
+    before = 0
+    for index in range(len(table)):
+        entry = table[index]
+        rows, columns = entry[ROWS], entry[COLUMNS]
+        first = max(0, (start - before + columns - 1) // columns)
+        last = min(rows, (stop - before + columns - 1) // columns)
+        before += rows * columns
+        if first < last:
+            if entry[COUNTS] != 0:
+                _counted(entry, first, last, options)
+            elif entry[LOOKED_UP] != 0:
+                _table(entry, first, last, options, nothing)
+            else:
+                _linear(entry, first, last, options, nothing)
+
+
+@njit(cache=True, nogil=True)
+def count(start: Any, stop: Any, table: Any, options: Any, address: Any) -> None:
+    """Writes rows `start` to `stop` of the counts of a table's one parameter to int64 zeros ``[J, K]``."""
+    entry = table[0]
+    counted = carray(pointer(address), (entry[ROWS], entry[COLUMNS]), np.int64)
+    if entry[LOOKED_UP] != 0:
+        _table(entry, start, stop, options, counted)
+    else:
+        _linear(entry, start, stop, options, counted)
