@@ -96,7 +96,7 @@ class Elements(Activity):
         words = _address(self.bits.words)
         if words is None:
             return None
-        return [Entry(1, self.bits.units, inputs=words, samples=self.bits.samples)]
+        return [Entry(1, self.bits.units, 0, words, self.bits.samples)]
 
     def masks(self, start: int, stop: int) -> Tensor:  # noqa: D102
         return self.bits.mask(start, stop).reshape(-1, *self.shape)

@@ -42,7 +42,8 @@ class Batch:
         if self.override is not None:
             return self.override
         committed = self._records.committed
-        living = [r for p, r in committed.items() if p.grad is not None and r.gradient() is p.grad]
+        found = [(p.grad, committed.get(id(p))) for p in self._records.names]
+        living = [r for grad, r in found if grad is not None and r and r.gradient() is grad]
         return max((int(r.batch_size) for r in living or committed.values()), default=0)
 
     def size_of(self, record: Record) -> int | Tensor:

@@ -285,7 +285,7 @@ class SampleCounter:
     def mark_step(self, parameters: Iterable[Tensor]) -> None:
         """Notes that an optimizer has used the gradients of these parameters."""
         for parameter in parameters:
-            record = self._records.committed.get(parameter)
+            record = self._records.committed.get(id(parameter))
             if record is not None:
                 record.stepped = True
         self._batch.release()

@@ -65,22 +65,26 @@ class Pass:
             fresh: whether the buffer holds nothing yet.
         """
         entries, size = self._entries(gradient, found)
-        tensors = (gradient, parameter, buffer)
-        places = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        tasks = self._tasks.setdefault(gradient.dtype, [])
+        places = [
+            gradient.data_ptr(),
+            0 if parameter is None else parameter.data_ptr(),
+            0 if buffer is None else buffer.data_ptr(),
+        ]
+        dtype = gradient.dtype
+        tasks = self._tasks.get(dtype)
+        if tasks is None:
+            tasks = self._tasks[dtype] = []
         for entry in entries:
-            tasks.append(Task(places[0], places[1], places[2], int(fresh), size, entry))
+            tasks.append(Task(*places, fresh, size, entry))
             if len(entries) > 1:
                 passed = entry.rows * entry.columns * gradient.element_size()
                 places = [place and place + passed for place in places]
-        self._held.append(tensors)
-        if parameter is None:
-            self._changed.append(gradient)
-        else:
-            self._changed.append(parameter)
-            if buffer is not None:
-                self._changed.append(buffer)
-        if gradient.numel() >= LARGE:
+        changed = gradient if parameter is None else parameter
+        self._changed.append(changed)
+        if buffer is not None:
+            self._changed.append(buffer)
+        self._held.append(gradient)
+        if changed.numel() >= LARGE:
             self.run()
 
     def _entries(

@@ -22,7 +22,7 @@ from truestep.layout import Unit
 __all__ = ["FORWARD", "Call", "Record", "Records"]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Call:
     """One forward call of the counter's model: what tells its samples from another call's.
 
@@ -53,7 +53,7 @@ class Call:
         self.positions[len(mask)] = mask if known is None else mask | known
 
 
-@dataclass
+@dataclass(slots=True)
 class Record:
     """What one parameter's gradient is made of.
 
@@ -84,7 +84,7 @@ class Record:
     nonzero: Tensor | None = None
 
 
-@dataclass
+@dataclass(slots=True)
 class _Pending:
     fresh: bool
     task: int
@@ -99,7 +99,7 @@ class Records:
         unit: what counts as a sample.
 
     Attributes:
-        committed: the records.
+        committed: the records, by the identity of their parameters: tensors are slow keys.
         follows: whether a record follows its gradient when a backward pass puts another tensor in its
             place, as DistributedDataParallel does with gradient_as_bucket_view=True.
         current: the call that the running backward pass is going through.
@@ -107,12 +107,13 @@ class Records:
 
     def __init__(self, names: dict[Tensor, str], unit: Unit) -> None:
         self.names = names
-        self.committed: dict[Tensor, Record] = {}
+        self.committed: dict[int, Record] = {}
         self.follows = False
         self._unit = unit
-        self._pending: dict[int, dict[Tensor, _Pending]] = {}
+        # By backward pass and parameter.
+        self._pending: dict[int, dict[int, _Pending]] = {}
         # Sharded parameters' pending activity whose gradient has not been handed to them yet.
-        self._held: dict[Tensor, list[_Pending]] = {}
+        self._held: dict[int, list[_Pending]] = {}
         # Where gradients are followed: the parameters whose gradient the running backward passes found or
         # left with a record, and whether it was as the record had left it. Views of one bucket share
         # their version, so that this is known only before the first of them changes.
@@ -144,7 +145,7 @@ class Records:
 
     def of(self, parameter: Tensor) -> Record | None:
         """The record of the parameter's present gradient, or, without one, of its last."""
-        record = self.committed.get(parameter)
+        record = self.committed.get(id(parameter))
         if record is None or parameter.grad is None or record.gradient() is parameter.grad:
             return record
         return None
@@ -156,7 +157,7 @@ class Records:
             return
         reference, version = weakref.ref(gradient), _version(gradient)
         activity, latest = nobody(parameter), (Call(), -1)
-        self.committed[parameter] = Record(
+        self.committed[id(parameter)] = Record(
             activity, batch_size, reference, version, latest, [activity], None
         )
 
@@ -166,7 +167,7 @@ class Records:
         Raises:
             TruestepError: there is none.
         """
-        record = self.committed.get(parameter)
+        record = self.committed.get(id(parameter))
         if record is None or record.gradient() is not parameter.grad:
             raise TruestepError(
                 f"{self.names[parameter]!r} has a gradient, but no sample was counted for it. Either "
@@ -192,9 +193,10 @@ class Records:
             pending = self._pending[task] = {}
             _at_end(self, Records.forget)
             self.watch(task)
-        if parameter not in pending:
-            pending[parameter] = _Pending(self._starts_anew(parameter, task), task)
-        pending[parameter].uses.setdefault(call, []).append(activity)
+        entry = pending.get(id(parameter))
+        if entry is None:
+            entry = pending[id(parameter)] = _Pending(self._starts_anew(parameter, task), task)
+        entry.uses.setdefault(call, []).append(activity)
 
     def hold(self, parameter: Tensor) -> None:
         """Keeps pending activity until `fully_shard` hands the parameter the gradient.
@@ -202,23 +204,25 @@ class Records:
         That may be after further backward passes (`set_requires_gradient_sync(False)`), which
         accumulate the gradient elsewhere.
         """
-        entry = self._pending.get(_backward_id(), {}).pop(parameter, None)
+        entry = self._pending.get(_backward_id(), {}).pop(id(parameter), None)
         if entry is not None:
-            self._held.setdefault(parameter, []).append(entry)
+            self._held.setdefault(id(parameter), []).append(entry)
 
     def commit(self, parameter: Tensor) -> None:
         """Makes the pending activity part of the record, once the gradient has reached `.grad`."""
-        gradient, record = parameter.grad, self.committed.get(parameter)
+        gradient, record = parameter.grad, self.committed.get(id(parameter))
         assert gradient is not None  # noqa: S101
         task = _backward_id()
-        entry = self._pending.get(task, {}).pop(parameter, None)
-        entries = self._held.pop(parameter, []) if entry is None else [entry]
+        pending = self._pending.get(task)
+        entry = None if pending is None else pending.pop(id(parameter), None)
+        entries = self._held.pop(id(parameter), []) if entry is None else [entry]
         if not entries:
             # A gradient from elsewhere. If more than it changed .grad since a step, it was zeroed.
             if record is not None and record.stepped and _version(gradient) > record.version + 1:
-                del self.committed[parameter]
+                del self.committed[id(parameter)]
             return
-        replaced = is_sharded(gradient) and record is not None and record.gradient() is not gradient
+        sharded = is_sharded(gradient)
+        replaced = sharded and record is not None and record.gradient() is not gradient
         if entries[0].fresh or replaced:
             record = None
         # After a step a backward pass may add to a corrected gradient that nobody will use (a GAN's
@@ -229,15 +233,15 @@ class Records:
         assert record is not None  # noqa: S101
         record.mixed = mixed
         record.gradient, record.version = weakref.ref(gradient), _version(gradient)
-        if is_sharded(gradient):
+        if sharded:
             record.nonzero = local(gradient).any()
-        self.committed[parameter] = record
+        self.committed[id(parameter)] = record
         if task in self._living:
             self._living[task][parameter] = True
 
     def _extended(self, parameter: Tensor, record: Record | None, entry: _Pending) -> Record | None:
         """A record with the uses of one more backward pass."""
-        if sum(call.outside for call in entry.uses) > 1:
+        if len(entry.uses) > 1 and sum(call.outside for call in entry.uses) > 1:
             raise TruestepError(
                 f"{self.names[parameter]!r} is used several times outside a call of the counter's "
                 "model, so which samples belong together is unknown; make the SampleCounter on the "
@@ -288,23 +292,24 @@ class Records:
     def watch(self, task: int) -> None:
         """Notes which gradients have a record, before a pass that `follow` ends may replace them."""
         if self.follows:
+            found = {p: (p.grad, self.committed.get(id(p))) for p in self.names}
             self._living[task] = {
-                p: _version(p.grad) == record.version
-                for p, record in self.committed.items()
-                if p.grad is not None and record.gradient() is p.grad
+                p: _version(gradient) == record.version
+                for p, (gradient, record) in found.items()
+                if gradient is not None and record is not None and record.gradient() is gradient
             }
 
     def follow(self, task: int) -> None:
         """Binds records to the tensors that have been put in place of their gradients since `watch`."""
         for parameter, unchanged in self._living.pop(task, {}).items():
-            record = self.committed.get(parameter)
+            record = self.committed.get(id(parameter))
             if record is not None and parameter.grad is not None:
                 record.gradient = weakref.ref(parameter.grad)
                 record.version = _version(parameter.grad) if unchanged else -1
 
     def _starts_anew(self, parameter: Tensor, task: int) -> bool:
         """Whether a gradient about to be accumulated is the first of a new batch."""
-        gradient, record = parameter.grad, self.committed.get(parameter)
+        gradient, record = parameter.grad, self.committed.get(id(parameter))
         if gradient is None or record is None or record.gradient() is not gradient:
             return True
         # After a step the content is looked at: `.grad.data.zero_()` leaves the version as it is.
@@ -326,6 +331,8 @@ class Records:
 
     def _joint(self, call: Call, uses: list[Activity]) -> tuple[Activity, int | Tensor]:
         """One call's activity and its N."""
+        if len(uses) == 1 and self._unit == "sample":
+            return uses[0], uses[0].samples
         parts = [joint(same) for same in _same_samples(uses)]
         if self._unit == "sample":
             return total(parts), sum(part.samples for part in parts)

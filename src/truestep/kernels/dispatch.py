@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["compiled_loops", "installed", "loops"]
+__all__ = ["PLAIN", "compiled_loops", "installed", "loops"]
 
 # numpy has no bfloat16: loops that take 16-bit floats read their bits.
 DTYPES = {torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.bool}
+# What has memory of its own to read; subclasses may not.
 PLAIN = {Tensor, torch.nn.Parameter}
 
 

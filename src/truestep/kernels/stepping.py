@@ -1,13 +1,14 @@
 """From activity to counts, corrected gradients or whole steps, in one compiled pass over the parameters."""
 
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from truestep.kernels.dispatch import compiled_loops, loops
+from truestep.kernels.dispatch import PLAIN, compiled_loops, loops
 from truestep.kernels.threads import spread
 
 __all__ = ["Entry", "Options", "Task", "count", "run", "takes"]
@@ -48,12 +49,6 @@ class Entry(NamedTuple):
     by_entry: int = 0
     counts: int = 0
 
-    @property
-    def work(self) -> float:
-        """About how many nanoseconds one core takes."""
-        each = 0.4 * self.samples if self.positions > 1 else 0.003 * self.samples
-        return self.rows * self.columns * (0.5 + each)
-
 
 class Task(NamedTuple):
     """One parameter's part in a pass.
@@ -88,35 +83,48 @@ class Options(NamedTuple):
     limit: float | None = None
 
 
-def takes(*tensors: Tensor) -> bool:
+def takes(first: Tensor, *others: Tensor) -> bool:
     """Whether compiled loops can read and write these parameters, gradients and buffers."""
-    dtype = tensors[0].dtype
-    return dtype in REAL and all(
-        tensor.dtype == dtype and compiled_loops(tensor) and tensor.is_contiguous()
-        for tensor in tensors
+    dtype = first.dtype
+    if dtype not in REAL or not (compiled_loops(first) and first.is_contiguous()):
+        return False
+    return all(
+        tensor.dtype is dtype
+        and type(tensor) in PLAIN
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and tensor.is_contiguous()
+        for tensor in others
     )
 
 
-def run(tasks: Iterable[Task], options: Options, dtype: torch.dtype) -> None:
+def _work(entry: Entry) -> float:
+    """About how many nanoseconds one core takes."""
+    each = 0.4 * entry.samples if entry.positions > 1 else 0.003 * entry.samples
+    return entry.rows * entry.columns * (0.5 + each)
+
+
+def run(tasks: Sequence[Task], options: Options, dtype: torch.dtype) -> None:
     """Takes a step, or corrects gradients, g N / (m + eps), for all parameters in one call.
 
     Args:
-        tasks: one or more for each parameter.
+        tasks: one or more for each parameter, at least one.
         options: see `Options`.
         dtype: of parameters, gradients and buffers.
     """
-    table = [(*task[:-1], *task[-1]) for task in tasks]
-    if not table:
-        return
-    length, work = 0, 0.0
+    table, length, work = array("q"), 0, 0.0
     for task in tasks:
-        length += task.entry.rows * task.entry.columns
-        work += task.entry.work
+        entry = task.entry
+        table.extend(task[:-1])
+        table.extend(entry)
+        length += entry.rows * entry.columns
+        work += _work(entry)
     limit = np.inf if options.limit is None else options.limit
     kept = 1 - options.dampening
     numbers = (*options[:3], kept, *options[4:-1], limit)
     shared = np.array(numbers, REAL[dtype])
-    spread(loops().step, length, work, np.array(table, np.int64), shared)
+    fields = np.frombuffer(table, np.int64).reshape(len(tasks), -1)
+    spread(loops().step, length, work, fields, shared)
 
 
 def count(entries: Sequence[Entry], counts: Tensor) -> None:
@@ -129,5 +137,5 @@ def count(entries: Sequence[Entry], counts: Tensor) -> None:
     options, place = np.ones(8, np.float32), counts.data_ptr()
     for entry in entries:
         table = np.array([(0, 0, 0, 0, 0, *entry)], np.int64)
-        spread(loops().count, entry.rows, entry.work, table, options, place)
+        spread(loops().count, entry.rows, _work(entry), table, options, place)
         place += 8 * entry.rows * entry.columns
