@@ -65,20 +65,14 @@ class Pass:
             fresh: whether the buffer holds nothing yet.
         """
         entries, size = self._entries(gradient, found)
-        places = [
-            gradient.data_ptr(),
-            0 if parameter is None else parameter.data_ptr(),
-            0 if buffer is None else buffer.data_ptr(),
-        ]
-        dtype = gradient.dtype
-        tasks = self._tasks.get(dtype)
-        if tasks is None:
-            tasks = self._tasks[dtype] = []
+        to = gradient.data_ptr()
+        of = 0 if parameter is None else parameter.data_ptr()
+        by = 0 if buffer is None else buffer.data_ptr()
+        tasks = self._tasks.setdefault(gradient.dtype, [])
         for entry in entries:
-            tasks.append(Task(*places, fresh, size, entry))
-            if len(entries) > 1:
-                passed = entry.rows * entry.columns * gradient.element_size()
-                places = [place and place + passed for place in places]
+            tasks.append(Task(to, of, by, fresh, size, entry))
+            passed = entry.rows * entry.columns * gradient.element_size()
+            to, of, by = to + passed, of and of + passed, by and by + passed
         changed = gradient if parameter is None else parameter
         self._changed.append(changed)
         if buffer is not None:

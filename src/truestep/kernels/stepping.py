@@ -83,6 +83,9 @@ class Options(NamedTuple):
     limit: float | None = None
 
 
+FIELDS = len(Task._fields) - 1 + len(Entry._fields)
+
+
 def takes(first: Tensor, *others: Tensor) -> bool:
     """Whether compiled loops can read and write these parameters, gradients and buffers."""
     dtype = first.dtype
@@ -108,22 +111,26 @@ def run(tasks: Sequence[Task], options: Options, dtype: torch.dtype) -> None:
     """Takes a step, or corrects gradients, g N / (m + eps), for all parameters in one call.
 
     Args:
-        tasks: one or more for each parameter, at least one.
+        tasks: one or more for each parameter.
         options: see `Options`.
         dtype: of parameters, gradients and buffers.
     """
     table, length, work = array("q"), 0, 0.0
     for task in tasks:
         entry = task.entry
-        table.extend(task[:-1])
-        table.extend(entry)
-        length += entry.rows * entry.columns
-        work += _work(entry)
+        elements = entry.rows * entry.columns
+        if elements:
+            table.extend(task[:-1])
+            table.extend(entry)
+            length += elements
+            work += _work(entry)
+    if not length:
+        return
     limit = np.inf if options.limit is None else options.limit
     kept = 1 - options.dampening
     numbers = (*options[:3], kept, *options[4:-1], limit)
     shared = np.array(numbers, REAL[dtype])
-    fields = np.frombuffer(table, np.int64).reshape(len(tasks), -1)
+    fields = np.frombuffer(table, np.int64).reshape(-1, FIELDS)
     spread(loops().step, length, work, fields, shared)
 
 
@@ -136,6 +143,8 @@ def count(entries: Sequence[Entry], counts: Tensor) -> None:
     """
     options, place = np.ones(8, np.float32), counts.data_ptr()
     for entry in entries:
+        if not entry.rows * entry.columns:
+            continue
         table = np.array([(0, 0, 0, 0, 0, *entry)], np.int64)
         spread(loops().count, entry.rows, _work(entry), table, options, place)
         place += 8 * entry.rows * entry.columns

@@ -1,4 +1,4 @@
-"""The compiled loops, which alone import numba. The inner ones run over units, which the compiler vectorises."""
+"""The compiled loops, which alone import numba; the compiler vectorises the inner ones, over units."""
 
 from truestep.kernels.loops.pack import join, pack_positions, pack_units
 from truestep.kernels.loops.step import count, step
