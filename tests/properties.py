@@ -1,17 +1,42 @@
-"""What must hold for every model: properties as named functions."""
+"""What must hold for every model: properties as named functions.
+
+Inputs are what `truestep.oracle` takes: a tensor, a tuple of arguments or a dict of keyword arguments.
+"""
 
 import copy
+import io
 
 import torch
 
 import truestep
 
 
+def each(value, function):
+    """A function of all tensors in nested containers."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: each(item, function) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(each(item, function) for item in value)
+    return value
+
+
+def called(model, inputs):
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def double(value):
+    return each(value, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+
+
 def count(model, loss_fn, inputs, targets, **options):
     """One backward pass of the batch; its counts and batch size."""
     counter = truestep.SampleCounter(model, **options)
     model.zero_grad()
-    loss_fn(model(inputs), targets).backward()
+    loss_fn(called(model, inputs), targets).backward()
     counts, batch_size = counter.counts(), counter.batch_size
     counter.close()
     return counts, batch_size
@@ -19,39 +44,89 @@ def count(model, loss_fn, inputs, targets, **options):
 
 def assert_counts_equal_oracle(model, loss_fn, inputs, targets, **options):
     counts, batch_size = count(model, loss_fn, inputs, targets, **options)
-    expected = truestep.oracle.counts(model, loss_fn, inputs, targets)
-    assert batch_size == len(inputs)
-    assert counts.keys() == expected.keys()
+    batch_dim = options.get("batch_dim", 0)
+    expected = truestep.oracle.counts(model, loss_fn, inputs, targets, batch_dim=batch_dim)
+    assert batch_size == len(targets)
+    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert counts.keys() == with_gradient
+    assert with_gradient <= expected.keys()
     for name, values in expected.items():
-        assert torch.equal(counts[name], values), name
+        assert torch.equal(counts.get(name, torch.zeros_like(values)), values), name
 
 
-def assert_step_equals_oracle(model, loss_fn, inputs, targets, lr=0.1):
+def assert_step_equals_oracle(model, loss_fn, inputs, targets, lr=0.1, **options):
     """One AdaptiveBatchSGD step equals the step along the oracle's mean effective gradients."""
     model = copy.deepcopy(model).double()
-    wide = inputs.double() if inputs.is_floating_point() else inputs
-    goals = targets.double() if targets.is_floating_point() else targets
-    expected = truestep.oracle.mean_effective_gradients(model, loss_fn, wide, goals)
+    wide, goals, batch_dim = double(inputs), double(targets), options.get("batch_dim", 0)
+    expected = truestep.oracle.mean_effective_gradients(
+        model, loss_fn, wide, goals, batch_dim=batch_dim
+    )
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    counter = truestep.SampleCounter(model)
+    counter = truestep.SampleCounter(model, **options)
     optimizer = truestep.AdaptiveBatchSGD(model.parameters(), lr=lr, counter=counter)
-    loss_fn(model(wide), goals).backward()
+    loss_fn(called(model, wide), goals).backward()
     optimizer.step()
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.detach(), before[name] - lr * expected[name])
+        step = lr * expected[name] if parameter.requires_grad else torch.zeros_like(parameter)
+        torch.testing.assert_close(parameter.detach(), before[name] - step)
 
 
-def assert_accumulation_equals_joint_batch(model, loss_fn, inputs, targets, split):
-    joint, size = count(model, loss_fn, inputs, targets)
-    counter = truestep.SampleCounter(model)
+def assert_accumulation_equals_joint_batch(model, loss_fn, inputs, targets, sizes, **options):
+    """Micro-batches of these sizes, one after the other, count as the whole batch does."""
+    assert sum(sizes) == len(targets)
+    joint, size = count(model, loss_fn, inputs, targets, **options)
+    counter = truestep.SampleCounter(model, **options)
     model.zero_grad()
-    for part in (slice(None, split), slice(split, None)):
-        loss_fn(model(inputs[part]), targets[part]).backward()
+    batch_dim, start = options.get("batch_dim", 0), 0
+    for part in sizes:
+        place = (start, part)
+        some = each(inputs, lambda tensor, place=place: tensor.narrow(batch_dim, *place))
+        goals = each(targets, lambda tensor, place=place: tensor.narrow(0, *place))
+        loss_fn(called(model, some), goals).backward()
+        start += part
     assert counter.batch_size == size
     counts = counter.counts()
     counter.close()
+    assert counts.keys() == joint.keys()
     for name, values in joint.items():
         assert torch.equal(counts[name], values), name
+
+
+def assert_resuming_is_bit_exact(model, loss_fn, inputs, targets, make, **options):
+    """A training that was saved and goes on in fresh objects ends where an uninterrupted one does.
+
+    Args:
+        model: trained in place.
+        loss_fn: (output, targets) to a scalar.
+        inputs: of the one batch that is trained on.
+        targets: of that batch.
+        make: model and counter to optimizer.
+        options: the counter's.
+    """
+
+    def train(network, optimizer):
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss_fn(called(network, inputs), targets).backward()
+            optimizer.step()
+
+    fresh = copy.deepcopy(model)
+    start = copy.deepcopy(model.state_dict())
+    optimizer = make(model, truestep.SampleCounter(model, **options))
+    train(model, optimizer)
+    stream = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, stream)
+    train(model, optimizer)
+
+    stream.seek(0)
+    saved = torch.load(stream, weights_only=True)
+    resumed = make(fresh, truestep.SampleCounter(fresh, **options))
+    fresh.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    train(fresh, resumed)
+    assert any(not torch.equal(start[name], value) for name, value in saved["model"].items())
+    for (name, one), other in zip(model.named_parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(one, other), name
 
 
 def own_counts(model, outputs, deltas, samples):

@@ -212,8 +212,9 @@ def check_batch(layer: Layer, call: Call, samples: int) -> None:
             f"{layer.name!r} sees a batch of {samples}, the model one of "
             f"{' or '.join(map(str, sorted(known)))}. Say where its samples are with "
             f"SampleCounter(model, batch_dim={{{layer.name!r}: ...}}), None where all samples share "
-            "its inputs, count positions with unit='position', leave its inputs unflattened, or give a "
-            "single sample its batch dimension, x.unsqueeze(0)"
+            "its inputs, count positions with unit='position', leave its inputs unflattened, give a layer "
+            "that gets some of the samples a rule that puts them in their places (see the reference on "
+            "experts), or give a single sample its batch dimension, x.unsqueeze(0)"
         )
     call.batch_size = samples
 

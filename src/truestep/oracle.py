@@ -4,7 +4,7 @@ Everything fast in truestep is tested against these functions; they ship so that
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,12 @@ __all__ = ["counts", "mean_effective_gradients"]
 
 
 def counts(
-    model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], inputs: Tensor, targets: Tensor
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor],
+    inputs: Any,
+    targets: Any,
+    *,
+    batch_dim: int = 0,
 ) -> dict[str, Tensor]:
     """Adaptive batch sizes by testing each sample's own gradient for zeros (aSGD, Algorithm 2, line 4).
 
@@ -24,8 +29,10 @@ def counts(
     Args:
         model: left unchanged; a float64 copy is used. It must treat samples independently.
         loss_fn: (output, targets) to a scalar.
-        inputs: ``[N, ...]``.
-        targets: ``[N, ...]``.
+        inputs: ``[N, ...]``; or a tuple of arguments or a dict of keyword arguments, which may nest
+            such tensors in containers.
+        targets: ``[N, ...]``, or containers of such tensors.
+        batch_dim: where the inputs hold the samples, if not in their first dimension.
 
     Returns:
         Parameter name to int64 tensor shaped like the parameter.
@@ -38,7 +45,7 @@ def counts(
         {'weight': tensor([[2, 1]]), 'bias': tensor([2])}
     """
     found: dict[str, Tensor] = {}
-    for gradients in _per_sample(model, loss_fn, inputs, targets):
+    for gradients in _per_sample(model, loss_fn, inputs, targets, batch_dim):
         for name, gradient in gradients.items():
             contributed = (gradient != 0).to(torch.int64)
             found[name] = found[name] + contributed if name in found else contributed
@@ -48,18 +55,21 @@ def counts(
 def mean_effective_gradients(
     model: nn.Module,
     loss_fn: Callable[[Any, Any], Tensor],
-    inputs: Tensor,
-    targets: Tensor,
+    inputs: Any,
+    targets: Any,
     eps: float = 1.0,
+    *,
+    batch_dim: int = 0,
 ) -> dict[str, Tensor]:
     """The summed gradient over m + eps, from per-sample gradients (aSGD, Algorithm 2, line 5).
 
     Args:
         model: left unchanged; a float64 copy is used.
         loss_fn: (output, targets) to a scalar, a mean over samples.
-        inputs: ``[N, ...]``.
-        targets: ``[N, ...]``.
+        inputs: see `counts`.
+        targets: see `counts`.
         eps: the paper's non-zero natural number.
+        batch_dim: see `counts`.
 
     Returns:
         Parameter name to float64 tensor shaped like the parameter.
@@ -74,23 +84,26 @@ def mean_effective_gradients(
         {'weight': tensor([[4.]], dtype=torch.float64)}
     """
     sums: dict[str, Tensor] = {}
-    for gradients in _per_sample(model, loss_fn, inputs, targets):
+    for gradients in _per_sample(model, loss_fn, inputs, targets, batch_dim):
         for name, gradient in gradients.items():
             sums[name] = sums[name] + gradient if name in sums else gradient
-    sizes = counts(model, loss_fn, inputs, targets)
+    sizes = counts(model, loss_fn, inputs, targets, batch_dim=batch_dim)
     return {name: sums[name] / (sizes[name] + eps) for name in sums}
 
 
 def _per_sample(
-    model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], inputs: Tensor, targets: Tensor
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor],
+    inputs: Any,
+    targets: Any,
+    batch_dim: int,
 ) -> list[dict[str, Tensor]]:
     reference = copy.deepcopy(model).double()
     names = {name: p for name, p in reference.named_parameters() if p.requires_grad}
-    wide = inputs.double() if inputs.is_floating_point() else inputs
-    goals = targets.double() if targets.is_floating_point() else targets
     rows = []
-    for index in range(len(inputs)):
-        loss = loss_fn(reference(wide[index : index + 1]), goals[index : index + 1])
+    for index in range(next(_tensors(inputs)).shape[batch_dim]):
+        output = _called(reference, _one(inputs, batch_dim, index))
+        loss = loss_fn(output, _one(targets, 0, index))
         gradients = torch.autograd.grad(loss, list(names.values()), allow_unused=True)
         rows.append(
             {
@@ -99,3 +112,29 @@ def _per_sample(
             }
         )
     return rows
+
+
+def _called(model: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)
+
+
+def _one(value: Any, batch_dim: int, index: int) -> Any:
+    """One sample of all tensors in nested containers, floating-point ones in float64."""
+    if isinstance(value, Tensor):
+        own = value.narrow(batch_dim, index, 1)
+        return own.double() if own.is_floating_point() else own
+    if isinstance(value, Mapping):
+        return {key: _one(item, batch_dim, index) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_one(item, batch_dim, index) for item in value)
+    return value
