@@ -32,6 +32,12 @@ def double(value):
     return each(value, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
 
 
+def batch_dim_of(options):
+    """Where the model's inputs hold the samples."""
+    batch_dim = options.get("batch_dim", 0)
+    return batch_dim.get("", 0) if isinstance(batch_dim, dict) else batch_dim
+
+
 def count(model, loss_fn, inputs, targets, **options):
     """One backward pass of the batch; its counts and batch size."""
     counter = truestep.SampleCounter(model, **options)
@@ -44,7 +50,7 @@ def count(model, loss_fn, inputs, targets, **options):
 
 def assert_counts_equal_oracle(model, loss_fn, inputs, targets, **options):
     counts, batch_size = count(model, loss_fn, inputs, targets, **options)
-    batch_dim = options.get("batch_dim", 0)
+    batch_dim = batch_dim_of(options)
     expected = truestep.oracle.counts(model, loss_fn, inputs, targets, batch_dim=batch_dim)
     assert batch_size == len(targets)
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
@@ -57,7 +63,7 @@ def assert_counts_equal_oracle(model, loss_fn, inputs, targets, **options):
 def assert_step_equals_oracle(model, loss_fn, inputs, targets, lr=0.1, **options):
     """One AdaptiveBatchSGD step equals the step along the oracle's mean effective gradients."""
     model = copy.deepcopy(model).double()
-    wide, goals, batch_dim = double(inputs), double(targets), options.get("batch_dim", 0)
+    wide, goals, batch_dim = double(inputs), double(targets), batch_dim_of(options)
     expected = truestep.oracle.mean_effective_gradients(
         model, loss_fn, wide, goals, batch_dim=batch_dim
     )
@@ -77,7 +83,7 @@ def assert_accumulation_equals_joint_batch(model, loss_fn, inputs, targets, size
     joint, size = count(model, loss_fn, inputs, targets, **options)
     counter = truestep.SampleCounter(model, **options)
     model.zero_grad()
-    batch_dim, start = options.get("batch_dim", 0), 0
+    batch_dim, start = batch_dim_of(options), 0
     for part in sizes:
         place = (start, part)
         some = each(inputs, lambda tensor, place=place: tensor.narrow(batch_dim, *place))

@@ -3,6 +3,7 @@ import gc
 import io
 import re
 import weakref
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -330,6 +331,23 @@ def test_a_use_without_calling_the_module_is_an_error_at_the_first_forward():
     counter = truestep.SampleCounter(model)
     model(torch.tensor([1, 2])).sum().backward()
     assert counter.counts()["embedding.weight"][4].tolist() == [2, 2, 2]
+
+
+@dataclass
+class Answer:
+    logits: torch.Tensor
+
+
+def test_a_use_without_calling_the_module_shows_through_a_dataclass():
+    class Wrapped(TiedHead):
+        def forward(self, x):
+            return Answer(super().forward(x))
+
+    model = Wrapped(call=False)
+    counter = truestep.SampleCounter(model)
+    with pytest.raises(TruestepError, match=r"uses 'embedding\.weight' without calling the module"):
+        model(torch.tensor([1, 2]))
+    counter.close()
 
 
 class WithPositions(nn.Module):

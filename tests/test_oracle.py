@@ -1,3 +1,6 @@
+import copy
+from typing import NamedTuple
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -42,3 +45,46 @@ def test_a_sum_that_cancels_is_where_the_oracle_and_the_structure_differ():
     counter = truestep.SampleCounter(model)
     loss(model(inputs), None).backward()
     assert counter.counts()["weight"].tolist() == [[1]]
+
+
+class Batch(NamedTuple):
+    x: torch.Tensor
+    scale: float
+
+
+class Read(nn.Module):
+    """A linear map of samples in the last dimension, however they are given."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+
+    def forward(self, first, second=None):
+        x = first.x * first.scale if isinstance(first, Batch) else first
+        x = x if second is None else x + second["more"][0]
+        return self.layer(x.t())
+
+
+def test_arguments_keywords_and_named_tuples_are_taken_sample_by_sample():
+    x, more = torch.tensor([[1.0, 0.0, 2.0], [0.0, 0.0, 3.0]]), torch.tensor([[0.0] * 3, [0, 5, 0]])
+    targets, model = torch.full((3, 1), 50.0), Read()
+    expected = {"layer.weight": [[2, 1]], "layer.bias": [3]}
+    with_more = {"layer.weight": [[2, 2]], "layer.bias": [3]}
+    cases = [
+        (x, expected),
+        ((x,), expected),
+        ({"first": x}, expected),
+        ((Batch(x, 2.0),), expected),
+        ((x, {"more": [more]}), with_more),
+        ({"first": Batch(x, 1.0), "second": {"more": (more,)}}, with_more),
+    ]
+    for inputs, counts in cases:
+        found = truestep.oracle.counts(model, functional.mse_loss, inputs, targets, batch_dim=1)
+        assert {name: values.tolist() for name, values in found.items()} == counts
+    found = truestep.oracle.mean_effective_gradients(
+        model, functional.mse_loss, (x,), targets, batch_dim=1
+    )
+    joint = copy.deepcopy(model).double()
+    functional.mse_loss(joint(x.double()), targets.double()).backward()
+    factor = 3 / (torch.tensor([[2, 1]]) + 1.0)
+    torch.testing.assert_close(found["layer.weight"], joint.layer.weight.grad * factor)

@@ -14,7 +14,7 @@ from properties import (
 from truestep import TruestepError
 from zoo import ZOO, classify, frozen_first, sparse_inputs
 from zoo_layers import LAYERS
-from zoo_wiring import OPTIONS, WIRING, MaskedExperts, RoutedExperts
+from zoo_wiring import OPTIONS, WIRING, Checkpointed, MaskedExperts, RoutedExperts
 
 # torch says so, once, of LSTM(proj_size=) in float32.
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -72,6 +72,21 @@ def test_resuming_is_bit_exact(name, make):
 def test_frozen_parameters_have_no_counts():
     model, loss_fn, inputs, targets = classify(frozen_first(), sparse_inputs(6, 4))
     assert_counts_equal_oracle(model, loss_fn, inputs, targets)
+
+
+def test_a_dataclass_out_of_reentrant_checkpointing_counts_the_same():
+    inputs, targets = sparse_inputs(7, 4).requires_grad_(), torch.rand(7, 3)
+    models = [Checkpointed(reentrant=reentrant) for reentrant in (True, False)]
+    models[1].load_state_dict(models[0].state_dict())
+
+    def loss_of(output, targets):
+        return functional.mse_loss(output.logits, targets)
+
+    counts = [count(model, loss_of, inputs, targets) for model in models]
+    assert counts[0][1] == counts[1][1] == 7
+    assert counts[0][0].keys() == counts[1][0].keys()
+    for name, values in counts[0][0].items():
+        assert torch.equal(values, counts[1][0][name]), name
 
 
 class RoutedLinear(nn.Module):

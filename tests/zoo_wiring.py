@@ -4,9 +4,12 @@
 tensor, a tuple of arguments or a dict of keyword arguments.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 import truestep
 from truestep.activity import Outer
@@ -250,6 +253,57 @@ class UNet(nn.Module):
         return self.out(torch.cat([skip, torch.relu(self.up(low))], 1))
 
 
+class Edited(nn.Module):
+    """A layer's output is changed in place, whole and in parts, before the next layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        hidden = self.body(x)
+        hidden[:, 0] = 0
+        hidden.mul_(x[:, :1] > 0)
+        hidden[:, 1:].relu_()
+        return self.head(hidden)
+
+
+class Conditioned(nn.Module):
+    """All samples share what one layer makes of a constant."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("constant", torch.tensor([[1.0, 0.0]]))
+        self.shared, self.head = nn.Linear(2, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(x * torch.tanh(self.shared(self.constant)))
+
+
+@dataclass
+class Answer:
+    """What some libraries' models return."""
+
+    logits: torch.Tensor
+    hidden: torch.Tensor
+
+
+class Checkpointed(nn.Module):
+    """A layer used twice under activation checkpointing; the output is a dataclass."""
+
+    def __init__(self, *, reentrant=False):
+        super().__init__()
+        self.reentrant = reentrant
+        self.body, self.block, self.head = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def run(self, hidden):
+        return torch.relu(self.block(torch.relu(self.block(hidden))))
+
+    def forward(self, x):
+        hidden = checkpoint(self.run, torch.relu(self.body(x)), use_reentrant=self.reentrant)
+        return Answer(self.head(hidden), hidden)
+
+
 def keywords(samples=6):
     return {
         "words": torch.randint(0, 9, (samples, 4)),
@@ -290,6 +344,14 @@ WIRING = {
     "frozen in the middle": lambda: classify(Sandwich(), sparse_inputs(7, 4)),
     "hypernetwork": lambda: classify(HyperNetwork(), sparse_inputs(7, 4)),
     "pieces": lambda: classify(Pieces(), sparse_inputs(7, 6)),
+    "edited in place": lambda: classify(Edited(), sparse_inputs(7, 4)),
+    "shared by all samples": lambda: classify(Conditioned(), torch.randn(7, 4)),
+    "checkpointed, a dataclass": lambda: (
+        Checkpointed(),
+        lambda output, labels: functional.cross_entropy(output.logits, labels),
+        sparse_inputs(7, 4),
+        torch.randint(0, 3, (7,)),
+    ),
     "u-net": lambda: (
         UNet(),
         functional.l1_loss,
@@ -298,6 +360,7 @@ WIRING = {
     ),
 }
 OPTIONS = {
+    "shared by all samples": {"batch_dim": {"shared": None}},
     "time first": {"batch_dim": 1},
     "tied autoencoder": {"rules": truestep.RULES | {Transposed: transposed}},
     "routed experts": {"rules": truestep.RULES | {Routed: routed}},

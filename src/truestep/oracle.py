@@ -136,5 +136,7 @@ def _one(value: Any, batch_dim: int, index: int) -> Any:
     if isinstance(value, Mapping):
         return {key: _one(item, batch_dim, index) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_one(item, batch_dim, index) for item in value)
+        items = [_one(item, batch_dim, index) for item in value]
+        # a named tuple is made from its fields, not from one iterable
+        return value._make(items) if hasattr(value, "_make") else type(value)(items)
     return value
