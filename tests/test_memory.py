@@ -49,8 +49,39 @@ def test_bits_take_a_32nd_of_float32_activations_and_a_16th_of_bfloat16(name, dt
     model.to(dtype)
     seen = look_at_layers(model)
     counter = truestep.SampleCounter(model)
-    model(torch.randn(shape, dtype=dtype)).square().sum().backward()
+    model(sparse_inputs(*shape).to(dtype)).relu().sum().backward()
     assert 0 < counter.nbytes <= seen["bytes"] / (32 if dtype == torch.float32 else 16)
+
+
+RAGGED = {
+    "mlp": lambda: (nn.Sequential(nn.Linear(40, 70), nn.ReLU(), nn.Linear(70, 9)), (70, 40)),
+    "sequence": lambda: (
+        nn.Sequential(nn.Linear(6, 7), nn.LayerNorm(7), nn.Linear(7, 3)),
+        (50, 10, 6),
+    ),
+    "convolution": lambda: (nn.Conv2d(3, 5, 3, padding=1), (30, 3, 7, 7)),
+    "residual block": lambda: (Residual(4, 4, 1), (30, 4, 7, 7)),
+}
+
+
+@pytest.mark.parametrize("name", RAGGED)
+def test_bits_are_rounded_up_to_a_word_per_unit_at_most(name):
+    model, shape = RAGGED[name]()
+    seen, units = look_at_layers(model), []
+
+    def see(module, inputs, output):
+        channels = 1 if output.dim() == 4 else -1
+        units.extend(tensor.shape[channels] for tensor in (*inputs, output))
+
+    for module in model.modules():
+        if type(module) in truestep.RULES:
+            module.register_forward_hook(see)
+    counter = truestep.SampleCounter(model)
+    model(sparse_inputs(*shape)).relu().sum().backward()
+    # Biases and weights of norms: one bit per sample more, whole words too.
+    words = -(-shape[0] // 64)
+    joined = 8 * words * sum(p.numel() for p in model.parameters() if p.dim() == 1)
+    assert 0 < counter.nbytes <= seen["bytes"] / 32 + 8 * sum(units) + joined
 
 
 def test_a_bias_shared_by_positions_takes_a_bit_per_sample_more():
@@ -61,13 +92,13 @@ def test_a_bias_shared_by_positions_takes_a_bit_per_sample_more():
     assert counter.nbytes <= seen["bytes"] / 32 + 64 * 5 / 8
 
 
-def test_embeddings_take_their_indices_twice_and_bits():
+def test_embeddings_take_indices_of_32_bits_and_bits():
     model = GPT(length=64)
     seen = look_at_layers(model)
     counter = truestep.SampleCounter(model)
     model(torch.randint(0, 11, (6, 64))).square().sum().backward()
-    # rows and owners, 8 bytes each
-    assert 0 < counter.nbytes <= seen["numbers"] / 8 + 16 * seen["lookups"]
+    # a row and an owner, 4 bytes each
+    assert 0 < counter.nbytes <= seen["numbers"] / 8 + 8 * seen["lookups"]
 
 
 def resident():
