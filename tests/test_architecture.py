@@ -21,6 +21,7 @@ LAYERS = [
         "layout",
         "recurrence",
         "rules_attention",
+        "rules_func",
         "rules_recurrent",
         "rules_norm",
         "rules",

@@ -14,7 +14,7 @@ import truestep
 from properties import count
 from truestep import TruestepError
 from truestep.compiled import CALLS
-from zoo import ZOO, Sequence, Twice, mlp, sparse_inputs
+from zoo import ZOO, Gated, Sequence, Twice, mlp, sparse_inputs
 
 BACKEND = "aot_eager"  # with a compiled backward pass, and without a compiler's time
 
@@ -202,6 +202,40 @@ def test_attention_is_seen_by_running_it_once_more(unit):
         loss_of(compiled(inputs)).backward()
         assert_same(counter.counts(), expected)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("backend", [BACKEND, "inductor"])
+def test_modules_without_a_rule_run_once_more(backend):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), Gated(), nn.ReLU(), Gated()).double()
+    inputs, targets = sparse_inputs(7, 4).double(), torch.randn(7, 4).double()
+    loss_fn = nn.functional.mse_loss
+    expected = truestep.oracle.counts(model, loss_fn, inputs, targets)
+    counter = truestep.SampleCounter(model)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for _ in range(2):
+        model.zero_grad()
+        loss_fn(compiled(inputs), targets).backward()
+        assert_same(counter.counts(), expected)
+        assert counter.batch_size == 7
+    assert graphs() == 1
+
+
+class Centred(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return x * self.scale - x.mean(0)
+
+
+def test_a_module_that_mixes_samples_is_refused_in_its_backward_pass():
+    model = nn.Sequential(Centred(), nn.Linear(3, 2))
+    counter = truestep.SampleCounter(model)
+    output = torch.compile(model, backend=BACKEND, fullgraph=True)(sparse_inputs(4, 3))
+    with pytest.raises(TruestepError, match=r"'0' \(Centred\).*mixes samples"):
+        loss_of(output).backward()
+    counter.close()
 
 
 def test_a_recurrent_layer_counts_beside_graphs():

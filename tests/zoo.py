@@ -119,6 +119,42 @@ class Branch(nn.Module):
         return self.head(torch.relu(chosen * self.left(x) + (1 - chosen) * self.right(x)))
 
 
+class Mixed(nn.Module):
+    """No rule: an einsum over a parameter."""
+
+    def __init__(self, inputs=4, outputs=4):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs))
+
+    def forward(self, x):
+        return torch.einsum("...i,oi->...o", x, self.weight)
+
+
+class Gated(nn.Module):
+    """No rule: a gated unit."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Parameter(torch.randn(4, 4))
+        self.value = nn.Parameter(torch.randn(4, 4))
+        self.shift = nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        return torch.sigmoid(x @ self.gate) * torch.relu(x @ self.value + self.shift)
+
+
+class Polynomial(nn.Module):
+    """No rule: a polynomial in x, whose coefficients meet in products."""
+
+    def __init__(self):
+        super().__init__()
+        self.coefficients = nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x):
+        first, second, third = self.coefficients
+        return first + second * x + second * third * x.square()
+
+
 class Root(nn.Linear):
     """The model is a layer itself."""
 
@@ -166,6 +202,17 @@ ZOO = {
     "lstm": lambda: classify(Recurrent(nn.LSTM, bidirectional=True), torch.randint(0, 9, (6, 4))),
     "gru": lambda: classify(Recurrent(nn.GRU, num_layers=2), torch.randint(0, 9, (6, 4))),
     "branch": lambda: classify(Branch(), sparse_inputs(9, 4)),
+    "gated": lambda: classify(
+        nn.Sequential(nn.Linear(4, 4), nn.ReLU(), Gated(), nn.ReLU(), nn.Linear(4, 3)),
+        sparse_inputs(7, 4),
+    ),
+    "einsum": lambda: classify(
+        nn.Sequential(Mixed(4, 6), nn.ReLU(), Mixed(6, 3)), sparse_inputs(7, 4)
+    ),
+    "polynomial": lambda: classify(
+        nn.Sequential(nn.Linear(4, 4), nn.ReLU(), Polynomial(), nn.Linear(4, 3)),
+        sparse_inputs(7, 4),
+    ),
     "bag": lambda: classify(
         nn.Sequential(nn.EmbeddingBag(8, 5, mode="sum"), nn.ReLU(), nn.Linear(5, 3)),
         torch.randint(0, 8, (7, 4)),

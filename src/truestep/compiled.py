@@ -23,8 +23,8 @@ from torch.utils import _pytree as pytree
 from truestep.activity import Activity
 from truestep.errors import TruestepError
 from truestep.hooks import Hook, uncompiled
-from truestep.layers import Layer, tensors_in
-from truestep.layout import Inside, Layout
+from truestep.layers import Layer
+from truestep.layout import Inside, Layout, tensors_in
 from truestep.records import Call
 
 __all__ = ["Receiver", "begin", "call_of", "delivered", "new_call", "tapped"]
@@ -117,6 +117,8 @@ def delivered(
                 "layer.forward = torch.compiler.disable(layer.forward)"
             )
         given, inner = activity.see(outputs)
+        if given is not None and not inner:
+            return [(given, deltas)]
         for node, use in inner:
             node.register_prehook(lambda gradients, use=use: found.append((use, gradients[:1])))
         pairs = [

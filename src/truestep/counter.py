@@ -36,10 +36,9 @@ from truestep.layers import (
     make_layer,
     parameter_names,
     sizes_of,
-    tensors_in,
     uncompiled_model,
 )
-from truestep.layout import Inside, Layout, Rule, Unit
+from truestep.layout import Inside, Layout, Rule, Unit, tensors_in
 from truestep.records import FORWARD, Call, Records
 from truestep.rules import RULES
 from truestep.update import mean_effective, scale_
@@ -370,14 +369,14 @@ class SampleCounter:
         if not self._wait_for_gradients(layer):
             return None
         call = compiled.call_of(call) if isinstance(call, Tensor) else call or Call(outside=True)
+        if call in self._uses:
+            nodes = [tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None]
+            self._uses[call].append((nodes, list(tensors_in((args, kwargs)))))
         layout = layout_of(layer, call, args, kwargs)
         activity = layer.rule(layout, module, *args, **kwargs)
         bound = partial(Hook, weakref.ref(self), SampleCounter._on_gradient, layer, layout, call)
         given, inner = activity.see(outputs) if isinstance(activity, Inside) else (activity, [])
         on_backward(output, outputs, bound, given, inner)
-        if call in self._uses:
-            nodes = [tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None]
-            self._uses[call].append((nodes, list(tensors_in((args, kwargs)))))
         return None
 
     def _wait_for_gradients(self, layer: Layer) -> bool:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from truestep.distributed import is_sharded
 from truestep.errors import TruestepError
 from truestep.hooks import Hook
-from truestep.layout import Layout, Rule
+from truestep.layout import Layout, Rule, tensors_in
 from truestep.records import Call
-from truestep.rules import find_rule, looks_up_positions
+from truestep.rules import find_rule, looks_up_positions, refused
+from truestep.rules_func import PerSample, unusable
 
 __all__ = [
     "Layer",
@@ -27,7 +28,6 @@ __all__ = [
     "make_layer",
     "parameter_names",
     "sizes_of",
-    "tensors_in",
     "uncompiled_model",
 ]
 
@@ -126,7 +126,7 @@ def find_layers(
         _refuse_second_counter(name, module)
         if not own or module in inside:
             continue
-        rule = find_rule(module, rules)
+        rule = _choose(name, module, rules, unsupported)
         if not isinstance(rule, str):
             layers.append((name, module, rule))
             if isinstance(module, nn.MultiheadAttention):
@@ -143,6 +143,19 @@ def find_layers(
             "or keep their plain gradients with unsupported='mean'"
         )
     return layers, plain
+
+
+def _choose(
+    name: str, module: nn.Module, rules: Mapping[Any, Rule], unsupported: str
+) -> Rule | str:
+    """A module's rule, else its own samples' gradients where they can be had; or why there is neither."""
+    found = find_rule(module, rules)
+    if not isinstance(found, str) or unsupported == "mean" or refused(module, rules) is not None:
+        return found
+    hindrance = unusable(module)
+    if hindrance is None:
+        return PerSample(name)
+    return f"{found}, and its samples cannot be run one by one: {hindrance}"
 
 
 def _refuse_second_counter(name: str, module: nn.Module) -> None:
@@ -224,18 +237,3 @@ def sizes_of(value: Any, batch_dim: int) -> Iterator[int]:
     for tensor in tensors_in(value):
         if tensor.dim() > batch_dim:
             yield tensor.shape[batch_dim]
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested lists, tuples, mappings and dataclasses."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_in(item)
-    elif is_dataclass(value) and not isinstance(value, type):
-        for field in fields(value):
-            yield from tensors_in(getattr(value, field.name))

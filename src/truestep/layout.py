@@ -1,14 +1,14 @@
 """Where a layer's tensors hold the samples, and what a rule is."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal
 
 from torch import Tensor
 
 from truestep.activity import Activity
 
-__all__ = ["Inside", "Layout", "Rule", "Unit"]
+__all__ = ["Inside", "Layout", "Rule", "Unit", "tensors_in"]
 
 Unit = Literal["sample", "position"]
 Given = Callable[..., dict[str, Activity]]
@@ -59,3 +59,18 @@ class Layout:
             return mask
         mask = mask.movedim(self.batch_dim or 0, 0)
         return mask.flatten(0, lead - 1) if self.unit == "position" else mask.flatten(1, lead - 1)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested lists, tuples, mappings and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from tensors_in(getattr(value, field.name))

@@ -19,7 +19,7 @@ from truestep.rules_attention import attention
 from truestep.rules_norm import BATCH_NORM, normalization
 from truestep.rules_recurrent import cell, recurrent
 
-__all__ = ["BATCH_NORM", "RULES", "find_rule", "looks_up_positions"]
+__all__ = ["BATCH_NORM", "RULES", "find_rule", "looks_up_positions", "refused"]
 
 
 def linear(
@@ -277,11 +277,8 @@ RULES: dict[type[nn.Module], Rule] = {
 """The rules that `SampleCounter` uses unless told otherwise: layer class to rule."""
 
 
-def find_rule(module: nn.Module, rules: Mapping[Any, Rule]) -> Rule | str:  # noqa: PLR0911
-    """The rule for a module, or the reason why there is none.
-
-    A subclass inherits the rule of its base only if it inherits `forward` too: with another forward
-    pass the rule could be wrong.
+def refused(module: nn.Module, rules: Mapping[Any, Rule]) -> str | None:
+    """Why no rule for its class could be right for a module; None where nothing speaks against one.
 
     Args:
         module: a module with parameters of its own.
@@ -305,6 +302,23 @@ def find_rule(module: nn.Module, rules: Mapping[Any, Rule]) -> Rule | str:  # no
             f"{name} computes its {' and '.join(computed)} from others (pruning, weight_norm, "
             "spectral_norm); make that permanent with prune.remove() and the like"
         )
+    return None
+
+
+def find_rule(module: nn.Module, rules: Mapping[Any, Rule]) -> Rule | str:
+    """The rule for a module, or the reason why there is none.
+
+    A subclass inherits the rule of its base only if it inherits `forward` too: with another forward
+    pass the rule could be wrong.
+
+    Args:
+        module: a module with parameters of its own.
+        rules: layer class to rule.
+    """
+    reason = refused(module, rules)
+    if reason is not None:
+        return reason
+    name = type(module).__name__
     for base in type(module).__mro__:
         if base in rules:
             if type(module).forward is base.forward:  # type: ignore[attr-defined]
