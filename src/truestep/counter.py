@@ -376,7 +376,8 @@ class SampleCounter:
         activity = layer.rule(layout, module, *args, **kwargs)
         bound = partial(Hook, weakref.ref(self), SampleCounter._on_gradient, layer, layout, call)
         given, inner = activity.see(outputs) if isinstance(activity, Inside) else (activity, [])
-        on_backward(output, outputs, bound, given, inner)
+        # fully_shard gathers the parameters for the backward pass in hooks on the outputs.
+        on_backward(outputs, bound, given, inner, late=bool(layer.sharded))
         return None
 
     def _wait_for_gradients(self, layer: Layer) -> bool:

@@ -69,25 +69,26 @@ def _no_counter() -> None:
 
 
 def on_backward(
-    output: Any,
     outputs: Sequence[Tensor],
     bound: Callable[[Any], Hook],
     given: Any | None,
     inner: Sequence[tuple[Any, Any]],
+    *,
+    late: bool,
 ) -> None:
     """Hooks what a rule asks for.
 
     Args:
-        output: of the layer.
-        outputs: the tensors in it.
+        outputs: the tensors that the layer has returned.
         bound: makes the hook for a function of the rule's.
         given: what is to get the gradients of the outputs, if any.
         inner: autograd nodes inside the layer, each with what is to get its gradient.
+        late: whether to come after all hooks on the outputs, also those registered later.
     """
     for node, use in inner:
         on_node(node, bound(use))
-    if given is not None and isinstance(output, Tensor):
-        output.register_hook(bound(given))
+    if given is not None and len(outputs) == 1 and not late:
+        outputs[0].register_hook(bound(given))
     elif given is not None:
         on_gradients(outputs, bound(given))
 

@@ -26,7 +26,7 @@ from ranks.reference import (
     wide,
 )
 from truestep.rules import find_rule
-from zoo import ZOO, classify, mlp, sparse_inputs
+from zoo import ZOO, Gated, classify, mlp, sparse_inputs
 
 
 def mesh():
@@ -265,6 +265,13 @@ def stacked_parameters_are_sharded_over_their_blocks():
     train_together(*classify(Attentive(), sparse_inputs(9, 5, 4)), parts=False)
 
 
+def layers_that_run_again_may_be_sharded_by_themselves():
+    for parts in (True, False):
+        for layer in (nn.GRUCell(4, 4), Gated()):
+            model = nn.Sequential(layer, nn.Linear(4, 3))
+            train_together(*classify(model, sparse_inputs(5, 4)), parts=parts)
+
+
 def rows_of_a_sharded_embedding_travel_to_their_owners():
     model = nn.Embedding(501, 8)
     inputs = torch.randint(0, 501, (9, 4))
@@ -285,5 +292,6 @@ CASES = [
     a_sharded_gradient_set_by_hand_has_no_record,
     a_rank_is_told_about_its_own_rows,
     stacked_parameters_are_sharded_over_their_blocks,
+    layers_that_run_again_may_be_sharded_by_themselves,
     rows_of_a_sharded_embedding_travel_to_their_owners,
 ]
