@@ -19,6 +19,7 @@ LAYERS = [
         "blocks",
         "graph",
         "layout",
+        "per_sample",
         "recurrence",
         "rules_attention",
         "rules_func",

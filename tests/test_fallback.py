@@ -16,7 +16,7 @@ from properties import (
     assert_step_equals_oracle,
     count,
 )
-from truestep import TruestepError, rules_func
+from truestep import TruestepError, per_sample
 from zoo import Gated, Mixed, Polynomial
 
 
@@ -320,12 +320,46 @@ def test_a_forward_without_a_backward_is_freed():
     counter.close()
 
 
+class WithFrozenParts(nn.Module):
+    """Its own parameter after frozen layers that have rules."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 3).requires_grad_(requires_grad=False)
+        self.norm = nn.BatchNorm1d(3, affine=False).eval()
+        self.scale = nn.Parameter(torch.randn(3))
+
+    def forward(self, x):
+        return torch.relu(self.norm(self.first(x))) * self.scale.exp()
+
+
+def test_frozen_layers_inside_are_run_along():
+    model = WithFrozenParts().double()
+    inputs, delta = sparse(6, 4), sparse(6, 3)
+    counter = truestep.SampleCounter(model)
+    for _ in range(2):
+        model.zero_grad()
+        weighted(model(inputs), delta).backward()
+        expected = ((delta != 0) & (model(inputs) != 0)).sum(0)
+        assert torch.equal(counter.counts()["scale"], expected)
+    model.norm.train()
+    with pytest.raises(
+        TruestepError, match="has no rule, and its samples cannot be run one by one"
+    ):
+        model(inputs)
+    model.norm.eval()
+    model.first.requires_grad_(requires_grad=True)
+    with pytest.raises(TruestepError, match="'first', which is counted by itself, other than when"):
+        model(inputs)
+    counter.close()
+
+
 # Memory.
 
 
 @pytest.mark.parametrize("limit", [1, 40, 700, 1600])
 def test_chunks_do_not_change_the_counts(limit, monkeypatch):
-    monkeypatch.setattr(rules_func, "CHUNK_ELEMENTS", limit)
+    monkeypatch.setattr(per_sample, "CHUNK_ELEMENTS", limit)
     assert_exact(TiedToALayer(), sparse(150, 4), sparse(150, 4))
 
 
@@ -347,7 +381,7 @@ def test_memory_is_bounded(monkeypatch):
     all_at_once = 256 * 40 * 30 * 4
     largest = []
     for limit in (1 << 24, 8 * 40 * 30):
-        monkeypatch.setattr(rules_func, "CHUNK_ELEMENTS", limit)
+        monkeypatch.setattr(per_sample, "CHUNK_ELEMENTS", limit)
         counter = truestep.SampleCounter(model)
         output = model(inputs)
         with Largest() as mode:
