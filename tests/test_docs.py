@@ -68,6 +68,20 @@ def test_arguments_are_described(name):
             assert re.search(rf"^\s+{argument}: ", text, re.MULTILINE), f"{name}({argument})"
 
 
+TABLE = [
+    line
+    for line in (Path(__file__).parent.parent / "docs" / "layers.md").read_text().splitlines()
+    if line.startswith("| `nn.")
+]
+
+
+@pytest.mark.parametrize("layer", truestep.RULES | truestep.rules.BATCH_NORM)
+def test_each_layer_with_a_rule_has_one_row_in_the_table_of_layers(layer):
+    names = [line.split(" | ")[0] for line in TABLE]
+    assert sum(f"`nn.{layer.__name__}`" in name for name in names) == 1
+    assert all(line.count(" |") == 6 for line in TABLE)
+
+
 BLOCKS = re.findall(
     r"```python\n(.*?)```",
     (Path(__file__).parent.parent / "README.md").read_text(),

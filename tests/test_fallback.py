@@ -439,6 +439,19 @@ def test_unsound_modules_are_refused_at_the_first_forward_pass(run, reason):
     )
 
 
+def test_memory_that_runs_out_is_left_to_the_caller():
+    def hungry(module, x):
+        if len(x) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return x * module.scale
+
+    model = Own(hungry)
+    counter = truestep.SampleCounter(model)
+    with pytest.raises(torch.OutOfMemoryError):
+        model(torch.ones(4, 3))
+    counter.close()
+
+
 def test_dropout_is_quiet_in_evaluation_and_refused_again_in_training():
     model = Own(lambda m, x: functional.dropout(x, 0.5, m.training) * m.scale)
     counter = truestep.SampleCounter(model)

@@ -61,13 +61,13 @@ class SampleCounter:
         batch_dim: where layers' tensors hold the samples; or a mapping from module name (as in
             `model.named_modules()`) to it for modules that differ from 0, None for a module whose
             tensors hold no samples and are shared by all.
-        unsupported: "error", or "mean" to keep the plain gradient where a module has no rule.
+        unsupported: "error", or "mean" to keep the plain gradient in all modules without a rule.
         process_group: the ranks that train the model together, where you add up gradients by hand;
             those of DistributedDataParallel and `fully_shard` are found without it.
 
     Raises:
-        TruestepError: a module with parameters has no rule (all such modules are named), or another
-            counter watches the model already.
+        TruestepError: a module with parameters has no rule and cannot be run sample by sample (all
+            such modules are named), or another counter watches the model already.
 
     Example:
         >>> import torch, truestep
@@ -376,7 +376,6 @@ class SampleCounter:
         activity = layer.rule(layout, module, *args, **kwargs)
         bound = partial(Hook, weakref.ref(self), SampleCounter._on_gradient, layer, layout, call)
         given, inner = activity.see(outputs) if isinstance(activity, Inside) else (activity, [])
-        # fully_shard gathers the parameters for the backward pass in hooks on the outputs.
         on_backward(outputs, bound, given, inner, late=bool(layer.sharded))
         return None
 

@@ -83,7 +83,8 @@ def on_backward(
         bound: makes the hook for a function of the rule's.
         given: what is to get the gradients of the outputs, if any.
         inner: autograd nodes inside the layer, each with what is to get its gradient.
-        late: whether to come after all hooks on the outputs, also those registered later.
+        late: whether to come after all hooks on the outputs, also those registered later, such as
+            those of `fully_shard` that gather a layer's parameters.
     """
     for node, use in inner:
         on_node(node, bound(use))
