@@ -174,6 +174,18 @@ def test_evaluation_between_backward_and_step_leaves_nothing(model, counter):
     assert_counted(counter, model, first)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_evaluation_between_forward_and_backward_leaves_nothing(model, counter, mode):
+    first = sparse_inputs(5, 4)
+    loss = model(first).square().mean()
+    model.eval()
+    with mode():
+        model(sparse_inputs(50, 4))
+    model.train()
+    loss.backward()
+    assert_counted(counter, model, first)
+
+
 def test_an_exception_in_backward_leaves_nothing(model, counter):
     def fail(gradient):
         raise ValueError("stop")
@@ -186,6 +198,46 @@ def test_an_exception_in_backward_leaves_nothing(model, counter):
     second = sparse_inputs(3, 4)
     backward(model, second)
     assert_counted(counter, model, second)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_an_exception_between_layers_of_a_backward_leaves_nothing(model, counter, set_to_none):
+    first, second = sparse_inputs(5, 4), sparse_inputs(3, 4)
+    backward(model, first)
+    model.zero_grad(set_to_none=set_to_none)
+    failing = True
+
+    def fail(module, inputs, output):
+        def stop(gradient):
+            if failing:
+                raise ValueError("stop")
+
+        output.register_hook(stop)
+
+    handle = model[1].register_forward_hook(fail)
+    with pytest.raises(ValueError, match="stop"):
+        backward(model, sparse_inputs(7, 4))
+    assert model[2].weight.grad.any()  # it came half the way
+    assert not any(p.grad.any() for p in model[0].parameters() if p.grad is not None)
+    model.zero_grad(set_to_none=set_to_none)
+    failing = False
+    backward(model, second)
+    assert_counted(counter, model, second)
+    handle.remove()
+
+
+def test_an_exception_after_a_layer_of_a_forward_leaves_nothing(model, counter):
+    def fail(module, inputs):
+        raise ValueError("stop")
+
+    handle = model[2].register_forward_pre_hook(fail)
+    with pytest.raises(ValueError, match="stop"):
+        model(sparse_inputs(7, 4))
+    handle.remove()
+    second = sparse_inputs(3, 4)
+    backward(model, second)
+    assert_counted(counter, model, second)
+    assert not counter._calls
 
 
 def test_an_exception_in_forward_leaves_nothing(model, counter):
@@ -605,6 +657,47 @@ def test_parameters_unfrozen_later_are_counted(model):
     inputs = sparse_inputs(5, 4)
     backward(model, inputs)
     assert_counted(counter, model, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_cast_after_the_counter_was_made_goes_on(model, counter, dtype):
+    first, second = sparse_inputs(5, 4).round(), sparse_inputs(3, 4).round()
+    backward(model, first)
+    model.to(dtype)  # with the gradient
+    assert_counted(counter, model, first)
+    counter.correct_gradients()
+    assert model[0].weight.grad.dtype == dtype
+    model.zero_grad()
+    backward(model, second.to(dtype))
+    counts = counter.counts()
+    assert counter.batch_size == 3
+    counter.close()
+    other = truestep.SampleCounter(model)
+    model.zero_grad()
+    backward(model, second.to(dtype))
+    for name, values in other.counts().items():
+        assert torch.equal(counts[name], values), name
+
+
+def test_a_model_that_left_the_meta_device_needs_a_counter_made_afterwards():
+    model = nn.Sequential(nn.Linear(4, 3, device="meta"))
+    counter = truestep.SampleCounter(model)
+    model.to_empty(device="cpu").load_state_dict(nn.Sequential(nn.Linear(4, 3)).state_dict())
+    with pytest.raises(TruestepError, match=r"'weight' of '0' is another.*counter afterwards"):
+        model(sparse_inputs(5, 4))
+    counter.close()
+    counter, inputs = truestep.SampleCounter(model), sparse_inputs(5, 4)
+    backward(model, inputs)
+    assert_counted(counter, model, inputs)
+
+
+def test_an_averaged_model_writes_nothing_into_the_counter(model, counter):
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    first = sparse_inputs(5, 4)
+    backward(model, first)
+    averaged.update_parameters(model)
+    backward(averaged, sparse_inputs(9, 4))
+    assert_counted(counter, model, first)
 
 
 def test_the_model_keeps_its_keys_and_outputs(model):

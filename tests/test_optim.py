@@ -395,6 +395,47 @@ def test_an_optimizer_uses_only_its_own_parameters():
     assert not torch.equal(model[2].weight.grad, before)
 
 
+def test_two_optimizers_that_step_in_turns_have_batches_of_their_own():
+    model = mlp()
+    counter = truestep.SampleCounter(model)
+    first, second = (
+        truestep.AdaptiveBatchSGD(part.parameters(), lr=0.1, counter=counter)
+        for part in (model[0], model[2])
+    )
+    for turn, batch in enumerate(batches(4)):
+        loss_of(model, batch).backward()
+        sizes = {name: values["batch_size"] for name, values in counter.statistics().items()}
+        later = 8 * (turn % 2 + 1)
+        assert sizes == {"0.weight": 8, "0.bias": 8, "2.weight": later, "2.bias": later}
+        first.step()
+        first.zero_grad()
+        if turn % 2:
+            second.step()
+            second.zero_grad()
+
+
+@pytest.mark.parametrize("how", ["directly", "attached"])
+def test_a_layer_unfrozen_and_added_later_takes_corrected_steps(how):
+    model = mlp().double()
+    model[0].requires_grad_(requires_grad=False)
+    counter = truestep.SampleCounter(model)
+    if how == "directly":
+        optimizer = truestep.AdaptiveBatchSGD(model[2].parameters(), lr=0.1, counter=counter)
+    else:
+        optimizer = torch.optim.SGD(model[2].parameters(), lr=0.1)
+        truestep.attach(optimizer, truestep.mean_effective_gradient(counter))
+    first, second = batches(2).double()
+    train(model, optimizer, [first])
+    model[0].requires_grad_(requires_grad=True)
+    optimizer.add_param_group({"params": list(model[0].parameters()), "lr": 0.5})
+    expected = truestep.oracle.mean_effective_gradients(
+        model, functional.cross_entropy, second, TARGETS
+    )
+    before = model[0].weight.detach().clone()
+    train(model, optimizer, [second])
+    torch.testing.assert_close(model[0].weight.detach(), before - 0.5 * expected["0.weight"])
+
+
 def test_wrong_values_are_named():
     model = mlp()
     counter = truestep.SampleCounter(model)

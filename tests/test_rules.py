@@ -246,6 +246,54 @@ def test_positions_without_gradient_do_not_inflate_n():
     assert counter.counts()["1.bias"].tolist() == [2, 2, 2]
 
 
+class Tokens(nn.Module):
+    """Logits at each position of padded sentences, by layers that see positions or flattened ones."""
+
+    def __init__(self, *, flat):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(7, 4, padding_idx=0), nn.Linear(4, 5)
+        self.flat = flat
+
+    def forward(self, x):
+        hidden = torch.relu(self.embedding(x))
+        return self.head(hidden.flatten(0, -2) if self.flat else hidden)
+
+
+def token_loss(logits, targets):
+    total = nn.functional.cross_entropy(
+        logits.flatten(0, -2), targets.flatten(), ignore_index=0, reduction="sum"
+    )
+    return total / max(1, len(targets))
+
+
+def padded_sentences():
+    inputs = torch.randint(1, 7, (5, 6))
+    for sample, length in enumerate((6, 1, 4, 6, 2)):
+        inputs[sample, length:] = 0
+    targets = inputs.roll(-1, 1).clamp(max=4)
+    targets[:, -1] = 0
+    targets[3] = 0  # a sentence without any target
+    return inputs, targets * (inputs != 0)
+
+
+def test_padded_sentences_by_sample():
+    inputs, targets = padded_sentences()
+    assert_counts_equal_oracle(Tokens(flat=False), token_loss, inputs, targets)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_padded_sentences_by_position_leave_padding_out(flat):
+    inputs, targets = padded_sentences()
+    model = Tokens(flat=flat)
+    counts, batch_size = count(model, token_loss, inputs, targets, unit="position")
+    kept = targets.flatten() != 0
+    rows, goals = inputs.flatten()[kept], targets.flatten()[kept]
+    expected = truestep.oracle.counts(model, token_loss, rows, goals)
+    assert batch_size == kept.sum()
+    for name, values in expected.items():
+        assert torch.equal(counts[name], values), name
+
+
 def test_time_first_batches():
     layer = nn.Linear(3, 2)
     inputs, delta = sparse(5, 4, 3), sparse(5, 4, 2)
