@@ -1,5 +1,6 @@
 """Boolean masks with one bit per element."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from truestep.kernels import packing
 from truestep.kernels.packing import WORD, unpack
 
-__all__ = ["Bits", "pack"]
+__all__ = ["Bits", "appended", "pack"]
 
 
 @dataclass(slots=True)
@@ -106,3 +107,23 @@ def pack(mask: Tensor) -> Bits:
     shape = mask.shape
     positions = 1 if len(shape) == 2 else shape[1]  # noqa: PLR2004
     return Bits(packing.pack(mask), shape[0], positions, shape[-1])
+
+
+def appended(parts: Sequence[Bits]) -> Bits:
+    """Masks ``[samples, units]`` one after the other.
+
+    Args:
+        parts: of the same units; all but the last hold a multiple of 64 samples.
+
+    Example:
+        >>> import torch
+        >>> mask = torch.rand(70, 3) < 0.5
+        >>> appended([pack(mask[:64]), pack(mask[64:])]).mask().equal(mask)
+        True
+    """
+    if len(parts) == 1:
+        return parts[0]
+    length, units = sum(part.length for part in parts), parts[0].units
+    if all(part.words is None for part in parts):
+        return Bits(None, length, 1, units)
+    return Bits(torch.cat([part.dense() for part in parts]), length, 1, units)

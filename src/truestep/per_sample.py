@@ -13,8 +13,8 @@ from truestep.layout import Layout, tensors_in
 
 __all__ = ["Use", "use_of"]
 
-# Samples run at once while their gradients, inputs and outputs have this many elements (float32: 64 MB).
-CHUNK_ELEMENTS = 1 << 24
+# Samples run at once while their gradients, inputs and outputs have this many elements (float32: 16 MB).
+CHUNK_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Use:
         """
         leaves = list(self.leaves)
         for place, piece in pieces.items():
-            leaves[place] = _lengthen(piece, self.dims)
+            leaves[place] = _lengthen(piece.clone(), self.dims)
         args, kwargs = pytree.tree_unflatten(leaves, self.structure)
         # On copies of the buffers: the module has moved its own already.
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}

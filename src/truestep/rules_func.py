@@ -16,17 +16,14 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from truestep.activity import Activity, Elements
-from truestep.bits import pack
-from truestep.combine import Total
+from truestep.bits import Bits, appended, pack
 from truestep.errors import TruestepError
 from truestep.graph import saved_tensors_are_packed
+from truestep.kernels.packing import WORD
 from truestep.layout import Inside, Layout
 from truestep.per_sample import Use, use_of
 
 __all__ = ["PerSample", "unusable"]
-
-# Masks are packed for at least this many samples at once: bits come in words of 64.
-WORD = 64
 
 
 def unusable(module: nn.Module) -> str | None:
@@ -155,18 +152,17 @@ def _activity(use: Use, deltas: Sequence[Tensor | None]) -> dict[str, Activity]:
     }
     if not given:
         return {}
-    parts: dict[str, list[Activity]] = {name: [] for name in parameters}
-    step = max(WORD, use.chunk)
+    parts: dict[str, list[Bits]] = {name: [] for name in parameters}
+    # bits come in words: masks of a multiple of so many samples are packed at once
+    step = max(WORD, use.chunk - use.chunk % WORD)
     for start in range(0, max(1, use.count), step):
         masks = {name: [p.new_zeros(0, p.numel()) != 0] for name, p in parameters.items()}
         for first, last in use.ranges(start, min(start + step, use.count)):
             for name, gradient in use.gradients(first, last, given).items():
                 masks[name].append((gradient != 0).reshape(last - first, -1))
         for name, found in masks.items():
-            parts[name].append(Elements(parameters[name].shape, pack(torch.cat(found))))
-    return {
-        name: found[0] if len(found) == 1 else Total(tuple(found)) for name, found in parts.items()
-    }
+            parts[name].append(pack(torch.cat(found)))
+    return {name: Elements(parameters[name].shape, appended(b)) for name, b in parts.items()}
 
 
 def _close(alone: Tensor, together: Tensor) -> bool:
