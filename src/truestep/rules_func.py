@@ -117,11 +117,14 @@ class PerSample:
             raise
         except Exception as error:
             kind = type(module).__name__
+            name = repr(self._name) if self._name else "the model"
             reason = str(error).strip().split("\n")[0].rstrip(".")
+            if "random operation" in reason:  # vmap's own advice is for who calls it
+                reason = "it draws random numbers"
             raise TruestepError(
-                f"{self._name or 'the model'!r} ({kind}) has no rule, and its samples cannot be run one "
-                f"by one: {reason}. Give it a rule, SampleCounter(model, rules=truestep.RULES | "
-                f"{{{kind}: my_rule}}), or keep its plain gradient with unsupported='mean'"
+                f"{name} ({kind}) has no rule, and its samples cannot be run one by one: {reason}. Give "
+                f"it a rule, SampleCounter(model, rules=truestep.RULES | {{{kind}: my_rule}}), or keep "
+                "its plain gradient with unsupported='mean'"
             ) from error
 
 
