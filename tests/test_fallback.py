@@ -16,8 +16,18 @@ from properties import (
     assert_step_equals_oracle,
     count,
 )
-from truestep import TruestepError, per_sample
+from truestep import TruestepError, per_sample, rules_bare
+from truestep.rules_bare import UncountableError
 from zoo import Gated, Mixed, Polynomial
+
+
+@pytest.fixture(autouse=True)
+def _no_operation_is_known(monkeypatch):
+    def read(self, _outputs):
+        path = self._prefix.rstrip(".")
+        raise UncountableError(f"{path or 'the model'!r} has no rule. {rules_bare.WAYS_OUT}")
+
+    monkeypatch.setattr(rules_bare._Reader, "read", read)
 
 
 def weighted(output, delta):
@@ -172,7 +182,7 @@ def test_a_shared_argument_of_the_batchs_length_is_an_error():
     model = TwoInputs(several).double()
     counter = truestep.SampleCounter(model)
     model(sparse(7, 4))
-    with pytest.raises(TruestepError, match=r"'own' \(Own\) has no rule.*one by one"):
+    with pytest.raises(TruestepError, match="'own' has no rule.*one by one"):
         model(sparse(5, 4))  # as long as the table: found out though 7 samples went well
     counter.close()
 
@@ -398,9 +408,7 @@ def test_frozen_layers_inside_are_run_along():
         expected = ((delta != 0) & (model(inputs) != 0)).sum(0)
         assert torch.equal(counter.counts()["scale"], expected)
     model.norm.train()
-    with pytest.raises(
-        TruestepError, match="has no rule, and its samples cannot be run one by one"
-    ):
+    with pytest.raises(TruestepError, match="has no rule.*Nor can its samples be run one by one"):
         model(inputs)
     model.norm.eval()
     model.first.requires_grad_(requires_grad=True)
@@ -491,9 +499,7 @@ def in_place(module, x):
 def test_unsound_modules_are_refused_at_the_first_forward_pass(run, reason):
     own = Own(run)
     own.register_buffer("seen", torch.zeros(3))
-    assert_refused(
-        nn.Sequential(nn.Linear(4, 3), own), torch.randn(5, 4), rf"'1' \(Own\).*({reason})"
-    )
+    assert_refused(nn.Sequential(nn.Linear(4, 3), own), torch.randn(5, 4), rf"'1'.*({reason})")
 
 
 def test_memory_that_runs_out_is_left_to_the_caller():
@@ -516,7 +522,7 @@ def test_dropout_is_quiet_in_evaluation_and_refused_again_in_training():
     model(torch.ones(4, 3)).sum().backward()
     assert counter.counts()["scale"].tolist() == [4, 4, 4]
     model.train()
-    with pytest.raises(TruestepError, match=r"the model .* draws random numbers"):
+    with pytest.raises(TruestepError, match="the model.* draws random numbers"):
         model(torch.ones(4, 3))
 
 
@@ -551,18 +557,12 @@ class Drops(Scale):
         return self.drop(x * self.scale)
 
 
-def test_what_cannot_be_run_alone_is_named_before_training():
-    bare = nn.Module()
-    bare.scale = nn.Parameter(torch.ones(3))
-    parts = [Holder(), Drops(), nn.ParameterList([torch.ones(2)]), bare]
-    with pytest.raises(TruestepError) as error:
-        truestep.SampleCounter(nn.Sequential(*parts))
-    message = str(error.value)
-    alone = "has no rule, and its samples cannot be run one by one: it"
-    for reason in (
-        f"0: Holder {alone} has parameters beside those of its 'layer'",
-        f"1: Drops {alone}s 'drop' draws random numbers",
-        f"2: ParameterList {alone} has no forward pass",
-        f"3: Module {alone} has no forward pass",
-    ):
-        assert reason in message
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Holder, "parameters beside those of its 'layer'"),
+        (Drops, "its 'drop' draws random numbers"),
+    ],
+)
+def test_what_cannot_be_run_alone_says_why(kind, reason):
+    assert_refused(nn.Sequential(nn.Linear(3, 3), kind()), torch.randn(4, 3), f"'1'.*{reason}")

@@ -9,6 +9,7 @@ import truestep
 from properties import assert_counts_equal_oracle, count
 from truestep.layout import Layout
 from truestep.rules import RULES, find_rule
+from truestep.rules_bare import bare
 
 batches = st.integers(1, 6)
 small = st.integers(1, 3)
@@ -321,20 +322,13 @@ class Plain(nn.Linear):
     """Inherits the forward pass, and so the rule."""
 
 
-class Own(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(4))
-
-
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
         (nn.BatchNorm1d(3), "mixes the samples"),
         (nn.Embedding(3, 2, scale_grad_by_freq=True), "scale_grad_by_freq"),
-        (Scaled(2, 2), "a forward of its own"),
-        (nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), "parametrization"),
-        (Own(), "Own has no rule"),
+        (nn.utils.parametrizations.weight_norm(nn.GRU(2, 2), "weight_hh_l0"), "parametrization"),
+        (nn.ParameterList([torch.ones(2)]), "known to use them"),
         (prune.l1_unstructured(nn.Linear(2, 2), "weight", 0.5), "prune.remove()"),
         (nn.MultiheadAttention(4, 2).out_proj, "without being called"),
     ],
@@ -343,6 +337,15 @@ def test_no_rule_comes_with_a_reason(module, reason):
     found = find_rule(module, RULES)
     assert isinstance(found, str)
     assert reason in found
+
+
+def test_a_forward_of_its_own_is_read_off_the_graph():
+    assert find_rule(Scaled(2, 2), RULES) is bare
+
+
+def test_a_layer_left_out_of_the_rules_has_none():
+    rules = {kind: rule for kind, rule in RULES.items() if kind is not nn.Linear}
+    assert find_rule(nn.Linear(2, 2), rules) == "Linear has no rule"
 
 
 def test_a_subclass_inherits_the_rule():

@@ -4,18 +4,19 @@
 the parameter, and its samples would go uncounted.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 
 from truestep.errors import TruestepError
 
-__all__ = ["Used", "bypassed", "refuse_bypassed"]
+__all__ = ["COMPILED", "Uses", "bypassed"]
 
 Node = Any  # autograd's nodes have a class per operation and no public base
-# The nodes of a layer's outputs, and the tensors that it was given.
-Used = tuple[list[Node], list[Tensor]]
+# The nodes of a layer's outputs, and the tensors that it was given, or the nodes of those.
+Used = tuple[list[Node], list[Any]]
 # What a compiled graph leaves of itself (of the backend "eager", the taps); what it uses cannot be seen.
 COMPILED = {"CompiledFunctionBackward", "ApplyTemplateBackward"}
 
@@ -39,7 +40,7 @@ def bypassed(
         >>> bypassed([y], [([h.grad_fn], [x])], {p: n for n, p in layer.named_parameters()})
         ['weight']
     """
-    inputs_of: dict[Node, list[Tensor]] = {}
+    inputs_of: dict[Node, list[Any]] = {}
     for nodes, inputs in uses:
         for node in nodes:
             inputs_of[node] = inputs
@@ -60,23 +61,72 @@ def bypassed(
     return list(found)
 
 
-def refuse_bypassed(
-    outputs: Iterable[Tensor], uses: Iterable[Used], names: Mapping[Tensor, str]
-) -> None:
-    """Raises `TruestepError` if there are parameters that `bypassed` finds."""
-    found = bypassed(outputs, uses, names)
-    if found:
-        raise TruestepError(
-            f"the model uses {', '.join(map(repr, found))} without calling the module that owns it, "
-            "so the samples of that use would go uncounted. Call the module (an output head tied "
-            "to an embedding: nn.Linear with its weight set to the embedding's), give the module "
-            "that uses it a rule, or keep plain gradients: rules without its class and "
-            "unsupported='mean'"
-        )
+class Uses:
+    """The uses of layers in the first call of a model that has a gradient, to hold against the graph."""
+
+    def __init__(self) -> None:
+        self._checked = False
+        self._uses: dict[Any, list[Used]] = {}
+
+    def begin(self, call: Any) -> None:
+        """Notes that a call of the model begins."""
+        if not self._checked:
+            self._uses[call] = []
+
+    def add(self, call: Any, outputs: Iterable[Any], given: Iterable[Any]) -> None:
+        """Notes a use: its outputs, and what went into it; tensors, or their nodes."""
+        if call in self._uses:
+            nodes = [each.grad_fn if isinstance(each, Tensor) else each for each in outputs]
+            self._uses[call].append(([node for node in nodes if node is not None], list(given)))
+
+    @contextmanager
+    def unless_refused(self) -> Iterator[None]:
+        """Forgets the calls that are under way if something raises: their uses are not all known."""
+        try:
+            yield
+        except BaseException:
+            self._uses.clear()
+            raise
+
+    def end(
+        self,
+        call: Any,
+        outputs: Sequence[Tensor],
+        names: Mapping[Tensor, str],
+        plain: Container[Tensor],
+        present: Mapping[Tensor, Tensor],
+    ) -> None:
+        """Notes that a call of the model has returned.
+
+        Args:
+            call: the call.
+            outputs: those that have a gradient.
+            names: the model's parameters.
+            plain: those that need no count.
+            present: those that stand for others during the call, each with the other.
+
+        Raises:
+            TruestepError: there are parameters that `bypassed` finds.
+        """
+        uses = self._uses.pop(call, None)
+        if uses is None or not outputs:
+            return
+        self._checked = True
+        known = {p: name for p, name in names.items() if p not in plain}
+        gathered = {p: known[owner] for p, owner in present.items() if owner in known}
+        found = bypassed(outputs, uses, known | gathered)
+        if found:
+            raise TruestepError(
+                f"the model uses {', '.join(map(repr, found))} without calling the module that owns it, "
+                "so the samples of that use would go uncounted. Call the module (an output head tied "
+                "to an embedding: nn.Linear with its weight set to the embedding's), give the module "
+                "that uses it a rule, or keep plain gradients: rules without its class and "
+                "unsupported='mean'"
+            )
 
 
-def _origin(tensor: Tensor) -> Node | Tensor:
-    return tensor if tensor.is_leaf else tensor.grad_fn
+def _origin(given: Any) -> Node | Tensor:
+    return given if not isinstance(given, Tensor) or given.is_leaf else given.grad_fn
 
 
 def _before(node: Node) -> Iterator[Node | Tensor]:

@@ -18,7 +18,7 @@ from truestep.activity import Activity
 from truestep.batch import Batch
 from truestep.combine import Shared
 from truestep.compiled import Receiver
-from truestep.consumers import Used, refuse_bypassed
+from truestep.consumers import Uses
 from truestep.distributed import local
 from truestep.errors import TruestepError
 from truestep.fused import Pass
@@ -38,7 +38,7 @@ from truestep.layers import (
     sizes_of,
     uncompiled_model,
 )
-from truestep.layout import Inside, Layout, Rule, Unit, tensors_in
+from truestep.layout import Layout, Rule, Unit, tensors_in
 from truestep.records import FORWARD, Call, Records
 from truestep.rules import RULES
 from truestep.update import mean_effective, scale_
@@ -97,11 +97,10 @@ class SampleCounter:
         # A call that began in a compiled graph is here by its key.
         self._calls: list[Call | Tensor | None] = []
         self._hooked: dict[Tensor, Tensor] = {}
-        self._uses: dict[Call, list[Used]] = {}
+        self._uses = Uses()
         dims = {"": batch_dim} if isinstance(batch_dim, int) else batch_dim
         everywhere = batch_dim if isinstance(batch_dim, int) else 0
         self._batch_dim = dims.get("") or 0
-        self._bypass_checked = False
         layers, self._plain = find_layers(model, rules, unsupported)
         hook = partial(Hook, weakref.ref(self))
         if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -114,14 +113,17 @@ class SampleCounter:
         fused = fused_in_evaluation(model)
         self._fused: list[tuple[nn.Module, Pausable]] = []
         for name, module, rule in layers:
-            layer = make_layer(name, module, rule, Layout(dims.get(name, everywhere), unit))
+            place = Layout(dims.get(name, everywhere), unit)
+            layer = make_layer(name, module, rule, place, unsupported)
             taps = Receiver(hook(SampleCounter._on_delivered_layer, layer))
             on_layer = hook(SampleCounter._on_layer, layer, taps)
             # fully_shard's own hook takes the gathered parameters away after the call: go before it.
             first = bool(layer.sharded)
-            handle = Pausable(
-                partial(module.register_forward_hook, on_layer, with_kwargs=True, prepend=first)
-            )
+            if layer.bare:
+                on_begin = hook(SampleCounter._on_begin, layer)
+                self._handles.append(module.register_forward_pre_hook(on_begin))
+            options = {"with_kwargs": True, "prepend": first, "always_call": layer.bare}
+            handle = Pausable(partial(module.register_forward_hook, on_layer, **options))
             self._handles.append(handle)
             if module in fused:
                 self._fused.append((fused[module], handle))
@@ -334,8 +336,7 @@ class SampleCounter:
         places = {tensor.untyped_storage().data_ptr() for tensor in inputs}
         call = compiled.new_call(list(sizes_of(inputs, self._batch_dim)), places)
         self._calls.append(call)
-        if not self._bypass_checked:
-            self._uses[call] = []
+        self._uses.begin(call)
 
     def _find_wrapper(self) -> None:
         wrapper = self._batch.new_wrapper()
@@ -353,30 +354,35 @@ class SampleCounter:
     def _on_wrapper(self, method: Callable[[Records, int], None], *_: Any) -> None:
         method(self._records, FORWARD)
 
+    def _on_begin(self, layer: Layer, *_: Any) -> None:
+        layer.begin()
+
     def _on_layer(
         self, layer: Layer, taps: Receiver, module: nn.Module, args: Any, kwargs: Any, output: Any
     ) -> Any:
         if not torch.is_grad_enabled():
             return None
-        outputs = list(tensors_in(output))
+        rule, outputs = layer.rule_of_call(), list(tensors_in(output))
         if not any(tensor.requires_grad for tensor in outputs):
             return None
         # In a backward pass activation checkpointing runs layers again, for the call it is in.
         call = self._calls[-1] if self._calls else self._records.current
         if torch.compiler.is_compiling():
-            trains = any(parameter.requires_grad for parameter in module.parameters())
-            return compiled.tapped(output, taps, call, (args, kwargs)) if trains else None
+            return compiled.tapped(output, taps, call, (args, kwargs)) if layer.traced() else None
         if not self._wait_for_gradients(layer):
             return None
         call = compiled.call_of(call) if isinstance(call, Tensor) else call or Call(outside=True)
-        if call in self._uses:
-            nodes = [tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None]
-            self._uses[call].append((nodes, list(tensors_in((args, kwargs)))))
         layout = layout_of(layer, call, args, kwargs)
-        activity = layer.rule(layout, module, *args, **kwargs)
         bound = partial(Hook, weakref.ref(self), SampleCounter._on_gradient, layer, layout, call)
-        given, inner = activity.see(outputs) if isinstance(activity, Inside) else (activity, [])
+        with self._uses.unless_refused():
+            activity = rule(layout, module, *args, **kwargs)
+            given, inner = layer.see(activity, outputs, self._plain)
         on_backward(outputs, bound, given, inner, late=bool(layer.sharded))
+        if layer.bare and given is None:
+            for node, use in inner:
+                self._uses.add(call, [node], use.others)
+        else:
+            self._uses.add(call, outputs, tensors_in((args, kwargs)))
         return None
 
     def _wait_for_gradients(self, layer: Layer) -> bool:
@@ -406,12 +412,7 @@ class SampleCounter:
         outputs = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
         for tensor in outputs:
             tensor.register_hook(Hook(weakref.ref(self), SampleCounter._on_output_gradient, call))
-        uses = self._uses.pop(call, None)
-        if uses is not None and outputs:
-            self._bypass_checked = True
-            known = {p: name for p, name in self._records.names.items() if p not in self._plain}
-            gathered = {p: known[owner] for p, owner in self._hooked.items() if owner in known}
-            refuse_bypassed(outputs, uses, known | gathered)
+        self._uses.end(call, outputs, self._records.names, self._plain, self._hooked)
         return None
 
     def _on_delivered_output(self, call: Call, deltas: list[Tensor | None], *_: Any) -> None:

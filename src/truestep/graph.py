@@ -1,12 +1,16 @@
 """What the autograd graph inside a layer shows: where it uses its parameters, and what it has saved."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Node", "nodes_between", "saved_tensors_are_packed", "uses_of"]
+from truestep.errors import TruestepError
+
+__all__ = ["Node", "Recording", "nodes_between", "saved_tensors_are_packed", "uses_of"]
 
 Node = Any  # autograd's nodes have a class per operation and no public base
 
@@ -70,3 +74,54 @@ def _parameter(node: Node, piece: int, names: Mapping[Tensor, str]) -> tuple[str
 def saved_tensors_are_packed() -> bool:
     """Whether something, such as activation checkpointing, replaces the tensors that nodes save."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # noqa: SLF001
+
+
+class Recording:
+    """What a module's call adds to the autograd graph, from its beginning until `stop`.
+
+    Something, such as activation checkpointing, may hide the tensors that nodes save. Those of the
+    call can be read all the same as long as its recording lives.
+
+    Attributes:
+        first: autograd's number of the first node that the call may make.
+    """
+
+    def __init__(self) -> None:
+        self.first: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]  # noqa: SLF001
+        self.tensors: list[tuple[Tensor, int]] = []
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # noqa: SLF001
+        self.hidden = hooks is not None
+        if hooks is not None:
+            pack, unpack = hooks
+            keep, find = partial(self._keep, pack), partial(_find, unpack)
+            torch._C._autograd._push_saved_tensors_default_hooks(keep, find)  # noqa: SLF001
+
+    def _keep(self, pack: Callable[[Tensor], Any], tensor: Tensor) -> "_Kept":
+        packed = pack(tensor)
+        self.tensors.append((tensor, tensor._version))  # noqa: SLF001
+        return _Kept(packed, weakref.ref(self), len(self.tensors) - 1)
+
+    def stop(self) -> None:
+        """Ends the recording, before anything else that was begun before it."""
+        if self.hidden:
+            torch._C._autograd._pop_saved_tensors_default_hooks()  # noqa: SLF001
+
+
+class _Kept:
+    """What a node saves: packed, and in the recording."""
+
+    def __init__(self, packed: Any, recording: Callable[[], Recording | None], place: int) -> None:
+        self.packed, self.recording, self.place = packed, recording, place
+
+
+def _find(unpack: Callable[[Any], Tensor], kept: _Kept) -> Tensor:
+    recording = kept.recording()
+    if recording is None:
+        return unpack(kept.packed)
+    tensor, version = recording.tensors[kept.place]
+    if tensor._version != version:  # noqa: SLF001
+        raise TruestepError(
+            "a tensor was changed in place after it had met a parameter, under activation "
+            "checkpointing; change a copy of it, or checkpoint with use_reentrant=True"
+        )
+    return tensor

@@ -1,8 +1,9 @@
 """The layers that a counter watches, and where their tensors hold the samples."""
 
 import sys
-from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor, nn
 
 from truestep.distributed import is_sharded
 from truestep.errors import TruestepError
+from truestep.graph import Recording
 from truestep.hooks import Hook
-from truestep.layout import Layout, Rule, tensors_in
+from truestep.layout import Given, Inside, Layout, Rule, tensors_in
 from truestep.records import Call
 from truestep.rules import find_rule, looks_up_positions, refused
-from truestep.rules_func import PerSample, unusable
+from truestep.rules_bare import LEAVE_OUT, UncountableError, bare, holders_in, own_parameters
+from truestep.rules_func import AloneError, PerSample, unusable
 
 __all__ = [
     "Layer",
@@ -39,6 +42,10 @@ class Layer:
     Attributes:
         sharded: its parameters that `fully_shard` has divided among ranks, by their names in it. During
             its calls and their backward passes, the module has gathered ones in their place.
+        bare: whether only the module's own parameters are counted here, whatever modules it has in it.
+        lenient: whether such a module may keep its plain gradients.
+        holds_layers: whether it has modules in it that are called.
+        began: of such a module, the calls that have not returned.
     """
 
     name: str
@@ -46,10 +53,65 @@ class Layer:
     rule: Rule
     layout: Layout
     sharded: Mapping[str, Tensor]
+    bare: bool = False
+    lenient: bool = False
+    holds_layers: bool = False
+    began: list[Recording] = field(default_factory=list)
+
+    def begin(self) -> None:
+        """Notes that a call begins."""
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.began.append(Recording())
+
+    def rule_of_call(self) -> Rule:
+        """The rule, for the call that has just returned."""
+        if not self.began:
+            return self.rule
+        recording = self.began.pop()
+        recording.stop()
+        return partial(_own, self.name, recording, self.lenient)
+
+    def see(
+        self, activity: Given | Inside, outputs: list[Tensor], plain: set[Tensor]
+    ) -> tuple[Given | None, list[tuple[Any, Any]]]:
+        """What a rule returned, taken apart; see `Inside`.
+
+        Args:
+            activity: what the rule returned.
+            outputs: of the layer.
+            plain: where `lenient`, gets the parameters that the rule cannot count.
+        """
+        if not isinstance(activity, Inside):
+            return activity, []
+        try:
+            given, inner = activity.see(outputs)
+        except UncountableError:
+            if not self.lenient:
+                raise
+            plain.update(self.owner(name, parameter) for name, parameter in self._own())
+            return None, []
+        return given, list(inner)
 
     def owner(self, name: str, present: Tensor) -> Tensor:
         """The parameter of the counter's model that the module's present one stands for."""
         return self.sharded.get(name, present)
+
+    def traced(self) -> bool:
+        """Whether any of the layer's present parameters gets a gradient, where it is compiled.
+
+        Raises:
+            TruestepError: the layer would have to run once more, with the layers in it.
+        """
+        trains = any(parameter.requires_grad for _, parameter in self._own())
+        if self.bare and trains and self.holds_layers:
+            raise TruestepError(
+                f"{self.name or 'the model'!r} has parameters of its own and modules in it, and a "
+                f"compiled graph does not show how it uses them; leave it out, {LEAVE_OUT}"
+            )
+        return trains
+
+    def _own(self) -> Iterable[tuple[str, Tensor]]:
+        return own_parameters(self.module).items() if self.bare else self.module.named_parameters()
 
     def trained(self, known: Container[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """The layer's present parameters that get a gradient, each after its `owner`.
@@ -58,7 +120,7 @@ class Layer:
             TruestepError: an owner is not among the `known` ones, the counter's.
         """
         found: list[tuple[Tensor, Tensor]] = []
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in self._own():
             if parameter.requires_grad and parameter.is_leaf:
                 owner = self.owner(name, parameter)
                 if owner not in known:
@@ -71,11 +133,48 @@ class Layer:
         return found
 
 
-def make_layer(name: str, module: nn.Module, rule: Rule, layout: Layout) -> Layer:
+def make_layer(
+    name: str, module: nn.Module, rule: Rule, layout: Layout, unsupported: str = "error"
+) -> Layer:
     """A layer, with the parameters that it has now."""
     named = module.named_parameters(remove_duplicate=False)
     sharded = {own: parameter for own, parameter in named if is_sharded(parameter)}
+    if rule is bare:
+        lenient = unsupported == "mean"
+        rule = partial(_own, name, None, lenient)
+        holds = any(
+            True for child in module.modules() if child not in {module, *holders_in(module)}
+        )
+        return Layer(name, module, rule, layout, sharded, True, lenient, holds)
     return Layer(name, module, rule, layout, sharded)
+
+
+def _own(
+    path: str,
+    recording: Recording | None,
+    lenient: bool,
+    layout: Layout,
+    module: nn.Module,
+    *args: Any,
+    **kwargs: Any,
+) -> Inside:
+    """`bare`, or, where it does not know an operation, each sample's own gradient."""
+    inside = bare(path, recording, layout, module, *args, **kwargs)
+
+    def see(outputs: list[Tensor]) -> tuple[Given | None, list[tuple[Any, Given]]]:
+        try:
+            return inside.see(outputs)
+        except UncountableError as error:
+            if lenient:
+                raise
+            try:
+                return PerSample(path)(layout, module, *args, **kwargs).see(outputs)
+            except AloneError as other:
+                raise UncountableError(
+                    f"{error}. Nor can its samples be run one by one: {other.reason}"
+                ) from other
+
+    return Inside(see)
 
 
 def parameter_names(model: nn.Module) -> dict[Tensor, str]:
@@ -122,8 +221,12 @@ def find_layers(
     inside: set[nn.Module] = set()  # modules that another uses without calling them
     _refuse_second_counter("", model)
     for name, module in _wrapped(model).named_modules():
-        own = [p for p in module._parameters.values() if p is not None]  # noqa: SLF001
+        own = list(own_parameters(module).values())
         _refuse_second_counter(name, module)
+        if nn.utils.parametrize.is_parametrized(module) and module not in inside:
+            lists: Any = module.parametrizations
+            own += [parameter for parameter in lists.parameters() if parameter not in set(own)]
+            inside.update(lists.modules())
         if not own or module in inside:
             continue
         rule = _choose(name, module, rules, unsupported)
@@ -131,6 +234,8 @@ def find_layers(
             layers.append((name, module, rule))
             if isinstance(module, nn.MultiheadAttention):
                 inside.add(module.out_proj)
+            if rule is bare:
+                inside.update(holders_in(module))
         elif unsupported == "mean":
             plain.update(own)
         elif any(parameter.requires_grad for parameter in own):

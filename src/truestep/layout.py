@@ -8,7 +8,7 @@ from torch import Tensor
 
 from truestep.activity import Activity
 
-__all__ = ["Inside", "Layout", "Rule", "Unit", "tensors_in"]
+__all__ = ["Given", "Inside", "Layout", "Rule", "Unit", "tensors_in"]
 
 Unit = Literal["sample", "position"]
 Given = Callable[..., dict[str, Activity]]

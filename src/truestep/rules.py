@@ -16,7 +16,9 @@ from truestep.activity import Activity, Elements, Outer, Rows, Window
 from truestep.bits import pack
 from truestep.layout import Layout, Rule
 from truestep.rules_attention import attention
+from truestep.rules_bare import HOLDERS, bare
 from truestep.rules_norm import BATCH_NORM, normalization
+from truestep.rules_parametrized import parametrized
 from truestep.rules_recurrent import cell, recurrent
 
 __all__ = ["BATCH_NORM", "RULES", "find_rule", "looks_up_positions", "refused"]
@@ -37,6 +39,25 @@ def linear(
             found["weight"] = Outer(module.weight.shape, outputs, inputs)
         if module.bias is not None and module.bias.requires_grad:
             found["bias"] = Elements(module.bias.shape, outputs.any_position())
+        return found
+
+    return activity
+
+
+def transposed_linear(
+    layout: Layout, module: nn.Module, x: Tensor
+) -> Callable[[Tensor], dict[str, Activity]]:
+    """`transformers.pytorch_utils.Conv1D`: `nn.Linear` with a weight ``[inputs, outputs]``."""
+    weight, bias = module.get_parameter("weight"), module.get_parameter("bias")
+    inputs = pack(layout.arrange(x)) if weight.requires_grad else None
+
+    def activity(delta: Tensor) -> dict[str, Activity]:
+        found: dict[str, Activity] = {}
+        outputs = pack(layout.arrange(delta))
+        if inputs is not None:
+            found["weight"] = Outer(weight.shape, inputs, outputs, transposed=True)
+        if bias.requires_grad:
+            found["bias"] = Elements(bias.shape, outputs.any_position())
         return found
 
     return activity
@@ -248,8 +269,9 @@ def _rows(
     return Rows(module.weight.shape, samples, rows.int(), owners.int(), outputs, by_entry)
 
 
-RULES: dict[type[nn.Module], Rule] = {
+RULES: dict[type[nn.Module] | str, Rule] = {
     nn.Linear: linear,
+    "transformers.pytorch_utils.Conv1D": transposed_linear,
     nn.Conv1d: convolution,
     nn.Conv2d: convolution,
     nn.Conv3d: convolution,
@@ -274,10 +296,22 @@ RULES: dict[type[nn.Module], Rule] = {
     nn.LSTMCell: cell,
     nn.GRUCell: cell,
 }
-"""The rules that `SampleCounter` uses unless told otherwise: layer class to rule."""
+"""The rules that `SampleCounter` uses unless told otherwise: layer class, or its dotted name, to rule."""
+
+# Rules that read no more of a layer's parameters than their shapes.
+READ_SHAPES = {
+    linear,
+    transposed_linear,
+    convolution,
+    transposed_convolution,
+    bilinear,
+    prelu,
+    embedding,
+    normalization,
+}
 
 
-def refused(module: nn.Module, rules: Mapping[Any, Rule]) -> str | None:
+def refused(module: nn.Module, rules: Mapping[Any, Rule]) -> str | None:  # noqa: PLR0911
     """Why no rule for its class could be right for a module; None where nothing speaks against one.
 
     Args:
@@ -295,6 +329,8 @@ def refused(module: nn.Module, rules: Mapping[Any, Rule]) -> str | None:
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return f"{name} is used by nn.MultiheadAttention without being called"
     if nn.utils.parametrize.is_parametrized(module):
+        if _inherited(type(module), rules) in READ_SHAPES:
+            return None
         return f"{name} computes its parameters from others (a parametrization)"
     computed = [key for key, value in vars(module).items() if isinstance(value, Tensor)]
     if computed:
@@ -309,7 +345,7 @@ def find_rule(module: nn.Module, rules: Mapping[Any, Rule]) -> Rule | str:
     """The rule for a module, or the reason why there is none.
 
     A subclass inherits the rule of its base only if it inherits `forward` too: with another forward
-    pass the rule could be wrong.
+    pass the rule could be wrong. For modules of other kinds it is `bare`.
 
     Args:
         module: a module with parameters of its own.
@@ -318,10 +354,20 @@ def find_rule(module: nn.Module, rules: Mapping[Any, Rule]) -> Rule | str:
     reason = refused(module, rules)
     if reason is not None:
         return reason
-    name = type(module).__name__
-    for base in type(module).__mro__:
-        if base in rules:
-            if type(module).forward is base.forward:  # type: ignore[attr-defined]
-                return rules[base]
-            return f"{name} has a forward of its own, so the rule for {base.__name__} may not hold"
-    return f"{name} has no rule"
+    rule, name = _inherited(type(module), rules), type(module).__name__
+    if rule is not None and nn.utils.parametrize.is_parametrized(module):
+        return parametrized(rule, module)
+    if isinstance(module, HOLDERS):
+        return f"{name} holds parameters for no module that is known to use them"
+    # Who leaves a layer out of the rules wants its plain gradients.
+    left_out = f"{name} has no rule" if _inherited(type(module), RULES) else bare
+    return rule or left_out
+
+
+def _inherited(kind: type[nn.Module], rules: Mapping[Any, Rule]) -> Rule | None:
+    for base in kind.__mro__:
+        if getattr(base, "forward", None) is kind.forward:
+            rule = rules.get(base) or rules.get(f"{base.__module__}.{base.__qualname__}")
+            if rule is not None:
+                return rule
+    return None

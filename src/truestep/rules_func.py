@@ -23,7 +23,7 @@ from truestep.kernels.packing import WORD
 from truestep.layout import Inside, Layout
 from truestep.per_sample import Use, use_of
 
-__all__ = ["PerSample", "unusable"]
+__all__ = ["AloneError", "PerSample", "unusable"]
 
 
 def unusable(module: nn.Module) -> str | None:
@@ -47,6 +47,19 @@ def unusable(module: nn.Module) -> str | None:
         if isinstance(child, nn.modules.dropout._DropoutNd) and child.p > 0:  # noqa: SLF001
             return f"its {name!r} draws random numbers"
     return None
+
+
+class AloneError(TruestepError):
+    """A module's samples cannot be run one by one.
+
+    Args:
+        reason: why.
+        message: the whole of it.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class PerSample:
@@ -121,10 +134,11 @@ class PerSample:
             reason = str(error).strip().split("\n")[0].rstrip(".")
             if "random operation" in reason:  # vmap's own advice is for who calls it
                 reason = "it draws random numbers"
-            raise TruestepError(
+            raise AloneError(
+                reason,
                 f"{name} ({kind}) has no rule, and its samples cannot be run one by one: {reason}. Give "
                 f"it a rule, SampleCounter(model, rules=truestep.RULES | {{{kind}: my_rule}}), or keep "
-                "its plain gradient with unsupported='mean'"
+                "its plain gradient with unsupported='mean'",
             ) from error
 
 
