@@ -579,6 +579,26 @@ def test_a_use_that_bypasses_the_module_is_an_error_that_names_it():
         counter.correct_gradients()
 
 
+class CallsItself(nn.Sequential):
+    """A model whose call calls it once more, as Lightning's under DistributedDataParallel does."""
+
+    inner = False
+
+    def forward(self, input):
+        if self.inner:
+            return super().forward(input)
+        self.inner = True
+        return self(input).square().mean()
+
+
+def test_a_model_that_calls_itself_is_counted_in_the_inner_call():
+    model = CallsItself(nn.Linear(6, 3))
+    counter, inputs = truestep.SampleCounter(model), sparse_inputs(5, 6)
+    model(inputs).backward()
+    assert torch.equal(counter.counts()["0.weight"], (inputs != 0).sum(0).expand(3, 6))
+    assert counter.batch_size == 5
+
+
 # Hooks and copies.
 
 

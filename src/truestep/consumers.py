@@ -109,7 +109,7 @@ class Uses:
             TruestepError: there are parameters that `bypassed` finds.
         """
         uses = self._uses.pop(call, None)
-        if uses is None or not outputs:
+        if uses is None or not outputs or self._checked:
             return
         self._checked = True
         known = {p: name for p, name in names.items() if p not in plain}
