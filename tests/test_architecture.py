@@ -38,7 +38,7 @@ LAYERS = [
     },
     {"distributed", "exchange", "fused", "update"},
     {"records", "batch", "hooks", "layers", "compiled", "counter"},
-    {"optim", "transforms", "doctor"},
+    {"optim", "transforms", "doctor", "monitor"},
     {""},  # the public names
     {"lab"},
     {"cli"},

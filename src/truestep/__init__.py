@@ -1,6 +1,6 @@
 """Optimizer steps of the right size, parameter by parameter, for any PyTorch model."""
 
-from truestep import oracle
+from truestep import monitor, oracle
 from truestep.counter import SampleCounter
 from truestep.errors import TruestepError
 from truestep.optim import DASGD, AdaptiveBatchSGD
@@ -16,5 +16,6 @@ __all__ = [
     "attach",
     "directional_boost",
     "mean_effective_gradient",
+    "monitor",
     "oracle",
 ]
