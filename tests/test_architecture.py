@@ -40,7 +40,7 @@ LAYERS = [
     {"records", "batch", "hooks", "layers", "compiled", "counter"},
     {"optim", "transforms", "doctor", "monitor"},
     {""},  # the public names
-    {"lab"},
+    {"lab", "integrations"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -84,6 +84,12 @@ def test_the_core_knows_torch_alone(name):
     known |= {"itertools", "math", "operator", "sys", "typing", "weakref"}
     roots = {imported.split(".")[0] for imported in imports(ROOT / f"{name}.py")}
     assert roots <= allowed | known
+
+
+def test_integrations_use_the_public_names_only():
+    for path in FILES:
+        if path.parent.name == "integrations":
+            assert [n for n in imports(path) if n.startswith("truestep")] in ([], ["truestep"])
 
 
 def test_only_the_compiled_loops_import_numba():

@@ -182,7 +182,7 @@ def test_a_shared_argument_of_the_batchs_length_is_an_error():
     model = TwoInputs(several).double()
     counter = truestep.SampleCounter(model)
     model(sparse(7, 4))
-    with pytest.raises(TruestepError, match="'own' has no rule.*one by one"):
+    with pytest.raises(TruestepError, match=r"'own' has no rule.*one by one"):
         model(sparse(5, 4))  # as long as the table: found out though 7 samples went well
     counter.close()
 
@@ -408,7 +408,7 @@ def test_frozen_layers_inside_are_run_along():
         expected = ((delta != 0) & (model(inputs) != 0)).sum(0)
         assert torch.equal(counter.counts()["scale"], expected)
     model.norm.train()
-    with pytest.raises(TruestepError, match="has no rule.*Nor can its samples be run one by one"):
+    with pytest.raises(TruestepError, match=r"has no rule.*Nor can its samples be run one by one"):
         model(inputs)
     model.norm.eval()
     model.first.requires_grad_(requires_grad=True)
@@ -522,7 +522,7 @@ def test_dropout_is_quiet_in_evaluation_and_refused_again_in_training():
     model(torch.ones(4, 3)).sum().backward()
     assert counter.counts()["scale"].tolist() == [4, 4, 4]
     model.train()
-    with pytest.raises(TruestepError, match="the model.* draws random numbers"):
+    with pytest.raises(TruestepError, match=r"the model.* draws random numbers"):
         model(torch.ones(4, 3))
 
 

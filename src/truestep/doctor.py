@@ -32,6 +32,8 @@ EXTRAS = {
         "jinja2",
         "wordfreq",
     ),
+    "lightning": ("lightning",),
+    "huggingface": ("transformers", "accelerate"),
 }
 
 

@@ -1,0 +1,1 @@
+"""Frameworks that own the training loop: one file each, on the public names only."""
