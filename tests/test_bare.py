@@ -612,3 +612,61 @@ def test_a_row_for_each_sample():
     expected = own_counts(model, [output], [delta], SAMPLES)
     output.backward(delta)
     assert_same([counter.counts()], expected)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("use_reentrant", [None, True, False])
+@pytest.mark.parametrize("name", ["Llama", "ViT"])
+def test_models_of_transformers(name, use_reentrant):
+    hub = pytest.importorskip("transformers", reason="needs transformers")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 12, "hidden_act": "relu"}
+    if name == "Llama":
+        base = hub.LlamaModel(hub.LlamaConfig(vocab_size=11, use_cache=False, **sizes))
+        inputs = torch.randint(0, 11, (3, TIME))
+    else:
+        config = hub.ViTConfig(image_size=8, patch_size=4, qkv_bias=False, **sizes)
+        base, inputs = (
+            hub.ViTModel(config, add_pooling_layer=False),
+            torch.randn(3, 3, 8, 8).double(),
+        )
+    model = Headed(base).double()
+    targets = torch.randint(0, 3, (3,))
+    expected = truestep.oracle.counts(model, functional.cross_entropy, inputs, targets)
+    if use_reentrant is not None:
+        base.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        base.train()
+    counts, _ = count(model, functional.cross_entropy, inputs, targets)
+    assert_same([counts], expected)
+
+
+class Headed(nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.head = base, nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.base(x).last_hidden_state)).mean(1)
+
+
+class Projected(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randint(-2, 3, (WIDTH, WIDTH)).float())
+
+    def forward(self, x):
+        return torch.relu(x @ self.matrix)
+
+
+def test_autocast_casts_a_parameter_once_for_two_calls():
+    module = Projected()
+    second = sparse_inputs(SAMPLES, WIDTH).sign()
+    first = torch.zeros_like(second)  # only the second call reaches the matrix
+    model = nn.Sequential(module)
+    model.forward = lambda x: module(first) + module(x)
+    counter = truestep.SampleCounter(model)
+    expected = (second != 0).float().T @ (second @ module.matrix > 0).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(second).float().sum()
+    loss.backward()
+    assert torch.equal(counter.counts()["0.matrix"], expected.long())

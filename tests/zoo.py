@@ -6,6 +6,7 @@ All treat samples independently, so that the oracle can judge them.
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils.parametrizations import weight_norm
 
 
 class Twice(nn.Module):
@@ -155,6 +156,27 @@ class Polynomial(nn.Module):
         return first + second * x + second * third * x.square()
 
 
+class Tokens(nn.Module):
+    """A small vision transformer's parameters without a layer: token, positions, scales, a gate, a matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(3, 4)
+        self.token = nn.Parameter(torch.randn(1, 1, 4))
+        self.positions = nn.Parameter(torch.randn(1, 9, 4))
+        self.before = nn.Parameter(torch.randn(4))
+        self.after = nn.Parameter(torch.randn(4))
+        self.gate = nn.Parameter(torch.randn(1))
+        self.matrix = nn.Parameter(torch.randn(4, 5))
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        x = torch.cat([self.token.expand(len(x), -1, -1), self.embed(x)], 1)
+        x = torch.relu(x + self.positions[:, : x.shape[1]])
+        x = x + torch.relu(x * self.before) * torch.sigmoid(self.gate) * self.after
+        return self.head(torch.relu(x @ self.matrix)).mean(1)
+
+
 class Root(nn.Linear):
     """The model is a layer itself."""
 
@@ -212,6 +234,10 @@ ZOO = {
     "polynomial": lambda: classify(
         nn.Sequential(nn.Linear(4, 4), nn.ReLU(), Polynomial(), nn.Linear(4, 3)),
         sparse_inputs(7, 4),
+    ),
+    "tokens": lambda: classify(Tokens(), sparse_inputs(6, 4, 3)),
+    "weight norm": lambda: classify(
+        nn.Sequential(weight_norm(nn.Linear(4, 6)), nn.ReLU(), nn.Linear(6, 3)), sparse_inputs(8, 4)
     ),
     "bag": lambda: classify(
         nn.Sequential(nn.EmbeddingBag(8, 5, mode="sum"), nn.ReLU(), nn.Linear(5, 3)),

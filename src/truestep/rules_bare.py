@@ -178,6 +178,9 @@ class _Reader:
             return UNSEEN
         variable = getattr(node, "variable", None)
         if variable is None:
+            if node.name() == "ToCopyBackward0" and (node, number) not in self._values:
+                # Autocast keeps the cast of a parameter from an earlier call.
+                return self._operand(*node.next_functions[0])
             return self._values.get((node, number), DATA)
         if variable in self._names:
             return (Part(self._names[variable], variable.shape, variable.shape),)

@@ -30,13 +30,16 @@ def parametrized(rule: Rule, module: nn.Module) -> Rule:
         module: the layer.
     """
     lists: Any = module.parametrizations
-    modes = {each: each.training for each in lists.modules()}
-    lists.eval()  # in training some move their buffers (spectral_norm)
-    with torch.no_grad(), torch.random.fork_rng():
-        shapes = {name: getattr(module, name).shape for name in lists}
-    for each, training in modes.items():
-        each.training = training
+    shapes = {name: _computed_shape(lists[name]) for name in lists}
     return partial(_parametrized, rule, shapes)
+
+
+def _computed_shape(chain: nn.Module) -> torch.Size:
+    """The shape of what is computed, by a run without numbers, which moves no buffers (spectral_norm)."""
+    tensors = [*chain.named_parameters(), *chain.named_buffers()]
+    empty = {key: torch.empty(t.shape, dtype=t.dtype, device="meta") for key, t in tensors}
+    computed: Tensor = torch.func.functional_call(chain, empty, ())
+    return computed.shape
 
 
 def _parametrized(
@@ -79,7 +82,7 @@ def _normed(chain: nn.ModuleList) -> int | None:
 
 def _stand_in(module: nn.Module, shapes: dict[str, torch.Size]) -> nn.Module:
     """The layer without its parametrization: reading what is computed would compute it once more."""
-    base: Any = type(module).__mro__[1]
+    base: Any = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
     result: nn.Module = base.__new__(base)
     vars(result).update(vars(module))
     lists: Any = module.parametrizations
