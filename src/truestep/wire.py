@@ -47,7 +47,7 @@ def message(activity: Activity) -> Message:
     """The activity in the fewest bytes: its bits, or its counts as 32-bit integers.
 
     Example:
-        >>> bits = pack(torch.ones(64, 100, dtype=torch.bool))
+        >>> bits = pack(torch.eye(64, 100))
         >>> message(Outer(torch.Size([100, 100]), bits, bits)).length
         200
         >>> message(Outer(torch.Size([2, 2]), bits, bits)).length
