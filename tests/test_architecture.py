@@ -37,7 +37,7 @@ LAYERS = [
         "wire",
     },
     {"distributed", "exchange", "fused", "update"},
-    {"records", "batch", "hooks", "layers", "compiled", "counter"},
+    {"records", "batch", "hooks", "layers", "compiled", "watch", "counter"},
     {"optim", "transforms", "doctor", "monitor"},
     {""},  # the public names
     {"lab", "integrations"},
@@ -101,11 +101,11 @@ def test_only_the_compiled_loops_import_numba():
     assert all(name.startswith("kernels/loops/") for name in importing - {"kernels/dispatch.py"})
 
 
-def test_only_the_counter_hooks_modules():
+def test_only_the_watch_hooks_modules():
     hooking = {
         str(path.relative_to(ROOT)) for path in FILES if "register_forward" in path.read_text()
     }
-    assert hooking == {"counter.py"}
+    assert hooking == {"watch.py"}
 
 
 def test_there_is_no_drawer_for_everything():

@@ -287,7 +287,7 @@ def test_one_call_in_several_graphs_is_one_call(root):
             loss_of(compiled(inputs)).backward()
             assert_same(counter.counts(), expected)
     assert graphs() >= 2
-    assert not counter._calls
+    assert not counter._watch._calls
 
 
 class Blocks(nn.Module):
@@ -488,15 +488,15 @@ def test_evaluation_and_steps_leave_nothing():
     compiled(inputs)  # evaluation by someone who forgot no_grad
     torch.autograd.grad(loss_of(compiled(inputs)), list(model.parameters()))
     assert_same(counter.counts(), counts)
-    assert not counter._calls
+    assert not counter._watch._calls
     assert not counter._records._pending
     assert not counter._records._entered
     gc.collect()
-    calls, handles, objects = len(CALLS), len(counter._handles), len(gc.get_objects())
+    calls, handles, objects = len(CALLS), len(counter._watch._handles), len(gc.get_objects())
     for _ in range(20):
         step()
     gc.collect()
-    assert (len(CALLS), len(counter._handles)) == (calls, handles)
+    assert (len(CALLS), len(counter._watch._handles)) == (calls, handles)
     assert len(gc.get_objects()) - objects < 20
 
 
@@ -529,7 +529,7 @@ def test_a_closed_counter_counts_nothing():
     with torch._dynamo.config.patch(error_on_recompile=False):
         loss_of(compiled(inputs)).backward()
     assert counter.counts() == {}
-    assert not counter._handles
+    assert not counter._watch._handles
     assert model[0].weight.grad is not None
 
 

@@ -238,7 +238,7 @@ def test_an_exception_after_a_layer_of_a_forward_leaves_nothing(model, counter):
     second = sparse_inputs(3, 4)
     backward(model, second)
     assert_counted(counter, model, second)
-    assert not counter._calls
+    assert not counter._watch._calls
 
 
 def test_an_exception_in_forward_leaves_nothing(model, counter):
@@ -247,7 +247,7 @@ def test_an_exception_in_forward_leaves_nothing(model, counter):
     second = sparse_inputs(3, 4)
     backward(model, second)
     assert_counted(counter, model, second)
-    assert not counter._calls
+    assert not counter._watch._calls
 
 
 def test_an_l2_term_by_a_backward_of_its_own_keeps_the_record(model, counter):
@@ -854,16 +854,16 @@ def test_steps_leave_no_growth(model, counter):
         return counter.nbytes
 
     sizes = {step() for _ in range(5)}
-    handles = len(counter._handles)
+    handles = len(counter._watch._handles)
     gc.collect()
     objects = len(gc.get_objects())
     sizes |= {step() for _ in range(20)}
     gc.collect()
     assert len(sizes) == 1
-    assert len(counter._handles) == handles
+    assert len(counter._watch._handles) == handles
     assert len(gc.get_objects()) - objects < 20
     assert not counter._records._pending
-    assert not counter._calls
+    assert not counter._watch._calls
 
 
 def test_errors_are_one_paragraph(model, counter):

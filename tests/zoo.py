@@ -177,6 +177,13 @@ class Tokens(nn.Module):
         return self.head(torch.relu(x @ self.matrix)).mean(1)
 
 
+class Averaged(nn.Sequential):
+    """The mean over positions of what layers make of them."""
+
+    def forward(self, x):
+        return super().forward(x).mean(1)
+
+
 class Root(nn.Linear):
     """The model is a layer itself."""
 
@@ -208,6 +215,9 @@ ZOO = {
     "no bias": lambda: classify(mlp(bias=False), sparse_inputs(6, 4)),
     "in-place relu": lambda: classify(
         nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3)), sparse_inputs(8, 4)
+    ),
+    "in-place relu over positions": lambda: classify(
+        Averaged(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3)), sparse_inputs(5, 3, 4)
     ),
     "sigmoid": lambda: classify(mlp(nn.Sigmoid), sparse_inputs(7, 4)),
     "twice": lambda: classify(Twice(), sparse_inputs(8, 4)),

@@ -73,6 +73,10 @@ class Uses:
         if not self._checked:
             self._uses[call] = []
 
+    def counts(self, call: Any) -> bool:
+        """Whether the uses of a call are wanted."""
+        return call in self._uses
+
     def add(self, call: Any, outputs: Iterable[Any], given: Iterable[Any]) -> None:
         """Notes a use: its outputs, and what went into it; tensors, or their nodes."""
         if call in self._uses:

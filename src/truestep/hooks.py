@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Hook", "Pausable", "on_backward", "on_gradients", "on_node", "uncompiled"]
+__all__ = ["Hook", "Pausable", "on_gradients", "on_node", "uncompiled"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -66,32 +66,6 @@ class Hook:
 
 def _no_counter() -> None:
     return None
-
-
-def on_backward(
-    outputs: Sequence[Tensor],
-    bound: Callable[[Any], Hook],
-    given: Any | None,
-    inner: Sequence[tuple[Any, Any]],
-    *,
-    late: bool,
-) -> None:
-    """Hooks what a rule asks for.
-
-    Args:
-        outputs: the tensors that the layer has returned.
-        bound: makes the hook for a function of the rule's.
-        given: what is to get the gradients of the outputs, if any.
-        inner: autograd nodes inside the layer, each with what is to get its gradient.
-        late: whether to come after all hooks on the outputs, also those registered later, such as
-            those of `fully_shard` that gather a layer's parameters.
-    """
-    for node, use in inner:
-        on_node(node, bound(use))
-    if given is not None and len(outputs) == 1 and not late:
-        outputs[0].register_hook(bound(given))
-    elif given is not None:
-        on_gradients(outputs, bound(given))
 
 
 def on_gradients(outputs: Sequence[Tensor], hook: Hook) -> None:

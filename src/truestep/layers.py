@@ -46,6 +46,7 @@ class Layer:
         lenient: whether such a module may keep its plain gradients.
         holds_layers: whether it has modules in it that are called.
         began: of such a module, the calls that have not returned.
+        builtin: whether its forward pass is torch's own.
     """
 
     name: str
@@ -57,6 +58,8 @@ class Layer:
     lenient: bool = False
     holds_layers: bool = False
     began: list[Recording] = field(default_factory=list)
+    builtin: bool = False
+    _seen: "_Seen" = field(default_factory=lambda: _Seen())
 
     def begin(self) -> None:
         """Notes that a call begins."""
@@ -119,8 +122,11 @@ class Layer:
         Raises:
             TruestepError: an owner is not among the `known` ones, the counter's.
         """
+        if self._seen.holds():
+            return self._seen.trained
         found: list[tuple[Tensor, Tensor]] = []
-        for name, parameter in self._own():
+        names = dict(self._own())
+        for name, parameter in names.items():
             if parameter.requires_grad and parameter.is_leaf:
                 owner = self.owner(name, parameter)
                 if owner not in known:
@@ -130,7 +136,46 @@ class Layer:
                         "afterwards"
                     )
                 found.append((owner, parameter))
+        self._seen.note(self.module, names, found)
         return found
+
+    def present(self, name: str) -> Tensor:
+        """The module's present parameter of that name."""
+        parameter = self._seen.names.get(name)
+        return self.module.get_parameter(name) if parameter is None else parameter
+
+
+class _Seen:
+    """What was seen of a layer's parameters, good as long as its modules hold the very same ones."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, Tensor] = {}
+        self.trained: list[tuple[Tensor, Tensor]] = []
+        self._places: list[tuple[dict[str, Any], str, Any, bool]] = []
+        self._sizes: list[tuple[dict[str, Any], int]] = []
+
+    def note(
+        self, module: nn.Module, names: dict[str, Tensor], trained: list[tuple[Tensor, Tensor]]
+    ) -> None:
+        """Keeps what was seen."""
+        self.names, self.trained = names, trained
+        held: list[dict[str, Any]] = [inner._parameters for inner in module.modules()]  # noqa: SLF001
+        self._sizes = [(parameters, len(parameters)) for parameters in held]
+        self._places = [
+            (parameters, name, parameter, parameter is not None and parameter.requires_grad)
+            for parameters in held
+            for name, parameter in parameters.items()
+        ]
+
+    def holds(self) -> bool:
+        """Whether it is still so."""
+        for parameters, name, parameter, trains in self._places:
+            present = parameters.get(name)
+            if present is not parameter or (
+                trains is not (present is not None and present.requires_grad)
+            ):
+                return False
+        return bool(self._sizes) and all([len(held) == size for held, size in self._sizes])
 
 
 def make_layer(
@@ -146,7 +191,8 @@ def make_layer(
             True for child in module.modules() if child not in {module, *holders_in(module)}
         )
         return Layer(name, module, rule, layout, sharded, True, lenient, holds)
-    return Layer(name, module, rule, layout, sharded)
+    builtin = type(module).forward.__module__.startswith("torch.nn.")
+    return Layer(name, module, rule, layout, sharded, builtin=builtin)
 
 
 def _own(

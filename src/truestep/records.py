@@ -99,6 +99,7 @@ class Records:
         unit: what counts as a sample.
 
     Attributes:
+        known: the identities of the parameters.
         committed: the records, by the identity of their parameters: tensors are slow keys.
         follows: whether a record follows its gradient when a backward pass puts another tensor in its
             place, as DistributedDataParallel does with gradient_as_bucket_view=True.
@@ -107,6 +108,7 @@ class Records:
 
     def __init__(self, names: dict[Tensor, str], unit: Unit) -> None:
         self.names = names
+        self.known = {id(parameter) for parameter in names}
         self.committed: dict[int, Record] = {}
         self.follows = False
         self._unit = unit

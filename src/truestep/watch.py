@@ -1,0 +1,340 @@
+"""The hooks of one counter on one model, in the order in which they run.
+
+The only file that hooks modules: a layer's forward hook lets the layer's rule pack the inputs, a hook on the
+node of the layer's output lets it turn the output gradient into activity, and a hook on each parameter
+commits the activity when the gradient has reached `.grad`. What becomes of it is `Records`' matter.
+"""
+
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from truestep import compiled
+from truestep.activity import Activity
+from truestep.batch import Batch
+from truestep.combine import Shared
+from truestep.compiled import Receiver
+from truestep.consumers import Uses
+from truestep.hooks import Hook, Pausable, on_gradients, on_node, uncompiled
+from truestep.layers import (
+    Layer,
+    batch_of,
+    check_batch,
+    check_shape,
+    fused_in_evaluation,
+    layout_of,
+    sizes_of,
+)
+from truestep.layout import Layout, Unit, tensors_in
+from truestep.records import FORWARD, Call, Records
+
+__all__ = ["Watch"]
+
+
+class Watch:
+    """The hooks on a model; they know it weakly and are inert once it is gone.
+
+    Args:
+        model: the counter's.
+        layers: the modules to hook.
+        records: get what the hooks find.
+        batch: is told about a wrapper that calls the model.
+        plain: gets the parameters that turn out to keep their plain gradients.
+        batch_dim: of the model's own inputs and outputs.
+        unit: what counts as a sample.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        records: Records,
+        batch: Batch,
+        plain: set[Tensor],
+        batch_dim: int,
+        unit: Unit,
+    ) -> None:
+        self._records, self._batch, self._plain = records, batch, plain
+        self._batch_dim, self._unit = batch_dim, unit
+        self._reference = weakref.ref(self)
+        self._handles: list[Any] = []
+        # A call that began in a compiled graph is here by its key.
+        self._calls: list[Call | Tensor | None] = []
+        self._hooked: dict[Tensor, Tensor] = {}
+        self._uses = Uses()
+        self._looks_up = any(isinstance(layer.module, nn.Embedding) for layer in layers)
+        hook = partial(Hook, self._reference)
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            self._follow(model)
+        begins = Receiver(hook(Watch._find_wrapper), begins=True)
+        self._handles.append(
+            model.register_forward_pre_hook(
+                hook(Watch._on_call, begins), with_kwargs=True, prepend=True
+            )
+        )
+        fused = fused_in_evaluation(model)
+        self._fused: list[tuple[nn.Module, Pausable]] = []
+        for layer in layers:
+            handle = self._hook(layer)
+            self._handles.append(handle)
+            if layer.module in fused:
+                self._fused.append((fused[layer.module], handle))
+        taps = Receiver(hook(Watch._on_delivered_output))
+        # After the layers' hooks: the model may be a layer itself.
+        self._handles.append(
+            model.register_forward_hook(hook(Watch._on_return, taps), always_call=True)
+        )
+
+    def _hook(self, layer: Layer) -> Pausable:
+        hook = partial(Hook, self._reference)
+        taps = Receiver(hook(Watch._on_delivered_layer, layer))
+        if layer.bare:
+            on_begin = hook(Watch._on_begin, layer)
+            self._handles.append(layer.module.register_forward_pre_hook(on_begin))
+        return Pausable(
+            partial(
+                layer.module.register_forward_hook,
+                hook(Watch._on_layer, layer, taps),
+                with_kwargs=True,
+                # fully_shard's own hook takes the gathered parameters away after the call: go before it.
+                prepend=bool(layer.sharded),
+                always_call=layer.bare,
+            )
+        )
+
+    def close(self) -> None:
+        """Takes the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._fused.clear()
+        self._hooked.clear()
+
+    # A call of the model begins.
+
+    def _on_call(self, _begins: Receiver, _module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not torch.is_grad_enabled():
+            self._calls.append(None)
+            for outer, handle in self._fused:
+                if not (outer.training or torch.compiler.is_compiling()):
+                    handle.remove()
+            return
+        inputs = list(tensors_in((args, kwargs)))
+        if torch.compiler.is_compiling():
+            self._calls.append(compiled.begin(inputs, self._batch_dim))
+            return
+        for _, handle in self._fused:
+            handle.resume()  # an evaluation that was interrupted could not
+        self._find_wrapper()
+        places: set[int] = set()
+        if self._looks_up:
+            places = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+        sizes = list(sizes_of(inputs, self._batch_dim))
+        # Only a compiled part of the model asks for a call by its key.
+        may_compile = "torch._dynamo" in sys.modules
+        call = compiled.new_call(sizes, places) if may_compile else Call(sizes, places)
+        self._calls.append(call)
+        self._uses.begin(call)
+
+    def _find_wrapper(self) -> None:
+        wrapper = self._batch.new_wrapper()
+        if wrapper is not None:
+            self._follow(wrapper)
+
+    def _follow(self, wrapper: nn.Module) -> None:
+        # DistributedDataParallel lays its buckets out anew in its second forward pass.
+        hook = partial(Hook, self._reference, Watch._on_wrapper)
+        self._handles += [
+            wrapper.register_forward_pre_hook(hook(Records.watch), prepend=True),
+            wrapper.register_forward_hook(hook(Records.follow), always_call=True),
+        ]
+
+    def _on_wrapper(self, method: Callable[[Records, int], None], *_: Any) -> None:
+        method(self._records, FORWARD)
+
+    # A layer is called, and returns.
+
+    def _on_begin(self, layer: Layer, *_: Any) -> None:
+        layer.begin()
+
+    def _on_layer(
+        self, layer: Layer, taps: Receiver, module: nn.Module, args: Any, kwargs: Any, output: Any
+    ) -> Any:
+        if not torch.is_grad_enabled():
+            return None
+        rule = layer.rule_of_call() if layer.bare else layer.rule
+        outputs = [output] if isinstance(output, Tensor) else list(tensors_in(output))
+        if not any([tensor.requires_grad for tensor in outputs]):
+            return None
+        # In a backward pass activation checkpointing runs layers again, for the call it is in.
+        call = self._calls[-1] if self._calls else self._records.current
+        if torch.compiler.is_compiling():
+            return compiled.tapped(output, taps, call, (args, kwargs)) if layer.traced() else None
+        if not self._wait_for_gradients(layer):
+            return None
+        if not isinstance(call, Call):
+            call = Call(outside=True) if call is None else compiled.call_of(call)
+        layout = layer.layout
+        if isinstance(module, nn.Embedding):
+            layout = layout_of(layer, call, args, kwargs)
+        with self._uses.unless_refused():
+            activity = rule(layout, module, *args, **kwargs)
+            given, inner = layer.see(activity, outputs, self._plain)
+        bound = partial(_Gradients, self._reference, layer, layout, call)
+        for node, use in inner:
+            on_node(node, bound(use))
+        if given is None and layer.bare:
+            for node, use in inner:
+                self._uses.add(call, [node], use.others)
+            return None
+        if given is not None:
+            self._wait_at(layer, outputs, bound(given))
+        if self._uses.counts(call):
+            bases = [tensor._base for tensor in outputs if tensor._is_view()]  # noqa: SLF001
+            ends = [*outputs, *(base for base in bases if base is not None)]
+            self._uses.add(call, ends, tensors_in((args, kwargs)))
+        return None
+
+    def _wait_at(self, layer: Layer, outputs: Sequence[Tensor], gradients: "_Gradients") -> None:
+        """Hands the gradients of a layer's outputs on."""
+        if len(outputs) != 1:
+            on_gradients(outputs, gradients)
+            return
+        (output,) = outputs
+        if layer.builtin and output._is_view():  # noqa: SLF001
+            # Writing into a view in place, as an activation function may, replaces its node, not its base's.
+            base = output._base  # noqa: SLF001
+            if (
+                base is not None
+                and base.grad_fn is not None
+                and base.numel() == output.numel()
+                and base.is_contiguous()
+                and output.is_contiguous()
+            ):
+                gradients.shape, output = output.shape, base
+        gradients.place = output.output_nr
+        output.grad_fn.register_prehook(gradients)
+
+    def _wait_for_gradients(self, layer: Layer) -> bool:
+        trained = layer.trained(self._records.names)
+        for owner, parameter in trained:
+            if owner not in self._hooked:
+                hook = Hook(self._reference, Watch._on_accumulated)
+                self._handles.append(owner.register_post_accumulate_grad_hook(hook))
+                self._hooked[owner] = owner
+            if parameter not in self._hooked:
+                # Gathered by fully_shard, which later hands its owner the gradient.
+                hook = Hook(self._reference, Watch._on_gathered, owner)
+                self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
+                self._hooked[parameter] = owner
+        return bool(trained)
+
+    def _on_return(self, taps: Receiver, _module: nn.Module, _args: Any, output: Any) -> Any:
+        call = self._calls.pop() if self._calls else None
+        if torch.compiler.is_compiling():
+            return None if call is None else compiled.tapped(output, taps, call, ((), {}))
+        if call is None:
+            for _, handle in self._fused:
+                handle.resume()
+            return None
+        call = compiled.call_of(call) if isinstance(call, Tensor) else call
+        call.sizes.extend(sizes_of(output, self._batch_dim))
+        outputs = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
+        for tensor in outputs:
+            tensor.register_hook(Hook(self._reference, Watch._on_output_gradient, call))
+        self._uses.end(call, outputs, self._records.names, self._plain, self._hooked)
+        return None
+
+    # In the backward pass.
+
+    def _on_output_gradient(self, call: Call, delta: Tensor | None) -> None:
+        self._records.enter(call)
+        if self._unit == "position" and delta is not None:
+            call.note_positions(delta)
+
+    def on_gradients(
+        self,
+        layer: Layer,
+        layout: Layout,
+        call: Call,
+        activity: Callable[..., dict[str, Activity]],
+        *deltas: Tensor | None,
+    ) -> None:
+        """Takes what a layer's rule makes of the gradients of its outputs."""
+        if torch.is_grad_enabled():  # create_graph=True
+            deltas = tuple(delta if delta is None else delta.detach() for delta in deltas)
+        for name, found in activity(*deltas).items():
+            parameter = layer.owner(name, layer.present(name))
+            check_shape(layer, name, found.shape, parameter)
+            if layout.batch_dim is None:
+                shared = Shared(found, batch_of(layer, call))
+                self._records.receive(parameter, call, shared)
+                continue
+            if self._unit == "sample":
+                check_batch(layer, call, found.samples)
+            self._records.receive(parameter, call, found)
+
+    def _on_gathered(self, owner: Tensor, _parameter: Tensor) -> None:
+        self._records.hold(owner)
+
+    def _on_accumulated(self, parameter: Tensor) -> None:
+        self._records.commit(parameter)
+
+    # The same, delivered by a compiled graph.
+
+    def _on_delivered_output(self, call: Call, deltas: list[Tensor | None], *_: Any) -> None:
+        call.sizes.extend(sizes_of(deltas, self._batch_dim))
+        for delta in deltas:
+            # A compiled graph gives zeros to outputs that the loss does not depend on.
+            if delta is not None and (self._unit == "sample" or delta.any()):
+                self._on_output_gradient(call, delta)
+
+    def _on_delivered_layer(
+        self, layer: Layer, call: Call, deltas: list[Tensor | None], args: Any, kwargs: Any
+    ) -> None:
+        if self._handles and self._wait_for_gradients(layer):  # none once it is closed
+            layout = layout_of(layer, call, args, kwargs)
+            for activity, gradients in compiled.delivered(layer, layout, args, kwargs, deltas):
+                self.on_gradients(layer, layout, call, activity, *gradients)
+
+
+class _Gradients:
+    """Waits for the gradients of one use of a layer.
+
+    Attributes:
+        place: which of the gradients at its node is wanted; None for all that it is called with.
+        shape: of the layer's output, where the node's is another.
+    """
+
+    __slots__ = ("_activity", "_call", "_layer", "_layout", "_watch", "place", "shape")
+
+    def __init__(
+        self,
+        watch: Callable[[], Watch | None],
+        layer: Layer,
+        layout: Layout,
+        call: Call,
+        activity: Callable[..., dict[str, Activity]],
+    ) -> None:
+        self._watch, self._layer, self._layout = watch, layer, layout
+        self._call, self._activity = call, activity
+        self.place: int | None = None
+        self.shape: torch.Size | None = None
+
+    def __call__(self, *deltas: Any) -> None:
+        watch = self._watch()
+        if watch is None:
+            return
+        if self.place is not None:
+            delta = deltas[0][self.place]
+            if delta is None:
+                return
+            deltas = (delta if self.shape is None else delta.reshape(self.shape),)
+        watch.on_gradients(self._layer, self._layout, self._call, self._activity, *deltas)
+
+    uncompiled(__call__, inside=False)
