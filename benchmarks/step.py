@@ -1,174 +1,187 @@
-"""What a training step costs beside plain SGD's: forward, backward and step, in one process.
+"""What a training step costs beside others: seconds and peak memory, on this machine.
 
-    python benchmarks/step.py [--threads 1] [--rounds 30] [--models mlp-small,cnn] [--peers]
+    python benchmarks/step.py [--threads 1,2] [--rounds 40] [--tasks 784-30,cnn] [--peers] [--memory]
+                              [--json FILE] [--markdown]
+    python benchmarks/step.py --read FILE --markdown
 
-Candidates take turns (A B C A B C ...), and each is compared with the plain step of the same round, so that
-a machine whose speed drifts does not matter. Printed: the median ratio and its quartiles.
+Two candidates take turns (A B A B ...) in one process, and each step is compared with its neighbour, so that
+a machine whose speed drifts does not matter. Printed: the median ratio and its quartiles. Other libraries are
+slow enough to disturb their neighbours, so each has a block of its own beside SGD, after the rest.
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
-from itertools import pairwise
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
+import peak
 import truestep
+from candidates import CANDIDATES, LR, PAIRS, PEERS, refusal
+from tasks import TASKS
+from timing import compare, machine, machine_line
 
-INK = 0.2  # the share of MNIST's pixels that are not black
+PEER_ROUNDS = 3
+# Sizes of the parameters whose optimizer's step is measured alone.
+ALONE = {"one parameter of 16.8M": [1 << 24], "500 parameters of 100": [100] * 500}
 
-Step = Callable[[], None]
-Task = tuple[nn.Module, Callable[[Tensor, Tensor], Tensor], Tensor, Tensor]
+# Where memory happens to lie moves the step of a large parameter by 20 %: each is made so many times.
+PLACES = 5
 
-
-def mlp(*sizes: int, batch: int) -> Task:
-    layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
-    inputs = torch.rand(batch, sizes[0]) * (torch.rand(batch, sizes[0]) < INK)
-    return classify(nn.Sequential(*layers[:-1]), inputs)
-
-
-def classify(model: nn.Module, inputs: Tensor) -> Task:
-    return model, functional.cross_entropy, inputs, torch.randint(0, 10, (len(inputs),))
+Row = dict[str, Any]
 
 
-def cnn() -> Task:
-    model = nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(16, 16, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(16 * 14 * 14, 10),
+def of_training(tasks: list[str], rounds: int) -> Iterator[Row]:
+    for task in tasks:
+        for candidate, baseline in PAIRS:
+            steps = []
+            for name in (candidate, baseline):
+                torch.manual_seed(0)
+                steps.append(CANDIDATES[name](TASKS[task]()))
+            found = compare([(steps[0], steps[1])], rounds)
+            yield {"task": task, "candidate": candidate, "baseline": baseline, **found}
+
+
+def of_peers(tasks: list[str]) -> Iterator[Row]:
+    for task in tasks:
+        for peer, (_, build) in PEERS.items():
+            row = {"task": task, "candidate": peer, "baseline": "SGD"}
+            torch.manual_seed(0)
+            why = refusal(peer, TASKS[task]())
+            if why is not None:
+                yield row | {"skipped": why}
+                continue
+            steps = build(TASKS[task]()), CANDIDATES["SGD"](TASKS[task]())
+            yield row | compare([steps], PEER_ROUNDS)
+
+
+def of_steps_alone(rounds: int) -> Iterator[Row]:
+    def optimizer(make: Any, sizes: list[int]) -> torch.optim.Optimizer:
+        parameters = [nn.Parameter(torch.randn(size)) for size in sizes]
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        return make(parameters)
+
+    def own(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return truestep.DASGD(parameters, lr=LR)
+
+    baselines = {
+        "SGD momentum, fused": lambda p: torch.optim.SGD(p, lr=LR, momentum=0.9, fused=True),
+        "SGD momentum, foreach": lambda p: torch.optim.SGD(p, lr=LR, momentum=0.9, foreach=True),
+    }
+    for what, sizes in ALONE.items():
+        for baseline, make in baselines.items():
+            pairs = (
+                (optimizer(own, sizes).step, optimizer(make, sizes).step) for _ in range(PLACES)
+            )
+            found = compare(pairs, rounds)
+            yield {"task": what, "candidate": "DASGD", "baseline": baseline, **found}
+
+
+def of_memory(tasks: list[str], *, peers: bool) -> Iterator[Row]:
+    for task in tasks:
+        names = [*CANDIDATES, *(PEERS if peers else ())]
+        for name in names:
+            row = {"task": task, "candidate": name}
+            why = refusal(name, TASKS[task]()) if name in PEERS else None
+            yield row | ({"peak": peak.peak_of(task, name)} if why is None else {"skipped": why})
+
+
+def line(row: Row) -> str:
+    if "skipped" in row:
+        return f"{row['task']:24} {row['candidate']:22} skipped: {row['skipped']}"
+    if "peak" in row:
+        return f"{row['task']:24} {row['candidate']:22} {row['peak'] / 1e6:9.1f} MB"
+    low, middle, high = row["ratio"]
+    return (
+        f"{row['task']:24} {row['candidate']:22} {row['seconds'] * 1e3:9.3f} ms "
+        f"{middle:8.3f} x {row['baseline']} ({low:.3f} to {high:.3f})"
     )
-    return classify(model, torch.rand(64, 1, 28, 28))
 
 
-def bag() -> Task:
-    model = nn.Sequential(nn.EmbeddingBag(100_000, 32), nn.ReLU(), nn.Linear(32, 10))
-    return classify(model, torch.randint(0, 100_000, (256, 17)))
+def markdown(results: dict[str, Any]) -> str:
+    """The tables of docs/performance.md."""
+    parts = [f"Measured on {machine_line(results['machine'])}.\n"]
+    for threads, blocks in results["threads"].items():
+        for title, rows in blocks.items():
+            parts.append(f"### {title}, {threads} thread{'s' if threads != '1' else ''}\n")
+            parts.append("| | candidate | ms | beside | ratio | quartiles |")
+            parts.append("|---|---|---:|---|---:|---:|")
+            parts += [as_cells(row) for row in rows]
+            parts.append("")
+    if results["memory"]:
+        tasks = list(dict.fromkeys(row["task"] for row in results["memory"]))
+        parts.append("### Peak memory of training, MB, 1 thread\n")
+        parts.append("| candidate | " + " | ".join(tasks) + " |")
+        parts.append("|---|" + "---:|" * len(tasks))
+        for name in dict.fromkeys(row["candidate"] for row in results["memory"]):
+            own = {r["task"]: r for r in results["memory"] if r["candidate"] == name}
+            cells = [f"{own[t]['peak'] / 1e6:.0f}" if "peak" in own[t] else "" for t in tasks]
+            parts.append(f"| {name} | " + " | ".join(cells) + " |")
+        parts.append("")
+    return "\n".join(parts)
 
 
-MODELS: dict[str, Callable[[], Task]] = {
-    "784-30-20-10 b64": lambda: mlp(784, 30, 20, 10, batch=64),
-    "784-128-128-10 b256": lambda: mlp(784, 128, 128, 10, batch=256),
-    "784-1024-1024-10 b256": lambda: mlp(784, 1024, 1024, 10, batch=256),
-    "784-2048-2048-10 b1024": lambda: mlp(784, 2048, 2048, 10, batch=1024),
-    "cnn b64": cnn,
-    "bag of 100,000 b256": bag,
-}
+def as_cells(row: Row) -> str:
+    if "skipped" in row:
+        return f"| {row['task']} | {row['candidate']} | | | | {row['skipped']} |"
+    low, middle, high = row["ratio"]
+    return (
+        f"| {row['task']} | {row['candidate']} | {row['seconds'] * 1e3:.3f} | {row['baseline']} "
+        f"| {middle:.2f} | {low:.2f} to {high:.2f} |"
+    )
 
 
-def plain(task: Task, make: Callable[[nn.Module], torch.optim.Optimizer]) -> Step:
-    model, loss_fn, inputs, targets = task
-    optimizer = make(model)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        loss_fn(model(inputs), targets).backward()
-        optimizer.step()
-
-    return step
+def shown(rows: Iterator[Row]) -> list[Row]:
+    found = []
+    for row in rows:
+        print(line(row), flush=True)
+        found.append(row)
+    return found
 
 
-def adaptive(model: nn.Module) -> torch.optim.Optimizer:
-    counter = truestep.SampleCounter(model)
-    return truestep.AdaptiveBatchSGD(model.parameters(), lr=1e-3, counter=counter)
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    wanted = arguments.tasks.split(",")
+    tasks = [task for task in TASKS if any(part in task for part in wanted)]
+    results: dict[str, Any] = {"machine": machine(), "threads": {}, "memory": []}
+    print(machine_line(results["machine"]))
 
+    def run(title: str, rows: Iterator[Row], into: dict[str, list[Row]]) -> None:
+        into[title] = shown(rows)
+        if arguments.json:  # after each block: a long run that is interrupted keeps what it has
+            arguments.json.write_text(json.dumps(results, indent=1) + "\n")
 
-def adaptive_adam(model: nn.Module) -> torch.optim.Optimizer:
-    optimizer = torch.optim.Adam(model.parameters())
-    counter = truestep.SampleCounter(model)
-    truestep.attach(optimizer, truestep.mean_effective_gradient(counter))
-    return optimizer
-
-
-def per_sample_gradients(task: Task) -> Step:
-    """aSGD as one would write it with torch.func: all per-sample gradients, then their non-zeros."""
-    model, loss_fn, inputs, targets = task
-    parameters = dict(model.named_parameters())
-
-    def loss_of(values: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        output = torch.func.functional_call(model, values, (x.unsqueeze(0),))
-        return loss_fn(output, y.unsqueeze(0))
-
-    gradients = torch.func.vmap(torch.func.grad(loss_of), in_dims=(None, 0, 0))
-
-    def step() -> None:
-        values = {name: parameter.detach() for name, parameter in parameters.items()}
-        for name, rows in gradients(values, inputs, targets).items():
-            direction = rows.sum(0) / ((rows != 0).sum(0) + 1)
-            with torch.no_grad():
-                parameters[name].add_(direction, alpha=-1e-3)
-
-    return step
-
-
-# Candidate -> how to build it, and what it is compared with.
-CANDIDATES: dict[str, tuple[Callable[[Task], Step], str]] = {
-    "SGD": (lambda task: plain(task, lambda m: torch.optim.SGD(m.parameters(), lr=1e-3)), "SGD"),
-    "AdaptiveBatchSGD": (lambda task: plain(task, adaptive), "SGD"),
-    "SGD momentum, foreach": (
-        lambda task: plain(
-            task, lambda m: torch.optim.SGD(m.parameters(), lr=1e-3, momentum=0.9, foreach=True)
-        ),
-        "SGD",
-    ),
-    "DASGD": (
-        lambda task: plain(task, lambda m: truestep.DASGD(m.parameters(), lr=1e-3)),
-        "SGD momentum, foreach",
-    ),
-    "Adam": (lambda task: plain(task, lambda m: torch.optim.Adam(m.parameters())), "SGD"),
-    "asgd+adam": (lambda task: plain(task, adaptive_adam), "Adam"),
-}
-PEERS: dict[str, tuple[Callable[[Task], Step], str]] = {
-    "per-sample gradients (vmap)": (per_sample_gradients, "SGD"),
-}
-
-
-def measure(make: Callable[[], Task], rounds: int, *, peers: bool) -> dict[str, list[float]]:
-    """Seconds of each candidate's steps, round by round."""
-    candidates = CANDIDATES | (PEERS if peers else {})
-    steps = {}
-    for name, (build, _) in candidates.items():
-        torch.manual_seed(0)
-        steps[name] = build(make())
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds + 3):  # the first three allocate and compile
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if number > 2:  # noqa: PLR2004
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+    for threads in arguments.threads.split(","):
+        torch.set_num_threads(int(threads))
+        print(f"\n{threads} threads, {arguments.rounds} rounds")
+        blocks = results["threads"][threads] = {}
+        run("Step alone", of_steps_alone(arguments.rounds), blocks)
+        run("Training step", of_training(tasks, arguments.rounds), blocks)
+        if arguments.peers:
+            run("aSGD by other libraries", of_peers(tasks), blocks)
+    if arguments.memory:
+        print("\npeak memory")
+        run("memory", of_memory(tasks, peers=arguments.peers), results)
+    return results
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--models", default=",".join(MODELS), help="parts of names, by commas")
-    parser.add_argument(
-        "--peers", action="store_true", help="per-sample gradients too, much slower"
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", default="1", help="numbers of threads, by commas")
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--tasks", default=",".join(TASKS), help="parts of names, by commas")
+    parser.add_argument("--peers", action="store_true", help="other libraries too, much slower")
+    parser.add_argument("--memory", action="store_true", help="peak memory too")
+    parser.add_argument("--json", type=Path, help="file for all figures")
+    parser.add_argument("--read", type=Path, help="figures of an earlier run instead of a new one")
+    parser.add_argument("--markdown", action="store_true", help="print the tables as markdown")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    print(f"torch {torch.__version__}, {arguments.threads} threads, {arguments.rounds} rounds")
-    wanted = arguments.models.split(",")
-    for model, make in MODELS.items():
-        if not any(part in model for part in wanted):
-            continue
-        seconds = measure(make, arguments.rounds, peers=arguments.peers)
-        candidates = CANDIDATES | PEERS
-        print(f"\n{model}: SGD {statistics.median(seconds['SGD']) * 1e3:.3f} ms a step")
-        for name, own in seconds.items():
-            base = candidates[name][1]
-            if name != base:
-                ratios = [a / b for a, b in zip(own, seconds[base], strict=True)]
-                low, middle, high = statistics.quantiles(ratios, n=4)
-                print(f"  {name:28} {middle:8.2f} x {base}  ({low:.2f} to {high:.2f})")
+    results = json.loads(arguments.read.read_text()) if arguments.read else measure(arguments)
+    if arguments.markdown:
+        print("\n" + markdown(results))
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def _no_counter() -> None:
     return None
 
 
-def on_gradients(outputs: Sequence[Tensor], hook: Hook) -> None:
+def on_gradients(outputs: Sequence[Tensor], hook: Callable[..., Any]) -> None:
     """Calls a hook in each backward pass with the gradients of all outputs, None where one gets none.
 
     torch's register_multi_grad_hook does the same, but misses an output that backward() starts from, and
@@ -90,7 +90,7 @@ def on_gradients(outputs: Sequence[Tensor], hook: Hook) -> None:
         node.register_prehook(_Arrival(hook, known, places[node], nodes[index:], len(outputs)))
 
 
-def on_node(node: Any, hook: Hook) -> None:
+def on_node(node: Any, hook: Callable[..., Any]) -> None:
     """Calls a hook in each backward pass with the gradient of the first output of an autograd node."""
     node.register_prehook(_Arrival(hook, {}, [(0, 0)], [], 1))
 
@@ -100,7 +100,7 @@ class _Arrival:
 
     def __init__(
         self,
-        hook: Hook,
+        hook: Callable[..., Any],
         known: dict[int, list[Tensor | None]],
         places: list[tuple[int, int]],
         earlier: list[Any],

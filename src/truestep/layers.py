@@ -35,6 +35,42 @@ __all__ = [
 ]
 
 
+class _Seen:
+    """What was seen of a layer's parameters, good as long as its modules hold the very same ones."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, Tensor] = {}
+        self.trained: list[tuple[Tensor, Tensor]] = []
+        self._places: list[tuple[dict[str, Any], str, Any, bool]] = []
+        self._sizes: list[tuple[dict[str, Any], int]] = []
+
+    def note(
+        self, module: nn.Module, names: dict[str, Tensor], trained: list[tuple[Tensor, Tensor]]
+    ) -> None:
+        """Keeps what was seen."""
+        self.names, self.trained = names, trained
+        held: list[dict[str, Any]] = [inner._parameters for inner in module.modules()]  # noqa: SLF001
+        self._sizes = [(parameters, len(parameters)) for parameters in held]
+        self._places = [
+            (parameters, name, parameter, parameter is not None and parameter.requires_grad)
+            for parameters in held
+            for name, parameter in parameters.items()
+        ]
+
+    def holds(self) -> bool:
+        """Whether it is still so."""
+        for parameters, name, parameter, trains in self._places:
+            present = parameters.get(name)
+            if present is not parameter or (
+                trains is not (present is not None and present.requires_grad)
+            ):
+                return False
+        for held, size in self._sizes:
+            if len(held) != size:
+                return False
+        return bool(self._sizes)
+
+
 @dataclass(frozen=True)
 class Layer:
     """A module with a rule: its dotted name, the module, its rule and its layout.
@@ -59,7 +95,7 @@ class Layer:
     holds_layers: bool = False
     began: list[Recording] = field(default_factory=list)
     builtin: bool = False
-    _seen: "_Seen" = field(default_factory=lambda: _Seen())
+    _seen: _Seen = field(default_factory=_Seen)
 
     def begin(self) -> None:
         """Notes that a call begins."""
@@ -143,39 +179,6 @@ class Layer:
         """The module's present parameter of that name."""
         parameter = self._seen.names.get(name)
         return self.module.get_parameter(name) if parameter is None else parameter
-
-
-class _Seen:
-    """What was seen of a layer's parameters, good as long as its modules hold the very same ones."""
-
-    def __init__(self) -> None:
-        self.names: dict[str, Tensor] = {}
-        self.trained: list[tuple[Tensor, Tensor]] = []
-        self._places: list[tuple[dict[str, Any], str, Any, bool]] = []
-        self._sizes: list[tuple[dict[str, Any], int]] = []
-
-    def note(
-        self, module: nn.Module, names: dict[str, Tensor], trained: list[tuple[Tensor, Tensor]]
-    ) -> None:
-        """Keeps what was seen."""
-        self.names, self.trained = names, trained
-        held: list[dict[str, Any]] = [inner._parameters for inner in module.modules()]  # noqa: SLF001
-        self._sizes = [(parameters, len(parameters)) for parameters in held]
-        self._places = [
-            (parameters, name, parameter, parameter is not None and parameter.requires_grad)
-            for parameters in held
-            for name, parameter in parameters.items()
-        ]
-
-    def holds(self) -> bool:
-        """Whether it is still so."""
-        for parameters, name, parameter, trains in self._places:
-            present = parameters.get(name)
-            if present is not parameter or (
-                trains is not (present is not None and present.requires_grad)
-            ):
-                return False
-        return bool(self._sizes) and all([len(held) == size for held, size in self._sizes])
 
 
 def make_layer(

@@ -1,7 +1,8 @@
 """The two papers' optimizers: DASGD and AdaptiveBatchSGD.
 
 Both are plain SGD steps along another direction, so the step itself (weight decay, momentum, maximize,
-learning rates that are tensors, foreach) is torch's own `torch.optim.sgd.sgd`.
+learning rates that are tensors, foreach) is torch's own `torch.optim.sgd.sgd`. Where it can, DASGD takes the
+same step in one compiled pass over all parameters.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,10 +18,14 @@ from truestep.distributed import local
 from truestep.errors import TruestepError
 from truestep.fused import Pass
 from truestep.hooks import uncompiled
+from truestep.kernels import boosting
 from truestep.kernels.stepping import Options
 from truestep.update import boosted, mean_effective
 
 __all__ = ["DASGD", "AdaptiveBatchSGD"]
+
+# Where the state keeps the gradient of one step before.
+PREVIOUS = "previous_gradient"
 
 
 class DASGD(Optimizer):
@@ -40,7 +45,8 @@ class DASGD(Optimizer):
         lr: learning rate, a number or a tensor.
         weight_decay: L2 penalty, as in `torch.optim.SGD`.
         maximize: ascend instead of descend.
-        foreach: use torch's multi-tensor step; None leaves the choice to torch.
+        foreach: True for torch's multi-tensor step instead of a compiled pass; False to keep torch from
+            it where there is no compiled pass; None leaves that choice to torch.
         differentiable: let autograd run through the step, for meta-learning.
 
     Raises:
@@ -88,36 +94,69 @@ class DASGD(Optimizer):
         """
         loss = _call(closure)
         for group in self.param_groups:
-            with torch.set_grad_enabled(group["differentiable"]):
-                params, directions = [], []
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        params.append(parameter)
-                        directions.append(self._direction(parameter, group["differentiable"]))
-                sgd(
-                    params,
-                    directions,
-                    [None] * len(params),
-                    foreach=group["foreach"],
-                    fused=False,
-                    lr=group["lr"],
-                    weight_decay=group["weight_decay"],
-                    maximize=group["maximize"],
-                    momentum=0,
-                    dampening=0,
-                    nesterov=False,
-                )
+            in_torch = group["foreach"] or group["differentiable"] or torch.compiler.is_compiling()
+            if in_torch or not self._update_at_once(group):
+                self._update(group)
         return loss
+
+    def _update_at_once(self, group: dict[str, Any]) -> bool:
+        """Updates a group in one pass, or does nothing and says so."""
+        params, state = group["params"], self.state
+        gradients = [g for p in params if (g := p.grad) is not None]
+        if len(gradients) < len(params):
+            params = [p for p in params if p.grad is not None]
+        previous = [state[p].get(PREVIOUS) for p in params]
+        first = [memory is None for memory in previous]
+        begins = any(first)
+        if begins:
+            pairs = zip(gradients, previous, strict=True)
+            previous = [torch.empty_like(g) if memory is None else memory for g, memory in pairs]
+        table = boosting.table(gradients, previous, params)
+        if table is None:
+            return False
+        boosting.step_(
+            table,
+            first if begins else (),
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            maximize=group["maximize"],
+        )
+        if begins:
+            for parameter, memory in zip(params, previous, strict=True):
+                state[parameter][PREVIOUS] = memory
+        return True
+
+    def _update(self, group: dict[str, Any]) -> None:
+        """Updates a group in torch operations."""
+        with torch.set_grad_enabled(group["differentiable"]):
+            params, directions = [], []
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    params.append(parameter)
+                    directions.append(self._direction(parameter, group["differentiable"]))
+            sgd(
+                params,
+                directions,
+                [None] * len(params),
+                foreach=group["foreach"],
+                fused=False,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                maximize=group["maximize"],
+                momentum=0,
+                dampening=0,
+                nesterov=False,
+            )
 
     def _direction(self, parameter: Tensor, differentiable: bool) -> Tensor:
         gradient = parameter.grad
         assert gradient is not None  # noqa: S101
         refuse_sparse(parameter, "DASGD")
         state = self.state[parameter]
-        previous = state.get("previous_gradient")
+        previous = state.get(PREVIOUS)
         direction = gradient if previous is None else boosted(gradient, previous)
         if previous is None or differentiable:
-            state["previous_gradient"] = gradient.clone()
+            state[PREVIOUS] = gradient.clone()
         else:
             previous.copy_(gradient)
         return direction

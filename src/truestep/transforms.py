@@ -16,7 +16,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from truestep.counter import SampleCounter
 from truestep.errors import TruestepError
 from truestep.hooks import uncompiled
-from truestep.optim import refuse_sparse
+from truestep.kernels import boosting
+from truestep.optim import PREVIOUS, refuse_sparse
 from truestep.update import boosted
 
 __all__ = ["Handle", "Transform", "attach", "directional_boost", "mean_effective_gradient"]
@@ -186,26 +187,38 @@ def directional_boost() -> Transform:
 
     def directional_boost(optimizer: Optimizer) -> Callable[[], None]:
         memory: dict[Tensor, Tensor] = {}
+        gradients, previous = [], []
         for parameter in _with_gradient(optimizer):
             refuse_sparse(parameter, "directional_boost")
             gradient = parameter.grad
             assert gradient is not None  # noqa: S101
-            previous = optimizer.state[parameter].get("previous_gradient")
-            if previous is None:
+            remembered = optimizer.state[parameter].get(PREVIOUS)
+            if remembered is None:
                 memory[parameter] = gradient.clone()
             else:
-                direction = boosted(gradient, previous)
-                previous.copy_(gradient)
-                gradient.copy_(direction)
+                gradients.append(gradient)
+                previous.append(remembered)
+        _boost(gradients, previous)
 
         def remember() -> None:
             # Only now: optimizers take an empty state as the sign of their first step.
             for parameter, gradient in memory.items():
-                optimizer.state[parameter]["previous_gradient"] = gradient
+                optimizer.state[parameter][PREVIOUS] = gradient
 
         return remember
 
     return directional_boost
+
+
+def _boost(gradients: list[Tensor], previous: list[Tensor]) -> None:
+    table = boosting.table(gradients, previous)
+    if table is not None:
+        boosting.boost_(table)
+        return
+    for gradient, remembered in zip(gradients, previous, strict=True):
+        direction = boosted(gradient, remembered)
+        remembered.copy_(gradient)
+        gradient.copy_(direction)
 
 
 def _with_gradient(optimizer: Optimizer) -> list[Tensor]:

@@ -30,7 +30,7 @@ from truestep.layers import (
     layout_of,
     sizes_of,
 )
-from truestep.layout import Layout, Unit, tensors_in
+from truestep.layout import Layout, Rule, Unit, tensors_in
 from truestep.records import FORWARD, Call, Records
 
 __all__ = ["Watch"]
@@ -167,9 +167,9 @@ class Watch:
     ) -> Any:
         if not torch.is_grad_enabled():
             return None
-        rule = layer.rule_of_call() if layer.bare else layer.rule
+        rule = layer.rule_of_call()
         outputs = [output] if isinstance(output, Tensor) else list(tensors_in(output))
-        if not any([tensor.requires_grad for tensor in outputs]):
+        if not any(tensor.requires_grad for tensor in outputs):
             return None
         # In a backward pass activation checkpointing runs layers again, for the call it is in.
         call = self._calls[-1] if self._calls else self._records.current
@@ -179,26 +179,32 @@ class Watch:
             return None
         if not isinstance(call, Call):
             call = Call(outside=True) if call is None else compiled.call_of(call)
+        self._use(layer, call, rule, args, kwargs, outputs)
+        return None
+
+    def _use(
+        self, layer: Layer, call: Call, rule: Rule, args: Any, kwargs: Any, outputs: list[Tensor]
+    ) -> None:
+        """Lets a layer's rule see a use, and wait for the gradients that it asks for."""
         layout = layer.layout
-        if isinstance(module, nn.Embedding):
+        if isinstance(layer.module, nn.Embedding):
             layout = layout_of(layer, call, args, kwargs)
         with self._uses.unless_refused():
-            activity = rule(layout, module, *args, **kwargs)
+            activity = rule(layout, layer.module, *args, **kwargs)
             given, inner = layer.see(activity, outputs, self._plain)
         bound = partial(_Gradients, self._reference, layer, layout, call)
         for node, use in inner:
             on_node(node, bound(use))
-        if given is None and layer.bare:
-            for node, use in inner:
-                self._uses.add(call, [node], use.others)
-            return None
         if given is not None:
             self._wait_at(layer, outputs, bound(given))
+        elif layer.bare:
+            for node, use in inner:
+                self._uses.add(call, [node], use.others)
+            return
         if self._uses.counts(call):
             bases = [tensor._base for tensor in outputs if tensor._is_view()]  # noqa: SLF001
             ends = [*outputs, *(base for base in bases if base is not None)]
             self._uses.add(call, ends, tensors_in((args, kwargs)))
-        return None
 
     def _wait_at(self, layer: Layer, outputs: Sequence[Tensor], gradients: "_Gradients") -> None:
         """Hands the gradients of a layer's outputs on."""
@@ -217,8 +223,9 @@ class Watch:
                 and output.is_contiguous()
             ):
                 gradients.shape, output = output.shape, base
+        node: Any = output.grad_fn
         gradients.place = output.output_nr
-        output.grad_fn.register_prehook(gradients)
+        node.register_prehook(gradients)
 
     def _wait_for_gradients(self, layer: Layer) -> bool:
         trained = layer.trained(self._records.names)
