@@ -24,6 +24,9 @@ __all__ = [
 ]
 
 
+PLAIN = {Tensor, nn.Parameter}
+
+
 @dataclass(frozen=True)
 class Ranks:
     """The ranks that train one model together.
@@ -119,7 +122,7 @@ def ranks_of(wrapper: nn.parallel.DistributedDataParallel) -> Ranks:
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor."""
     # Not isinstance: the import alone takes a second, and where there is a DTensor, somebody has paid it.
-    return hasattr(tensor, "device_mesh")
+    return type(tensor) not in PLAIN and hasattr(tensor, "device_mesh")
 
 
 def local(tensor: Tensor) -> Tensor:

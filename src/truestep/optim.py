@@ -274,8 +274,9 @@ class AdaptiveBatchSGD(Optimizer):
     @torch.no_grad()
     def _update(self, group: dict[str, Any], params: list[Tensor], counter: SampleCounter) -> None:
         """Takes the step of one group: what compiled loops take with the counting in one pass."""
-        names = (*Options._fields[:-1], "factor_limit")
-        whole = Pass(Options(float(group["lr"]), *(group[name] for name in names[1:])))
+        settings = {name: group[name] for name in Options._fields[1:-1]}
+        options = Options(lr=float(group["lr"]), limit=group["factor_limit"], **settings)
+        whole = Pass(options)
         plain: list[Tensor] = []
         directions: list[Tensor] = []
         for parameter in params:
@@ -284,12 +285,13 @@ class AdaptiveBatchSGD(Optimizer):
             state = self.state[parameter] if group["momentum"] else {}
             buffer = state.get("momentum_buffer")
             fresh = buffer is None and bool(group["momentum"])
-            tensors = [local(t) for t in (gradient, parameter, buffer) if t is not None]
-            if not group["foreach"] and whole.takes(*tensors):
+            own, weights = local(gradient), local(parameter)
+            known = () if buffer is None else (local(buffer),)
+            if not group["foreach"] and whole.takes(own, weights, *known):
                 if fresh:
                     buffer = state["momentum_buffer"] = torch.empty_like(parameter)
-                    tensors.append(local(buffer))
-                whole.add(tensors[0], found, *tensors[1:], fresh=fresh)
+                    known = (local(buffer),)
+                whole.add(own, found, weights, *known, fresh=fresh)
                 continue
             plain.append(parameter)
             directions.append(

@@ -30,15 +30,19 @@ def linear(
     input: Tensor,
 ) -> Callable[[Tensor], dict[str, Activity]]:
     """`nn.Linear`: weight (j, k) needs output gradient j and input k, bias j output gradient j."""
-    inputs = pack(layout.arrange(input)) if module.weight.requires_grad else None
+    # Not module.weight: nn.Module looks parameters up in three places, which small layers feel.
+    parameters = module._parameters  # noqa: SLF001
+    weight, bias = parameters["weight"], parameters["bias"]
+    assert weight is not None  # noqa: S101
+    inputs = pack(layout.arrange(input)) if weight.requires_grad else None
 
     def activity(delta: Tensor) -> dict[str, Activity]:
         found: dict[str, Activity] = {}
         outputs = pack(layout.arrange(delta))
         if inputs is not None:
-            found["weight"] = Outer(module.weight.shape, outputs, inputs)
-        if module.bias is not None and module.bias.requires_grad:
-            found["bias"] = Elements(module.bias.shape, outputs.any_position())
+            found["weight"] = Outer(weight.shape, outputs, inputs)
+        if bias is not None and bias.requires_grad:
+            found["bias"] = Elements(bias.shape, outputs.any_position())
         return found
 
     return activity

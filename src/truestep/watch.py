@@ -8,6 +8,7 @@ commits the activity when the gradient has reached `.grad`. What becomes of it i
 import sys
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -34,6 +35,8 @@ from truestep.layout import Layout, Rule, Unit, tensors_in
 from truestep.records import FORWARD, Call, Records
 
 __all__ = ["Watch"]
+
+NOTHING = nullcontext()
 
 
 class Watch:
@@ -189,7 +192,8 @@ class Watch:
         layout = layer.layout
         if isinstance(layer.module, nn.Embedding):
             layout = layout_of(layer, call, args, kwargs)
-        with self._uses.unless_refused():
+        wanted = self._uses.counts(call)
+        with self._uses.unless_refused() if wanted else NOTHING:
             activity = rule(layout, layer.module, *args, **kwargs)
             given, inner = layer.see(activity, outputs, self._plain)
         bound = partial(_Gradients, self._reference, layer, layout, call)
@@ -201,7 +205,7 @@ class Watch:
             for node, use in inner:
                 self._uses.add(call, [node], use.others)
             return
-        if self._uses.counts(call):
+        if wanted:
             bases = [tensor._base for tensor in outputs if tensor._is_view()]  # noqa: SLF001
             ends = [*outputs, *(base for base in bases if base is not None)]
             self._uses.add(call, ends, tensors_in((args, kwargs)))
@@ -276,13 +280,16 @@ class Watch:
         if torch.is_grad_enabled():  # create_graph=True
             deltas = tuple(delta if delta is None else delta.detach() for delta in deltas)
         for name, found in activity(*deltas).items():
-            parameter = layer.owner(name, layer.present(name))
-            check_shape(layer, name, found.shape, parameter)
+            parameter = layer.present(name)
+            if layer.sharded:
+                parameter = layer.owner(name, parameter)
+            if found.shape != parameter.shape:
+                check_shape(layer, name, found.shape, parameter)
             if layout.batch_dim is None:
                 shared = Shared(found, batch_of(layer, call))
                 self._records.receive(parameter, call, shared)
                 continue
-            if self._unit == "sample":
+            if self._unit == "sample" and call.batch_size != found.samples:
                 check_batch(layer, call, found.samples)
             self._records.receive(parameter, call, found)
 

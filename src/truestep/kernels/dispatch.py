@@ -36,7 +36,6 @@ def compiled_loops(tensor: Tensor) -> bool:
         and tensor.dtype in DTYPES
         and tensor.layout is torch.strided
         and installed()
-        and not torch.compiler.is_compiling()
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # noqa: SLF001
     )
 

@@ -43,10 +43,12 @@ def pack(values: Tensor) -> Tensor | None:
     words = torch.empty((total + WORD - 1) // WORD, units, dtype=torch.int64)
     geometry = (size, MAGNITUDE[size], samples, positions, units, strides[0] * size)
     place = values.data_ptr(), *geometry
-    if strides[-1] == 1 or units == 1:
+    neighbours = positions > 1 and strides[1] == 1
+    if (strides[-1] == 1 or units == 1) and not (neighbours and units == 1):
         inner = strides[1] * size if positions > 1 else 0
-        full = loops().pack_units(0, len(words), *place, inner, words.data_ptr())
-    elif positions > 1 and strides[1] == 1:
+        count = (total + WORD - 1) // WORD
+        full = loops().pack_units(0, count, *place, inner, words.data_ptr())
+    elif neighbours:
         full = loops().pack_positions(0, units, *place, strides[2] * size, words.data_ptr())
     else:
         return pack(values.contiguous())

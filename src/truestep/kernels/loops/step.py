@@ -67,7 +67,7 @@ def _count_joined(
     outputs: Any, view: Any, row: Any, group: Any, hits: Any, counts: Any, window: Any
 ) -> None:
     """The samples with any position where both are on; `view` is what `_operands` returns."""
-    inputs, ready, packed = view
+    inputs, ready, packed, silent = view
     counts[:] = 0
     columns = len(counts)
     for sample in range(outputs.shape[0]):
@@ -90,7 +90,7 @@ def _count_joined(
                     hits[column] = output & source[column]
                     missing += hits[column] == 0
             seen = True
-            if missing == 0:
+            if missing <= silent[sample, group]:
                 break
         if missing == 0:
             for column in range(columns):
@@ -115,10 +115,10 @@ def _count_on(words: Any, unit: Any, joined: Any) -> Any:
 
 
 @njit(cache=True, nogil=True)
-def _update(entry: Any, row: Any, factors: Any, options: Any) -> None:
-    """One row of the parameter: ``w <- w - lr g N / (m + eps)``, or of the gradient alone."""
-    columns = entry[COLUMNS]
-    place = row * columns * options.itemsize
+def _update(entry: Any, first: Any, factors: Any, options: Any) -> None:
+    """Elements from `first` on, one for each factor: ``w <- w - lr g N / (m + eps)``, or g alone."""
+    columns = len(factors)
+    place = first * options.itemsize
     gradient = carray(pointer(entry[GRADIENT] + place), (columns,), options.dtype)
     if entry[PARAMETER] == 0:
         for column in range(columns):
@@ -174,15 +174,21 @@ def _operands(entry: Any, everything: Any) -> Any:
     """Outputs ``[samples, words, J]``, and inputs ``[samples, words, groups, K]``.
 
     A window's inputs are unfolded word by word as they are needed, since the first few mostly suffice:
-    with them come bool ``[samples, words]``, whether they are there, and what to unfold.
+    with them come bool ``[samples, words]``, whether they are there, what to unfold, and how many inputs
+    of a sample are never on, ``[samples, groups]``: when all others were seen, no more need be looked at.
     """
     samples, positions = entry[SAMPLES], entry[POSITIONS]
     outputs = _words(entry[OUTPUTS], samples, positions, entry[ROWS])
     if entry[WINDOW] == 0:
         packed = _words(entry[INPUTS], samples, positions, entry[COLUMNS])
         inputs = packed.reshape((packed.shape[0], packed.shape[1], 1, packed.shape[2]))
-        return outputs, (inputs, np.ones(inputs.shape[:2], np.bool_), np.empty(0, np.uint64))
-    groups, _ = sizes(entry[WINDOW])
+        ready, nothing = np.ones(inputs.shape[:2], np.bool_), np.empty(0, np.uint64)
+        silent = np.zeros((samples, 1), np.int64)
+        if not everything:
+            for sample in range(samples):
+                silent[sample, 0] = _silent(inputs[sample, :, 0])
+        return outputs, (inputs, ready, nothing, silent)
+    groups, taps = sizes(entry[WINDOW])
     pixels, channels = positions_seen(entry[WINDOW])
     count = (samples * pixels + 63) // 64
     if entry[INPUTS] == 0:
@@ -197,7 +203,27 @@ def _operands(entry: Any, everything: Any) -> Any:
             for word in range(words):
                 unfold(source, sample, word, entry[WINDOW], _flat(inputs, sample, word))
         ready[:] = True
-    return outputs, (inputs, ready, source)
+    silent = np.zeros((samples, groups), np.int64)
+    if not everything and entry[INPUTS] != 0:
+        apart = align(source.view(np.int64).reshape((count, channels)), samples, pixels)
+        width = channels // groups
+        for sample in range(samples):
+            for group in range(groups):
+                own = apart[sample, :, group * width : (group + 1) * width]
+                silent[sample, group] = taps * _silent(own)
+    return outputs, (inputs, ready, source, silent)
+
+
+@njit(cache=True, nogil=True)
+def _silent(words: Any) -> Any:
+    """The units that are off in all of ``[words, units]``."""
+    total = 0
+    for unit in range(words.shape[1]):
+        on = False
+        for word in range(words.shape[0]):
+            on |= words[word, unit] != 0
+        total += not on
+    return total
 
 
 @njit(cache=True, nogil=True)
@@ -218,7 +244,12 @@ def _linear(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> No
     constant = by_row and by_column
     if constant:
         outputs = np.empty((0, 0, 0), np.int64)
-        view = np.empty((0, 0, 0, 0), np.int64), np.empty((0, 0), np.bool_), np.empty(0, np.uint64)
+        view = (
+            np.empty((0, 0, 0, 0), np.int64),
+            np.empty((0, 0), np.bool_),
+            np.empty(0, np.uint64),
+            np.empty((0, 0), np.int64),
+        )
     else:
         outputs, view = _operands(entry, by_column or not joined)
     for row in range(first, last):
@@ -242,7 +273,7 @@ def _linear(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> No
         if counted.shape[0] > 0:
             counted[row] = ordered
         else:
-            _update(entry, row, factors, options)
+            _update(entry, row * columns, factors, options)
 
 
 @njit(cache=True, nogil=True)
@@ -301,18 +332,31 @@ def _table(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> Non
             last_seen[column] = sample if on else last_seen[column]
     batch_size = options.dtype.type(entry[BATCH_SIZE])
     factors = np.empty(columns, options.dtype)
-    ones = np.ones(columns, options.dtype)
-    for row in range(first, last):
+    row = first
+    while row < last:
         index = place[row - first]
+        if index < 0:
+            start = row
+            while row < last and place[row - first] < 0:
+                row += 1
+            if counted.shape[0] == 0 and entry[PARAMETER] != 0:
+                _unreached(entry, start * columns, row * columns, options)
+            continue
         if counted.shape[0] > 0:
-            if index >= 0:
-                for column in range(columns):
-                    counted[row, column] = counts[index, column]
-        elif index >= 0:
+            for column in range(columns):
+                counted[row, column] = counts[index, column]
+        else:
             _factors(counts[index], batch_size, options, factors)
-            _update(entry, row, factors, options)
-        elif entry[PARAMETER] != 0:
-            _update(entry, row, ones, options)
+            _update(entry, row * columns, factors, options)
+        row += 1
+
+
+@njit(cache=True, nogil=True)
+def _unreached(entry: Any, first: Any, last: Any, options: Any) -> None:
+    """Elements `first` to `last`, which no sample reaches."""
+    ones = np.ones(min(last - first, 4096), options.dtype)
+    for start in range(first, last, 4096):
+        _update(entry, start, ones[: min(4096, last - start)], options)
 
 
 @njit(cache=True, nogil=True)
@@ -323,7 +367,7 @@ def _counted(entry: Any, first: Any, last: Any, options: Any) -> None:
     batch_size = options.dtype.type(entry[BATCH_SIZE])
     for row in range(first, last):
         _factors(counts[row], batch_size, options, factors)
-        _update(entry, row, factors, options)
+        _update(entry, row * entry[COLUMNS], factors, options)
 
 
 @njit(cache=True, nogil=True)
