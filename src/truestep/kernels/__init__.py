@@ -1,5 +1,5 @@
 """One-pass loops on the CPU, compiled by numba, each beside its twin in torch operations.
 
-Only the files loops*.py import numba. Where it is not installed, on other devices and while
-torch.compile traces, the twins run; the results are the same.
+Only the files in loops/ import numba. Where it is not installed and on other devices
+the twins run; the results are the same.
 """
