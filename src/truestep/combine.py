@@ -1,14 +1,16 @@
 """Activity of several uses and batches: `joint`, `total`, and what they are made of."""
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from truestep.activity import Activity, Elements, Outer, Rows
-from truestep.bits import Bits, pack
+from truestep.bits import Bits, appended, pack
 from truestep.blocks import Blocks
+from truestep.kernels.packing import WORD
 from truestep.kernels.stepping import Entry
 
 __all__ = ["Counts", "Joint", "Shared", "Total", "joint", "total"]
@@ -171,13 +173,14 @@ def joint(uses: Sequence[Activity]) -> Activity:
         for use in uses[1:]:
             bits = bits | use.bits  # type: ignore[attr-defined]
         return Elements(first.shape, bits)
-    if all(isinstance(use, Outer) and use.window is None for use in uses):
-        # Further positions of the same samples.
-        outputs = _side_by_side([use.outputs for use in uses])  # type: ignore[attr-defined]
-        inputs = _side_by_side([use.inputs for use in uses])  # type: ignore[attr-defined]
-        return Outer(first.shape, outputs, inputs)
     if all(isinstance(use, Rows) for use in uses):
         return _append([use.spread() for use in uses], [0] * len(uses), first.samples)  # type: ignore[attr-defined]
+    maps = [_as_outer(use) for use in uses]
+    if None not in maps:
+        # Further positions of the same samples.
+        outputs = _side_by_side([use.outputs for use in maps if use is not None])
+        inputs = _side_by_side([use.inputs for use in maps if use is not None])
+        return Outer(first.shape, outputs, inputs)
     if all(isinstance(use, Blocks) for use in uses):
         blocks: dict[int, list[Activity]] = {}
         for use in uses:
@@ -208,10 +211,47 @@ def total(parts: Sequence[Activity]) -> Activity:
     return Counts(whole.count(), whole.samples)
 
 
-def _side_by_side(bits: Sequence[Bits]) -> Bits:
-    samples, units = bits[0].samples, bits[0].units
-    masks = [part.mask().reshape(samples, part.positions, units) for part in bits]
-    return pack(torch.cat(masks, 1))
+def _as_outer(use: Activity) -> Outer | None:
+    """A linear map without a window; an embedding is one, of rows that are on where they are looked up."""
+    if isinstance(use, Outer):
+        return use if use.window is None else None
+    if not isinstance(use, Rows):
+        return None
+    entries, owners = use.spread(), use.owners.long()
+    lookups = torch.bincount(owners, minlength=use.samples)
+    positions = max(1, int(lookups.max())) if len(lookups) else 1
+    # The place of each entry among all samples' positions, some of which may hold none.
+    place = torch.arange(len(owners), device=owners.device) - (lookups.cumsum(0) - lookups)[owners]
+    place += owners * positions
+    length, (rows, features) = use.samples * positions, use.shape
+    words = torch.zeros(-(-length // WORD), rows, dtype=torch.int64, device=owners.device)
+    found = entries.outputs.mask()
+    # Without an output gradient a look-up reaches nothing, and is no position that was reached.
+    bits = found.any(-1).long() << place % WORD
+    # Adding is joining: no two entries have the same place.
+    words.view(-1).index_add_(0, place // WORD * rows + use.rows, bits)
+    inputs = torch.zeros(length, features, dtype=torch.bool, device=owners.device)
+    inputs[place] = found
+    return Outer(
+        use.shape,
+        Bits(words, use.samples, positions, rows),
+        pack(inputs.reshape(use.samples, positions, features)),
+        transposed=True,
+    )
+
+
+def _side_by_side(parts: Sequence[Bits]) -> Bits:
+    """The positions of each sample one after the other."""
+    samples, units = parts[0].samples, parts[0].units
+    positions = sum(part.positions for part in parts)
+    # So many samples at once fill whole words.
+    step = WORD // math.gcd(WORD, positions)
+    found = []
+    for start in range(0, samples, step):
+        stop = min(start + step, samples)
+        masks = [part.mask(start, stop).reshape(stop - start, -1, units) for part in parts]
+        found.append(pack(torch.cat(masks, 1)).apart())
+    return replace(appended(found), samples=samples, positions=positions)
 
 
 def _append(parts: Sequence[Rows], offsets: Sequence[int], samples: int) -> Rows:

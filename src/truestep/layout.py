@@ -54,7 +54,8 @@ class Layout:
         lead = mask.dim() - unit_dims
         if lead == 0 or self.batch_dim is None:
             mask, lead = mask.unsqueeze(0), lead + 1
-        mask = mask.flatten(lead)
+        if unit_dims != 1:
+            mask = mask.flatten(lead)
         if lead == 1:
             return mask
         mask = mask.movedim(self.batch_dim or 0, 0)
