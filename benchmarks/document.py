@@ -10,12 +10,13 @@ import json
 import sys
 from pathlib import Path
 
+import floor
 import scaling
 import step
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "performance.md"
-TABLES = {"step": step.markdown, "scaling": scaling.markdown}
+TABLES = {"step": step.markdown, "floor": floor.markdown, "scaling": scaling.markdown}
 
 
 def written(page: str) -> str:
