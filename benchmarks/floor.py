@@ -3,8 +3,8 @@
     python benchmarks/floor.py [--rounds 400] [--tasks 784-30,784-128,cnn] [--json FILE] [--markdown]
     python benchmarks/floor.py --read FILE --markdown
 
-Four training steps take turns in one process: SGD; SGD with empty hooks in all the places where counting has
-one; SGD with a counter that watches; AdaptiveBatchSGD. Printed: lower quartiles of microseconds for each phase.
+Four training steps take turns in one process: SGD; SGD with empty hooks where counting has hooks; SGD with a
+counter that watches; AdaptiveBatchSGD. Printed: lower quartiles of microseconds for each phase.
 """
 
 import argparse

@@ -44,73 +44,99 @@ def unfold(words: Any, sample: Any, word: Any, address: Any, target: Any) -> Non
         target: uint64 ``[groups * taps of the kernel * channels of a group]``, zeros.
     """
     window = carray(pointer(address), (NUMBERS,), np.int64)
-    size, seen, kernel = window[SIZE:SEEN], window[SEEN:KERNEL], window[KERNEL:STRIDE]
-    stride, dilation = window[STRIDE:DILATION], window[DILATION:PADDING]
-    padding = window[PADDING:CHANNELS]
-    position, end = 64 * word, min(64 * word + 64, seen[0] * seen[1] * seen[2])
+    planes, lines, pixels = window[SIZE], window[SIZE + 1], window[SIZE + 2]
+    wide, length = window[SEEN + 1], window[SEEN + 2]
+    stride, groups = window[STRIDE + 2], window[GROUPS]
+    channels = window[CHANNELS] // groups
+    # Words of up to 64 pixels are moved at once; of longer strides, single ones.
+    most = 64 // stride if stride < 3 else 1
+    position, end = 64 * word, min(64 * word + 64, window[SEEN] * wide * length)
     while position < end:
-        a = position // (seen[1] * seen[2])
-        b = position // seen[2] - a * seen[1]
-        c = position % seen[2]
-        count = min(end - position, seen[2] - c)
+        a = position // (wide * length)
+        b = position // length - a * wide
+        c = position % length
+        count = min(end - position, length - c)
+        place = position - 64 * word
         tap = 0
-        for i in range(kernel[0]):
-            plane = a * stride[0] + i * dilation[0] - padding[0]
-            for j in range(kernel[1]):
-                line = b * stride[1] + j * dilation[1] - padding[1]
-                if plane < 0 or plane >= size[0] or line < 0 or line >= size[1]:
-                    tap += kernel[2]
+        for i in range(window[KERNEL]):
+            plane = a * window[STRIDE] + i * window[DILATION] - window[PADDING]
+            for j in range(window[KERNEL + 1]):
+                line = b * window[STRIDE + 1] + j * window[DILATION + 1] - window[PADDING + 1]
+                if plane < 0 or plane >= planes or line < 0 or line >= lines:
+                    tap += window[KERNEL + 2]
                     continue
-                row = ((sample * size[0] + plane) * size[1] + line) * size[2]
-                for k in range(kernel[2]):
-                    first = c * stride[2] + k * dilation[2] - padding[2]
-                    place = position - 64 * word
+                row = ((sample * planes + plane) * lines + line) * pixels
+                for k in range(window[KERNEL + 2]):
+                    first = c * stride + k * window[DILATION + 2] - window[PADDING + 2]
                     # The steps that lie inside the line.
-                    low = max(0, -(first // stride[2]))
-                    high = min(count, (size[2] - 1 - first) // stride[2] + 1)
-                    # Words of up to 64 pixels are moved at once; of longer strides, single ones.
-                    most = 64 // stride[2] if stride[2] < 3 else 1
+                    low = 0 if first >= 0 else (stride - 1 - first) // stride
+                    high = count
+                    if first + (count - 1) * stride >= pixels:
+                        high = (pixels - 1 - first) // stride + 1
                     for step in range(low, high, most):
-                        moved = min(most, high - step)
-                        pixel = row + first + step * stride[2]
-                        _copy(words, pixel, moved, stride[2], place + step, tap, window, target)
+                        _copy(
+                            words,
+                            row + first + step * stride,
+                            min(most, high - step),
+                            stride,
+                            place + step,
+                            tap * channels,
+                            channels,
+                            groups,
+                            target,
+                        )
                     tap += 1
         position += count
 
 
 @njit(cache=True, nogil=True)
 def _copy(
-    words: Any, row: Any, moved: Any, stride: Any, place: Any, tap: Any, window: Any, target: Any
+    words: Any,
+    row: Any,
+    moved: Any,
+    stride: Any,
+    place: Any,
+    first: Any,
+    channels: Any,
+    groups: Any,
+    target: Any,
 ) -> None:
-    """Copies `moved` bits, every `stride`-th from `row` on, to bit `place` of all channels of one tap."""
-    groups = np.uint64(window[GROUPS])
-    channels = np.uint64(window[CHANNELS]) // groups
-    stretch = np.uint64(len(target)) // groups
+    """Copies `moved` bits, every `stride`-th from `row` on, to bit `place` of all channels of one tap.
+
+    Args:
+        words: see `unfold`.
+        row: the first bit's.
+        moved: how many.
+        stride: 1, 2, or any for one bit.
+        place: of the first bit in the words of `target`.
+        first: where the tap's channels begin in each group of `target`.
+        channels: of a group.
+        groups: of channels.
+        target: see `unfold`.
+    """
     count = (moved - 1) * stride + 1
     # Unsigned places: a check for negative ones would keep the loops from being vectorised.
-    low, right = np.uint64(row // 64) * channels * groups, np.uint64(row % 64)
-    two = row % 64 + count > 64
-    high = low + channels * groups if two else low
-    # Twice by half, since a shift by all 64 bits is undefined.
-    left = (np.uint64(63) - right) if two else np.uint64(0)
+    width, all_channels = np.uint64(channels), np.uint64(channels * groups)
+    stretch = np.uint64(len(target)) // np.uint64(groups)
+    low, right = np.uint64(row >> 6) * all_channels, np.uint64(row & 63)
+    two = (row & 63) + count > 64
+    high = low + all_channels if two else low
+    left = np.uint64(64) - right if two else np.uint64(0)
     kept, up = ALL >> np.uint64(64 - count), np.uint64(place)
-    first = np.uint64(tap) * channels
     for group in range(groups):
-        source = np.uint64(group) * channels
-        to = np.uint64(group) * stretch + first
+        source = np.uint64(group) * width
+        to = np.uint64(group) * stretch + np.uint64(first)
         if stride == 2 and moved > 1:
-            for channel in range(channels):
-                one, other = words[low + source + channel], words[high + source + channel]
-                bits = one >> right
+            for channel in range(width):
+                bits = words[low + source + channel] >> right
                 if two:
-                    bits |= (other << left) << np.uint64(1)
+                    bits |= words[high + source + channel] << left
                 target[to + channel] |= _every_second(bits & kept) << up
         else:
-            for channel in range(channels):
-                one, other = words[low + source + channel], words[high + source + channel]
-                bits = one >> right
+            for channel in range(width):
+                bits = words[low + source + channel] >> right
                 if two:
-                    bits |= (other << left) << np.uint64(1)
+                    bits |= words[high + source + channel] << left
                 target[to + channel] |= (bits & kept) << up
 
 
