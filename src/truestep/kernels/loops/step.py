@@ -20,6 +20,9 @@ GRADIENT, PARAMETER, BUFFER, FRESH, BATCH_SIZE = range(5)
 ROWS, COLUMNS, OUTPUTS, INPUTS, SAMPLES, POSITIONS = range(5, 11)
 WINDOW, APART, ENTRIES, LOOKED_UP, OWNERS, BY_ENTRY, COUNTS = range(11, 18)
 
+# How many elements with one factor are gone through at once.
+STRETCH = 1024
+
 # The places in `options`, whose dtype is the parameters'.
 LR, WEIGHT_DECAY, MOMENTUM, KEPT, NESTEROV, MAXIMIZE, EPS, LIMIT = range(8)
 
@@ -242,6 +245,11 @@ def _linear(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> No
     by_column = entry[OUTPUTS] == 0
     known = -1
     constant = by_row and by_column
+    if constant and counted.shape[0] == 0:
+        same = np.empty(STRETCH, options.dtype)
+        _factors(np.full(STRETCH, samples), batch_size, options, same)
+        _stretch(entry, first * columns, last * columns, same, options)
+        return
     if constant:
         outputs = np.empty((0, 0, 0), np.int64)
         view = (
@@ -332,6 +340,7 @@ def _table(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> Non
             last_seen[column] = sample if on else last_seen[column]
     batch_size = options.dtype.type(entry[BATCH_SIZE])
     factors = np.empty(columns, options.dtype)
+    ones = np.ones(STRETCH, options.dtype)
     row = first
     while row < last:
         index = place[row - first]
@@ -340,7 +349,7 @@ def _table(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> Non
             while row < last and place[row - first] < 0:
                 row += 1
             if counted.shape[0] == 0 and entry[PARAMETER] != 0:
-                _unreached(entry, start * columns, row * columns, options)
+                _stretch(entry, start * columns, row * columns, ones, options)
             continue
         if counted.shape[0] > 0:
             for column in range(columns):
@@ -352,11 +361,10 @@ def _table(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> Non
 
 
 @njit(cache=True, nogil=True)
-def _unreached(entry: Any, first: Any, last: Any, options: Any) -> None:
-    """Elements `first` to `last`, which no sample reaches."""
-    ones = np.ones(min(last - first, 4096), options.dtype)
-    for start in range(first, last, 4096):
-        _update(entry, start, ones[: min(4096, last - start)], options)
+def _stretch(entry: Any, first: Any, last: Any, same: Any, options: Any) -> None:
+    """Elements `first` to `last`, whose factors are all the one that `same` is filled with."""
+    for start in range(first, last, len(same)):
+        _update(entry, start, same[: min(len(same), last - start)], options)
 
 
 @njit(cache=True, nogil=True)
