@@ -367,8 +367,8 @@ def test_kill_9_costs_only_the_runs_that_go_on(fatal, tmp_path):
         output, _ = process.communicate(timeout=120)
         assert process.returncode == -signal.SIGKILL, output
         before, done = done, len(stored(tmp_path / "out"))
-        # At most the runs that were going on are lost.
-        assert kill - jobs <= done - before <= kill
+        # At most the runs that were going on are lost, and a result of each worker that was on its way.
+        assert kill - 2 * jobs <= done - before <= kill
     notes = tmp_path / "notes-last"
     process = start(fatal, tmp_path / "out", notes)
     output, _ = process.communicate(timeout=120)
