@@ -151,6 +151,29 @@ def test_convolutions_equal_their_twin(
     same_counts(Outer(shape, pack(outputs), pack(image), window))
 
 
+@pytest.mark.parametrize("by_position", [False, True])
+@pytest.mark.parametrize("samples", [3, 70, 130])
+def test_a_kernel_that_fits_in_one_place_equals_its_twin(samples, by_position):
+    window = Window((3,), (1,), (3,), (1,), (1,), (0, 0), "constant", 4, 2, by_position)
+    outputs, image = torch.rand(samples, 1, 6) < 0.5, torch.rand(samples, 3, 4) < 0.5
+    same_counts(Outer(torch.Size([6, 2, 3]), pack(outputs), pack(image), window))
+    full = pack(torch.ones_like(image))
+    same_counts(Outer(torch.Size([6, 2, 3]), pack(outputs), full, window))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs"),
+    [((4, 0, 3), (4, 0, 8)), ((7, 3), (7, 0)), ((7, 0), (7, 3)), ((0, 3), (0, 3))],
+)
+def test_nothing_is_counted_in_tensors_without_elements(outputs, inputs):
+    """Their words have no address, which is not that of bits that are all on."""
+    shape = torch.Size([outputs[-1], inputs[-1]])
+    activity = Outer(shape, pack(torch.ones(outputs)), pack(torch.ones(inputs)))
+    assert torch.equal(activity.count(), torch.zeros(shape, dtype=torch.int64))
+    assert torch.equal(activity.count_masks(), activity.count())
+    assert torch.equal(scale_(torch.ones(shape), activity, 4), torch.ones(shape))
+
+
 @given(
     samples=st.integers(1, 150),
     entries=st.integers(0, 80),

@@ -99,7 +99,8 @@ class Elements(Activity):
         return [Entry(1, self.bits.units, 0, words, self.bits.samples)]
 
     def masks(self, start: int, stop: int) -> Tensor:  # noqa: D102
-        return self.bits.mask(start, stop).reshape(-1, *self.shape)
+        mask = self.bits.mask(start, stop)
+        return mask.reshape(len(mask), *self.shape)
 
     def reached(self) -> Tensor:  # noqa: D102
         return self.bits.mask().any(-1)
@@ -113,7 +114,8 @@ def _address(words: Tensor | None) -> int | None:
     """The address of words for compiled loops; 0 where all bits are on, None where they cannot go."""
     if words is None:
         return 0
-    return words.data_ptr() if words.is_cpu and words.is_contiguous() else None
+    # Words that are none have no address: 0 would say that all bits are on.
+    return (words.data_ptr() or None) if words.is_cpu and words.is_contiguous() else None
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ class Window:
         Returns:
             Float ``[samples, positions out, channels * kernel]``.
         """
-        image = inputs.transpose(1, 2).float().reshape(len(inputs), -1, *self.size)
+        image = inputs.transpose(1, 2).float().reshape(len(inputs), self.channels, *self.size)
         image = torch.nn.functional.pad(image, self.padding, self.padding_mode)
         rank = len(self.kernel)
         for axis, (kernel, stride, dilation) in enumerate(
@@ -236,24 +238,25 @@ class Outer(Activity):
         """Float masks ``[samples, groups, positions, outputs]`` and ``[..., inputs of a group]``."""
         groups = 1 if self.window is None else self.window.groups
         outputs, inputs = (
-            bits.mask(start, stop).reshape(-1, bits.positions, bits.units)
+            bits.mask(start, stop) if bits.has_positions else bits.mask(start, stop).unsqueeze(1)
             for bits in (self.outputs, self.inputs)
         )
         if self.window is not None:
             inputs = self.window.unfold(inputs)
         if self.by_position:
             outputs, inputs = (mask.flatten(0, 1).unsqueeze(1) for mask in (outputs, inputs))
-        return (
-            outputs.float().unflatten(-1, (groups, -1)).transpose(1, 2),
-            inputs.float().unflatten(-1, (groups, -1)).transpose(1, 2),
+        outputs, inputs = (
+            mask.float().unflatten(-1, (groups, mask.shape[-1] // groups)).transpose(1, 2)
+            for mask in (outputs, inputs)
         )
+        return outputs, inputs
 
     def masks(self, start: int, stop: int) -> Tensor:  # noqa: D102
         if self.by_position:
             outputs, inputs = (factor[start:stop] for factor in self.factors())
         else:
             outputs, inputs = self.factors(start, stop)
-        return (outputs.transpose(-1, -2) @ inputs > 0).reshape(-1, *self.shape)
+        return (outputs.transpose(-1, -2) @ inputs > 0).reshape(len(outputs), *self.shape)
 
     def count_masks(self) -> Tensor:  # noqa: D102
         if self.outputs.has_positions and not self.by_position:

@@ -157,14 +157,14 @@ def _update(entry: Any, first: Any, factors: Any, options: Any) -> None:
 
 
 @njit(cache=True, nogil=True)
-def _words(address: Any, samples: Any, positions: Any, units: Any) -> Any:
-    """Aligned words ``[samples, words, units]``; without positions, all samples are one's positions."""
+def _words(address: Any, samples: Any, positions: Any, units: Any, apart: Any) -> Any:
+    """Aligned words ``[samples, words, units]``; samples that need not be apart are one's positions."""
     count = (samples * positions + 63) // 64
     if address == 0:
         words = np.full((count, units), np.int64(-1))
-        return align(words, samples, positions) if positions > 1 else align(words, 1, samples)
+        return align(words, samples, positions) if apart else align(words, 1, samples)
     words = carray(pointer(address), (count, units), np.int64)
-    return align(words, samples, positions) if positions > 1 else words.reshape((1, count, units))
+    return align(words, samples, positions) if apart else words.reshape((1, count, units))
 
 
 @njit(cache=True, nogil=True)
@@ -181,9 +181,11 @@ def _operands(entry: Any, everything: Any) -> Any:
     of a sample are never on, ``[samples, groups]``: when all others were seen, no more need be looked at.
     """
     samples, positions = entry[SAMPLES], entry[POSITIONS]
-    outputs = _words(entry[OUTPUTS], samples, positions, entry[ROWS])
+    # A window's inputs are unfolded sample by sample, even where its kernel has a single position.
+    apart = positions > 1 or entry[WINDOW] != 0
+    outputs = _words(entry[OUTPUTS], samples, positions, entry[ROWS], apart)
     if entry[WINDOW] == 0:
-        packed = _words(entry[INPUTS], samples, positions, entry[COLUMNS])
+        packed = _words(entry[INPUTS], samples, positions, entry[COLUMNS], apart)
         inputs = packed.reshape((packed.shape[0], packed.shape[1], 1, packed.shape[2]))
         ready, nothing = np.ones(inputs.shape[:2], np.bool_), np.empty(0, np.uint64)
         silent = np.zeros((samples, 1), np.int64)
@@ -208,11 +210,11 @@ def _operands(entry: Any, everything: Any) -> Any:
         ready[:] = True
     silent = np.zeros((samples, groups), np.int64)
     if not everything and entry[INPUTS] != 0:
-        apart = align(source.view(np.int64).reshape((count, channels)), samples, pixels)
+        images = align(source.view(np.int64).reshape((count, channels)), samples, pixels)
         width = channels // groups
         for sample in range(samples):
             for group in range(groups):
-                own = apart[sample, :, group * width : (group + 1) * width]
+                own = images[sample, :, group * width : (group + 1) * width]
                 silent[sample, group] = taps * _silent(own)
     return outputs, (inputs, ready, source, silent)
 
