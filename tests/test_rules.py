@@ -163,6 +163,18 @@ def test_embedding_bag_with_offsets(mode, include_last):
     assert torch.equal(counter.counts()["weight"], expected)
 
 
+@pytest.mark.parametrize("layer", [nn.Embedding(5, 3), nn.EmbeddingBag(5, 3)])
+def test_indices_of_32_bits_may_have_gaps_and_be_filled_anew(layer):
+    indices = torch.randint(0, 5, (8, 6), dtype=torch.int32)[:, ::2]
+    judge(layer, indices)
+    rows = indices.contiguous()
+    expected, _ = count(layer, lambda y, _: y.sum(), rows.long(), None)
+    counter = truestep.SampleCounter(layer)
+    layer(rows).sum().backward()
+    rows.zero_()
+    assert torch.equal(counter.counts()["weight"], expected["weight"])
+
+
 def test_embedding_bag_weights_of_zero_do_not_contribute():
     layer = nn.EmbeddingBag(4, 2, mode="sum")
     counter = truestep.SampleCounter(layer)

@@ -270,7 +270,9 @@ def _rows(
         rows, owners = rows[kept], owners[kept]
         mask = mask[kept] if by_entry else mask
     outputs = pack(mask)
-    return Rows(module.weight.shape, samples, rows.int(), owners.int(), outputs, by_entry)
+    # A copy, in one piece: the caller may fill int32 indices anew before the step.
+    rows = rows.to(torch.int32, copy=True, memory_format=torch.contiguous_format)
+    return Rows(module.weight.shape, samples, rows, owners.int(), outputs, by_entry)
 
 
 RULES: dict[type[nn.Module] | str, Rule] = {
