@@ -374,6 +374,18 @@ def test_eps_and_factor_limit_reach_the_step():
         assert layer.weight.item() == -step
 
 
+def test_a_refused_step_leaves_no_momentum():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    counter = truestep.SampleCounter(model)
+    optimizer = truestep.AdaptiveBatchSGD(model.parameters(), 0.1, counter=counter, momentum=0.9)
+    model(torch.ones(5, 3)).sum().backward()
+    *_, last = model.parameters()
+    last.grad = torch.ones_like(last)
+    with pytest.raises(TruestepError, match="no sample was counted"):
+        optimizer.step()
+    assert not any(optimizer.state.values())
+
+
 def test_parameters_of_another_model_are_refused():
     model, other = mlp(), mlp()
     counter = truestep.SampleCounter(model)

@@ -279,6 +279,7 @@ class AdaptiveBatchSGD(Optimizer):
         whole = Pass(options)
         plain: list[Tensor] = []
         directions: list[Tensor] = []
+        begun: list[tuple[dict[str, Any], Tensor]] = []
         for parameter in params:
             found, gradient = counter.reach(parameter), parameter.grad
             assert gradient is not None  # noqa: S101
@@ -289,8 +290,9 @@ class AdaptiveBatchSGD(Optimizer):
             known = () if buffer is None else (local(buffer),)
             if not group["foreach"] and whole.takes(own, weights, *known):
                 if fresh:
-                    buffer = state["momentum_buffer"] = torch.empty_like(parameter)
+                    buffer = torch.empty_like(parameter)
                     known = (local(buffer),)
+                    begun.append((state, buffer))
                 whole.add(own, found, weights, *known, fresh=fresh)
                 continue
             plain.append(parameter)
@@ -300,6 +302,9 @@ class AdaptiveBatchSGD(Optimizer):
             if not group["foreach"]:
                 self._step(group, [plain.pop()], [directions.pop()])
         whole.run()
+        # Only now: until then they hold nothing, should a later parameter be refused.
+        for state, buffer in begun:
+            state["momentum_buffer"] = buffer
         self._step(group, plain, directions)
 
     def _step(self, group: dict[str, Any], params: list[Tensor], directions: list[Tensor]) -> None:
