@@ -256,6 +256,33 @@ def test_threads_give_the_same(monkeypatch):
         torch.set_num_threads(before)
 
 
+def test_masks_are_counted_exactly_under_autocast():
+    bits = pack(torch.ones(333, 2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        counts = Outer(torch.Size([2, 2]), bits, bits).count_masks()
+    assert counts.tolist() == [[333, 333], [333, 333]]
+
+
+def test_zeros_without_memory_take_the_twin():
+    zeros = torch._efficientzerotensor(3, 4)
+    assert not pack(zeros).mask().any()
+    assert not stepping.takes(zeros)
+
+
+def test_what_does_not_belong_together_takes_the_twin():
+    """Compiled loops would read past the end, where torch operations raise."""
+    bits, shape = pack(torch.ones(5, 3)), torch.Size([3, 4])
+    for inputs in (torch.ones(5, 2, 4), torch.ones(6, 4), torch.ones(5, 3)):
+        assert Outer(shape, bits, pack(inputs)).entries() is None
+    window = Window((4,), (2,), (3,), (1,), (1,), (0, 0), "constant", 4, 1, by_position=False)
+    image = pack(torch.ones(5, 3, 4))
+    assert Outer(torch.Size([3, 4, 3]), pack(torch.ones(5, 2, 3)), image, window).entries() is None
+    assert Elements(torch.Size([4]), bits).entries() is None
+    rows = torch.tensor([0, 1, 2, 0, 1])
+    assert Rows(torch.Size([4, 3]), 5, rows, rows.int(), bits, by_entry=True).entries() is None
+    assert not stepping.takes(torch.ones(3), torch.ones(4))
+
+
 def test_subclasses_and_integers_take_the_twin():
     class Marked(torch.Tensor):
         pass

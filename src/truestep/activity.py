@@ -5,6 +5,7 @@ to the element's gradient has only non-zero factors. Everything here is a pure v
 for one use of one parameter which samples reach it; `truestep.combine` joins and adds them.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -94,7 +95,7 @@ class Elements(Activity):
 
     def entries(self) -> list[Entry] | None:  # noqa: D102
         words = _address(self.bits.words)
-        if words is None:
+        if words is None or self.bits.units != self.shape.numel():
             return None
         return [Entry(1, self.bits.units, 0, words, self.bits.samples)]
 
@@ -167,7 +168,7 @@ class Window:
         Returns:
             Float ``[samples, positions out, channels * kernel]``.
         """
-        image = inputs.transpose(1, 2).float().reshape(len(inputs), self.channels, *self.size)
+        image = inputs.transpose(1, 2).float().unflatten(2, self.size)
         image = torch.nn.functional.pad(image, self.padding, self.padding_mode)
         rank = len(self.kernel)
         for axis, (kernel, stride, dilation) in enumerate(
@@ -221,10 +222,13 @@ class Outer(Activity):
             if numbers is None:
                 return None
         rows = outputs.units
+        columns = self.shape.numel() // rows if rows else 0
+        if not self._fits(columns):
+            return None
         return [
             Entry(
                 rows,
-                self.shape.numel() // rows if rows else 0,
+                columns,
                 to,
                 of,
                 outputs.samples,
@@ -233,6 +237,18 @@ class Outer(Activity):
                 int(window is not None and window.by_position),
             )
         ]
+
+    def _fits(self, columns: int) -> bool:
+        """Whether bits and shape belong together; compiled loops would not notice."""
+        outputs, inputs, window = self.outputs, self.inputs, self.window
+        seen = (outputs.positions, inputs.positions, inputs.units)
+        if window is None:
+            expected = (inputs.positions, inputs.positions, columns)
+        else:
+            places = math.prod(window.positions), math.prod(window.size)
+            expected = (*places, window.channels)
+        whole = outputs.units * columns == self.shape.numel()
+        return whole and seen == expected and outputs.samples == inputs.samples
 
     def factors(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
         """Float masks ``[samples, groups, positions, outputs]`` and ``[..., inputs of a group]``."""
@@ -263,7 +279,8 @@ class Outer(Activity):
             return super().count_masks()
         # One position per sample: the sum over samples is one product, exact up to 2**24 samples.
         outputs, inputs = (factor.squeeze(2).transpose(0, 1) for factor in self.factors())
-        return (outputs.transpose(-1, -2) @ inputs).to(torch.int64).reshape(self.shape)
+        with torch.autocast(outputs.device.type, enabled=False):  # 16-bit sums would be rounded
+            return (outputs.transpose(-1, -2) @ inputs).to(torch.int64).reshape(self.shape)
 
     def reached(self) -> Tensor:  # noqa: D102
         bits = self.outputs
@@ -312,7 +329,7 @@ class Rows(Activity):
 
     def entries(self) -> list[Entry] | None:  # noqa: D102
         words = _address(self.outputs.words)
-        if words is None:
+        if words is None or not self._fits():
             return None
         if len(self.rows) == 0:
             return [Entry(self.shape[0], self.shape[1])]
@@ -328,6 +345,19 @@ class Rows(Activity):
                 by_entry=int(self.by_entry),
             )
         ]
+
+    def _fits(self) -> bool:
+        """Whether tensors, bits and shape belong together; compiled loops would not notice."""
+        length = len(self.rows) if self.by_entry else self.samples
+        return (
+            self.outputs.length == length
+            and self.outputs.units == self.shape[1]
+            and len(self.owners) == len(self.rows)
+            and all(
+                each.dtype is torch.int32 and each.is_contiguous()
+                for each in (self.rows, self.owners)
+            )
+        )
 
     @cached_property
     def pairs(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -37,12 +37,12 @@ def pack(values: Tensor) -> Tensor | None:
     shape, strides, size = values.shape, values.stride(), values.element_size()
     samples, units = shape[0], shape[-1]
     positions = 1 if len(shape) == 2 else shape[1]  # noqa: PLR2004
-    total = samples * positions
-    if total == 0 or units == 0:
+    total, address = samples * positions, values.data_ptr()
+    if address == 0:  # no elements, or zeros that autograd makes up
         return pack_torch(values)
     words = torch.empty((total + WORD - 1) // WORD, units, dtype=torch.int64)
     geometry = (size, MAGNITUDE[size], samples, positions, units, strides[0] * size)
-    place = values.data_ptr(), *geometry
+    place = address, *geometry
     neighbours = positions > 1 and strides[1] == 1
     if (strides[-1] == 1 or units == 1) and not (neighbours and units == 1):
         inner = strides[1] * size if positions > 1 else 0

@@ -88,11 +88,14 @@ FIELDS = len(Task._fields) - 1 + len(Entry._fields)
 
 def takes(first: Tensor, *others: Tensor) -> bool:
     """Whether compiled loops can read and write these parameters, gradients and buffers."""
-    dtype = first.dtype
+    dtype, shape = first.dtype, first.shape
     if dtype not in REAL or not (compiled_loops(first) and first.is_contiguous()):
+        return False
+    if first.data_ptr() == 0:  # no elements, or zeros that autograd makes up
         return False
     return all(
         tensor.dtype is dtype
+        and tensor.shape == shape
         and type(tensor) in PLAIN
         and tensor.is_cpu
         and tensor.layout is torch.strided
