@@ -871,3 +871,20 @@ def test_errors_are_one_paragraph(model, counter):
     with pytest.raises(TruestepError) as error:
         counter.correct_gradients()
     assert not re.search(r"\n\n", str(error.value))
+
+
+def test_an_output_may_be_a_view_whose_base_was_written_to():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 4)
+
+        def forward(self, x):
+            output = self.layer(x)
+            output.view(-1)[:3].zero_()
+            return output
+
+    model = Masked()
+    counter = truestep.SampleCounter(model)
+    model(torch.ones(2, 1, 3)).sum().backward()
+    assert counter.counts()["layer.bias"].tolist() == [1, 1, 1, 2]

@@ -257,6 +257,9 @@ class Watch:
         call.sizes.extend(sizes_of(output, self._batch_dim))
         outputs = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
         for tensor in outputs:
+            # Looking at it brings the node of a view up to date whose base was written to in place:
+            # register_hook crashes on an old one.
+            tensor.grad_fn  # noqa: B018
             tensor.register_hook(Hook(self._reference, Watch._on_output_gradient, call))
         self._uses.end(call, outputs, self._records.names, self._plain, self._hooked)
         return None
