@@ -374,6 +374,27 @@ def test_eps_and_factor_limit_reach_the_step():
         assert layer.weight.item() == -step
 
 
+def test_it_goes_on_from_a_checkpoint_of_sgd():
+    model = nn.Linear(3, 2)
+    plain = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    model(torch.ones(5, 3)).sum().backward()
+    plain.step()
+    counter = truestep.SampleCounter(model)
+    optimizer = truestep.AdaptiveBatchSGD(
+        model.parameters(), 0.2, counter=counter, factor_limit=0.5
+    )
+    optimizer.load_state_dict(plain.state_dict())
+    before, memory = (
+        model.weight.detach().clone(),
+        plain.state[model.weight]["momentum_buffer"].clone(),
+    )
+    optimizer.zero_grad()
+    model(torch.ones(5, 3)).sum().backward()
+    optimizer.step()
+    expected = before - 0.1 * (0.9 * memory + 0.5 * model.weight.grad)
+    torch.testing.assert_close(model.weight, expected)
+
+
 def test_a_refused_step_leaves_no_momentum():
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     counter = truestep.SampleCounter(model)

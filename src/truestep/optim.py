@@ -242,6 +242,12 @@ class AdaptiveBatchSGD(Optimizer):
         }
         super().__init__(params, defaults)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # those of torch.optim.SGD know neither eps nor a limit
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters, which must be the counter's model's."""
         super().add_param_group(param_group)
