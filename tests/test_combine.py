@@ -82,6 +82,20 @@ def test_reached_are_the_samples_with_any_output_gradient(make):
     assert torch.equal(joint([activity, activity]).reached(), reached)
 
 
+@pytest.mark.parametrize("turned", [(True, True), (False, False), (False, True)])
+def test_a_joint_of_linear_maps_asks_for_the_gradients_at_their_outputs(turned):
+    lead, full = pack(torch.rand(40, 4) < 0.1), pack(torch.rand(40, 3) < 0.9)
+    uses = [Outer(SHAPE, lead, full, transposed=each) for each in turned]
+    expected = uses[0].reached() | uses[1].reached()
+    assert torch.equal(joint(uses).reached(), expected)
+
+
+def test_counts_belong_to_who_asked_for_them():
+    activity = Counts(torch.ones(2, dtype=torch.int64), 3)
+    activity.count().zero_()
+    assert activity.count().tolist() == [1, 1]
+
+
 def test_bits_that_would_outgrow_the_counts_become_counts():
     parts = [elements(640) for _ in range(2)]
     assert isinstance(total(parts), Counts)

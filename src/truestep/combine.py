@@ -153,7 +153,7 @@ class Counts(Activity):
         return [Entry(rows, columns, counts=counts.data_ptr())]
 
     def count(self) -> Tensor:  # noqa: D102
-        return self.counts
+        return self.counts.clone()  # the caller's own
 
     def tensors(self) -> Iterator[Tensor]:  # noqa: D102
         yield self.counts
@@ -176,11 +176,13 @@ def joint(uses: Sequence[Activity]) -> Activity:
     if all(isinstance(use, Rows) for use in uses):
         return _append([use.spread() for use in uses], [0] * len(uses), first.samples)  # type: ignore[attr-defined]
     maps = [_as_outer(use) for use in uses]
-    if None not in maps:
+    # Which side the output gradients are on, all must say alike.
+    if None not in maps and len({use.transposed for use in maps if use is not None}) == 1:
         # Further positions of the same samples.
         outputs = _side_by_side([use.outputs for use in maps if use is not None])
         inputs = _side_by_side([use.inputs for use in maps if use is not None])
-        return Outer(first.shape, outputs, inputs)
+        turned = any(use.transposed for use in maps if use is not None)
+        return Outer(first.shape, outputs, inputs, transposed=turned)
     if all(isinstance(use, Blocks) for use in uses):
         blocks: dict[int, list[Activity]] = {}
         for use in uses:
@@ -236,7 +238,6 @@ def _as_outer(use: Activity) -> Outer | None:
         use.shape,
         Bits(words, use.samples, positions, rows),
         pack(inputs.reshape(use.samples, positions, features)),
-        transposed=True,
     )
 
 
