@@ -4,6 +4,8 @@ import importlib
 import inspect
 import pkgutil
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import typer
 import truestep
 from truestep import cli
 
+ROOT = Path(__file__).parent.parent
 MODULES = [
     importlib.import_module(info.name)
     for info in pkgutil.walk_packages(truestep.__path__, "truestep.")
@@ -114,3 +117,8 @@ def test_commands_and_their_options_have_help_and_a_place_in_the_reference(name)
     assert COMMANDS[name].help, name
     for parameter in COMMANDS[name].params:
         assert getattr(parameter, "help", None), f"{name} {parameter.name}"
+
+
+def test_the_performance_page_shows_the_figures_that_are_kept():
+    command = [sys.executable, str(ROOT / "benchmarks" / "document.py"), "--check"]
+    subprocess.run(command, check=True, cwd=ROOT)  # noqa: S603 - our own script

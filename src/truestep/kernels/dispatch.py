@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["PLAIN", "compiled_loops", "installed", "loops"]
+__all__ = ["PLAIN", "compiled_loops", "installed", "loops", "machine_code"]
 
 # numpy has no bfloat16: loops that take 16-bit floats read their bits.
 DTYPES = {torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.bool}
@@ -43,22 +43,18 @@ def compiled_loops(tensor: Tensor) -> bool:
 @functools.cache
 def loops() -> Any:
     """The package of compiled loops, imported when it is first needed: numba takes half a second."""
-    from numba.core import config  # noqa: PLC0415
+    from truestep.kernels import loops  # noqa: PLC0415
 
-    settings: Any = config
-    before = settings.CACHE_DIR
-    settings.CACHE_DIR = str(_cache(before))
-    try:
-        from truestep.kernels import loops  # noqa: PLC0415
-    finally:
-        settings.CACHE_DIR = before
     return loops
 
 
-def _cache(chosen: str) -> Path:
+def machine_code(chosen: str) -> Path:
     """Where machine code is kept, under a name made from all the loops' source.
 
     numba itself looks only at the file of the function that is called, not at what that calls.
+
+    Args:
+        chosen: the folder that the user has chosen (NUMBA_CACHE_DIR), or nothing.
     """
     here = Path(__file__).parent / "loops"
     sources = b"".join(path.read_bytes() for path in sorted(here.glob("*.py")))
