@@ -187,6 +187,13 @@ def test_embeddings_equal_their_twin(samples, entries, by_entry, density):
     same_counts(Rows(torch.Size([6, 5]), samples, rows.int(), owners, outputs, by_entry))
 
 
+@pytest.mark.parametrize("by_entry", [False, True])
+def test_an_embedding_that_is_not_looked_up(by_entry):
+    nothing = torch.zeros(0, dtype=torch.int32)
+    outputs = pack(torch.zeros(0 if by_entry else 4, 5))
+    same_counts(Rows(torch.Size([6, 5]), 4, nothing, nothing, outputs, by_entry))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])

@@ -328,11 +328,13 @@ class Rows(Activity):
         return replace(self, outputs=pack(self.outputs.mask()[self.owners]), by_entry=True)
 
     def entries(self) -> list[Entry] | None:  # noqa: D102
-        words = _address(self.outputs.words)
-        if words is None or not self._fits():
+        if not self._fits():
             return None
         if len(self.rows) == 0:
             return [Entry(self.shape[0], self.shape[1])]
+        words = _address(self.outputs.words)
+        if words is None:
+            return None
         return [
             Entry(
                 self.shape[0],
