@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import truestep
+from tasks import Block
 
 STEPS = 5  # the first one allocates what the optimizer keeps
 MEGABYTE = 1 << 20
@@ -76,31 +77,13 @@ def resnet() -> Task:
     return classify(model, torch.rand(64, 3, 32, 32))
 
 
-class Block(nn.Module):
-    """A pre-norm transformer block with fused attention."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        split = self.qkv(self.norms[0](x)).unflatten(-1, (3, self.heads, -1))
-        queries, keys, values = split.permute(2, 0, 3, 1, 4)
-        mixed = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).flatten(2))
-        return x + self.down(functional.gelu(self.up(self.norms[1](x))))
-
-
 class GPT(nn.Module):
     """A language model with learned positions and a tied head."""
 
     def __init__(self, tokens: int, length: int, width: int, depth: int) -> None:
         super().__init__()
         self.tokens, self.positions = nn.Embedding(tokens, width), nn.Embedding(length, width)
-        self.blocks = nn.Sequential(*(Block(width, 4) for _ in range(depth)), nn.LayerNorm(width))
+        self.blocks = nn.Sequential(*(Block(width) for _ in range(depth)), nn.LayerNorm(width))
         self.head = nn.Linear(width, tokens, bias=False)
         self.head.weight = self.tokens.weight
 

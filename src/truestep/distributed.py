@@ -12,6 +12,7 @@ from torch import distributed as dist
 from truestep.activity import Activity, Elements
 from truestep.bits import Bits
 from truestep.errors import TruestepError
+from truestep.kernels.dispatch import PLAIN
 
 __all__ = [
     "Ranks",
@@ -22,9 +23,6 @@ __all__ = [
     "nobody",
     "ranks_of",
 ]
-
-
-PLAIN = {Tensor, nn.Parameter}
 
 
 @dataclass(frozen=True)
