@@ -228,6 +228,14 @@ def test_progress_ends_with_all_steps():
     assert seen[-1] == (15_000, 15_000)
 
 
+def test_progress_on_the_terminal(capsys):
+    run(replicas=3, progress=True)
+    lines = capsys.readouterr().err.split("\r")
+    assert lines[-1].startswith("100 %  90 of 90 replica-steps")
+    assert lines[-1].endswith("\n")
+    assert all(len(line) <= 80 for line in lines)
+
+
 def test_a_store_goes_on_and_grows(tmp_path):
     record = Record(every=10, nodes=True)
     whole = run(replicas=9, record=record)

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from truestep.ensemble.compiled import Compiled
 from truestep.ensemble.data import Data
 from truestep.ensemble.job import Job, Order
+from truestep.ensemble.progress import show
 from truestep.ensemble.result import Part, Result
 from truestep.ensemble.settings import Network, Optimizer, Record, Stop
 from truestep.ensemble.stacked import Stacked
@@ -51,7 +52,7 @@ def train(
     store: str | Path | None = None,
     threads: int | None = None,
     memory: int = 2**30,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     backend: str | None = None,
 ) -> Result:
     """Trains many replicas of a small network, each with its own start, order of data and optimizer.
@@ -80,7 +81,8 @@ def train(
         threads: How many; `torch.get_num_threads` by default.
         memory: Bytes that replicas in training may take, all threads together. The result needs more, unless
             there is a store.
-        progress: Called about four times a second with replica-steps done, all, and seconds since the start.
+        progress: True for a line on stderr with replica-steps per second and what is left, or a function that
+            is called about four times a second with replica-steps done, all, and seconds since the start.
         backend: "compiled" (numba), or "torch"; compiled by default where numba is installed.
 
     Returns:
@@ -123,7 +125,8 @@ def train(
     parts: dict[range, Part] = {} if kept is None else dict(kept.parts())
     items = _items(engine, _missing(replicas, list(parts)), memory, count)
     finished = replicas - sum(len(item) for item in items)
-    work = _Work(engine, replicas * job.steps, finished * job.steps, began, progress)
+    told = show if progress is True else progress or None
+    work = _Work(engine, replicas * job.steps, finished * job.steps, began, told)
     for item, fields in work.run(items, count):
         parts[item] = fields if kept is None else kept.add(item, fields)
     chosen = [parts[part] for part in sorted(parts, key=lambda part: part.start)]
