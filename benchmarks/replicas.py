@@ -172,9 +172,7 @@ def by_bmm(case: Case, optimizer: str, replicas: int, steps: int) -> Run:
                     x = torch.relu(x)
             loss = case.loss(x.flatten(0, 1), y.flatten()) * replicas
             with torch.no_grad():
-                torch._foreach_sub_(
-                    flat, torch.autograd.grad(loss, flat), alpha=LR
-                )
+                torch._foreach_sub_(flat, torch.autograd.grad(loss, flat), alpha=LR)
 
     return run
 
