@@ -37,7 +37,7 @@ LAYERS = [
         "wire",
     },
     {"distributed", "exchange", "fused", "update"},
-    {"records", "batch", "hooks", "layers", "compiled", "watch", "counter"},
+    {"records", "batch", "calls", "direct", "hooks", "layers", "compiled", "watch", "counter"},
     {"optim", "transforms", "doctor", "monitor"},
     {""},  # the public names
     {"lab", "integrations"},

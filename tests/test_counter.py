@@ -15,8 +15,8 @@ import truestep
 from truestep import TruestepError
 from truestep.activity import Elements
 from truestep.bits import pack
+from truestep.calls import Call
 from truestep.kernels import dispatch
-from truestep.records import Call
 from zoo import Twice, mlp, sparse_inputs
 
 

@@ -5,7 +5,6 @@ node of the layer's output lets it turn the output gradient into activity, and a
 commits the activity when the gradient has reached `.grad`. What becomes of it is `Records`' matter.
 """
 
-import sys
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -18,9 +17,11 @@ from torch import Tensor, nn
 from truestep import compiled
 from truestep.activity import Activity
 from truestep.batch import Batch
+from truestep.calls import Call
 from truestep.combine import Shared
 from truestep.compiled import Receiver
 from truestep.consumers import Uses
+from truestep.direct import Use
 from truestep.hooks import Hook, Pausable, on_gradients, on_node, uncompiled
 from truestep.layers import (
     Layer,
@@ -32,7 +33,7 @@ from truestep.layers import (
     sizes_of,
 )
 from truestep.layout import Layout, Rule, Unit, tensors_in
-from truestep.records import FORWARD, Call, Records
+from truestep.records import FORWARD, Records
 
 __all__ = ["Watch"]
 
@@ -68,13 +69,14 @@ class Watch:
         self._handles: list[Any] = []
         # A call that began in a compiled graph is here by its key.
         self._calls: list[Call | Tensor | None] = []
+        self._traced = False
         self._hooked: dict[Tensor, Tensor] = {}
         self._uses = Uses()
         self._looks_up = any(isinstance(layer.module, nn.Embedding) for layer in layers)
         hook = partial(Hook, self._reference)
         if isinstance(model, nn.parallel.DistributedDataParallel):
             self._follow(model)
-        begins = Receiver(hook(Watch._find_wrapper), begins=True)
+        begins = Receiver(hook(Watch._on_traced), begins=True)
         self._handles.append(
             model.register_forward_pre_hook(
                 hook(Watch._on_call, begins), with_kwargs=True, prepend=True
@@ -138,11 +140,19 @@ class Watch:
         if self._looks_up:
             places = {tensor.untyped_storage().data_ptr() for tensor in inputs}
         sizes = list(sizes_of(inputs, self._batch_dim))
-        # Only a compiled part of the model asks for a call by its key.
-        may_compile = "torch._dynamo" in sys.modules
-        call = compiled.new_call(sizes, places) if may_compile else Call(sizes, places)
+        call = Call(sizes, places)
+        if self._traced:
+            compiled.give_key(call)
         self._calls.append(call)
         self._uses.begin(call)
+
+    def _on_traced(self) -> None:
+        """Notes that a graph is being made: only compiled parts of a model ask for a call by its key."""
+        self._traced = True
+        for call in self._calls:
+            if isinstance(call, Call) and call.key is None:
+                compiled.give_key(call)
+        self._find_wrapper()
 
     def _find_wrapper(self) -> None:
         wrapper = self._batch.new_wrapper()
@@ -168,6 +178,15 @@ class Watch:
     def _on_layer(
         self, layer: Layer, taps: Receiver, module: nn.Module, args: Any, kwargs: Any, output: Any
     ) -> Any:
+        if layer.direct is not None and not torch.compiler.is_compiling():
+            call = self._calls[-1] if self._calls else None
+            if (
+                type(call) is Call
+                and not self._uses.counts(call)
+                and layer.direct.takes(module, args, output)
+            ):
+                output.grad_fn.register_prehook(Use(self._reference, layer, call, args[0]))
+                return None
         if not torch.is_grad_enabled():
             return None
         rule = layer.rule_of_call()
@@ -235,7 +254,7 @@ class Watch:
         trained = layer.trained(self._records.names)
         for owner, parameter in trained:
             if owner not in self._hooked:
-                hook = Hook(self._reference, Watch._on_accumulated)
+                hook = Hook(weakref.ref(self._records), Records.land)
                 self._handles.append(owner.register_post_accumulate_grad_hook(hook))
                 self._hooked[owner] = owner
             if parameter not in self._hooked:
@@ -243,6 +262,8 @@ class Watch:
                 hook = Hook(self._reference, Watch._on_gathered, owner)
                 self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
                 self._hooked[parameter] = owner
+        if layer.direct is not None:
+            layer.direct.know(layer.module)
         return bool(trained)
 
     def _on_return(self, taps: Receiver, _module: nn.Module, _args: Any, output: Any) -> Any:
@@ -261,7 +282,8 @@ class Watch:
             # register_hook crashes on an old one.
             tensor.grad_fn  # noqa: B018
             tensor.register_hook(Hook(self._reference, Watch._on_output_gradient, call))
-        self._uses.end(call, outputs, self._records.names, self._plain, self._hooked)
+        if self._uses.counts(call):
+            self._uses.end(call, outputs, self._records.names, self._plain, self._hooked)
         return None
 
     # In the backward pass.
@@ -282,6 +304,7 @@ class Watch:
         """Takes what a layer's rule makes of the gradients of its outputs."""
         if torch.is_grad_enabled():  # create_graph=True
             deltas = tuple(delta if delta is None else delta.detach() for delta in deltas)
+        pairs: list[tuple[Tensor, Activity]] = []
         for name, found in activity(*deltas).items():
             parameter = layer.present(name)
             if layer.sharded:
@@ -289,18 +312,22 @@ class Watch:
             if found.shape != parameter.shape:
                 check_shape(layer, name, found.shape, parameter)
             if layout.batch_dim is None:
-                shared = Shared(found, batch_of(layer, call))
-                self._records.receive(parameter, call, shared)
+                pairs.append((parameter, Shared(found, batch_of(layer, call))))
                 continue
             if self._unit == "sample" and call.batch_size != found.samples:
                 check_batch(layer, call, found.samples)
-            self._records.receive(parameter, call, found)
+            pairs.append((parameter, found))
+        self._records.receive(call, pairs)
+
+    def on_rows(self, use: Use, layer: Layer, call: Call, samples: int) -> None:
+        """Takes what a layer's use finds on rows of a batch, now or when the backward pass ends."""
+        if self._unit == "sample" and call.batch_size != samples:
+            check_batch(layer, call, samples)
+        if not (use.is_first() and self._records.gather(use)):
+            self._records.receive(*use.deliver_now())
 
     def _on_gathered(self, owner: Tensor, _parameter: Tensor) -> None:
         self._records.hold(owner)
-
-    def _on_accumulated(self, parameter: Tensor) -> None:
-        self._records.commit(parameter)
 
     # The same, delivered by a compiled graph.
 
