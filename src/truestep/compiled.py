@@ -27,7 +27,7 @@ from truestep.hooks import Hook, uncompiled
 from truestep.layers import Layer
 from truestep.layout import Inside, Layout, tensors_in
 
-__all__ = ["Receiver", "begin", "call_of", "delivered", "give_key", "tapped"]
+__all__ = ["Receiver", "begin", "call_of", "can_keep", "delivered", "give_key", "tapped"]
 
 SERIALS = itertools.count()
 CALLS: weakref.WeakValueDictionary[int, Call] = weakref.WeakValueDictionary()
@@ -172,6 +172,15 @@ def tapped(
     for place, output in zip(waited, passed, strict=True):
         leaves[place] = output
     return pytree.tree_unflatten(leaves, structure)
+
+
+def can_keep(value: Any) -> bool:
+    """Whether a graph can keep arguments for its backward pass: nested tensors and plain values."""
+    if isinstance(value, tuple | list):
+        return all(can_keep(item) for item in value)
+    if isinstance(value, dict):
+        return all(can_keep(item) for item in value.values())
+    return value is None or isinstance(value, Tensor | bool | int | str)
 
 
 def _exporting() -> bool:

@@ -18,7 +18,7 @@ from truestep.calls import Call, at_end, backward_id
 from truestep.combine import joint, total
 from truestep.direct import Use
 from truestep.distributed import is_sharded, local, nobody
-from truestep.errors import TruestepError
+from truestep.errors import TruestepError, corrected_already, without_numbers, without_record
 from truestep.layout import Unit
 
 __all__ = ["FORWARD", "Record", "Records"]
@@ -128,6 +128,8 @@ class Records:
         """The record of the parameter's present gradient, or, without one, of its last."""
         record = self.committed.get(id(parameter))
         if record is None or parameter.grad is None or record.gradient() is parameter.grad:
+            if record is not None and parameter.is_meta:
+                raise without_numbers(self.names[parameter])
             return record
         return None
 
@@ -150,16 +152,11 @@ class Records:
         """
         record = self.committed.get(id(parameter))
         if record is None or record.gradient() is not parameter.grad:
-            raise TruestepError(
-                f"{self.names[parameter]!r} has a gradient, but no sample was counted for it. Either "
-                "the forward pass ran before the SampleCounter was made, or torch.compile did (make the "
-                "counter before the compiled model's first call, or call torch.compiler.reset() after "
-                "making it), or the parameter was used without calling its module, or .grad was set by "
-                "hand. Call the module, or leave it out with SampleCounter(model, unsupported='mean') "
-                "and rules without its class"
-            )
+            raise without_record(self.names[parameter])
         if record.mixed:
-            self._refuse_mixture(parameter)
+            raise corrected_already(self.names[parameter])
+        if parameter.is_meta:
+            raise without_numbers(self.names[parameter])
         return record
 
     def find_all(self, parameters: Sequence[Tensor]) -> list[Record]:
@@ -168,7 +165,10 @@ class Records:
         records = [committed.get(id(parameter)) for parameter in parameters]
         return [
             record
-            if record is not None and not record.mixed and record.gradient() is parameter.grad
+            if record is not None
+            and not record.mixed
+            and not parameter.is_meta
+            and record.gradient() is parameter.grad
             else self.find(parameter)
             for parameter, record in zip(parameters, records, strict=True)
         ]
@@ -390,15 +390,8 @@ class Records:
         if _zeroed(gradient, record):
             return True
         if record.corrected and not record.stepped:
-            self._refuse_mixture(parameter)
+            raise corrected_already(self.names[parameter])
         return False
-
-    def _refuse_mixture(self, parameter: Tensor) -> None:
-        raise TruestepError(
-            f"the gradient of {self.names[parameter]!r} is a mean effective gradient already, and a "
-            "further backward pass adds a plain one to it; call zero_grad() first, or correct after "
-            "the last backward pass"
-        )
 
     def _joint(self, call: Call, uses: list[Activity]) -> tuple[Activity, int | Tensor]:
         """One call's activity and its N."""

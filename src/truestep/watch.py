@@ -5,6 +5,7 @@ node of the layer's output lets it turn the output gradient into activity, and a
 commits the activity when the gradient has reached `.grad`. What becomes of it is `Records`' matter.
 """
 
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -20,8 +21,9 @@ from truestep.batch import Batch
 from truestep.calls import Call
 from truestep.combine import Shared
 from truestep.compiled import Receiver
-from truestep.consumers import Uses
+from truestep.consumers import Used, Uses, traced_by_shapes, used
 from truestep.direct import Use
+from truestep.errors import TruestepError
 from truestep.hooks import Hook, Pausable, on_gradients, on_node, uncompiled
 from truestep.layers import (
     Layer,
@@ -72,6 +74,9 @@ class Watch:
         self._traced = False
         self._hooked: dict[Tensor, Tensor] = {}
         self._uses = Uses()
+        self._model = weakref.ref(model)
+        # While the model runs for the sake of its graph alone: the uses of its layers.
+        self._probed: list[Used] | None = None
         self._looks_up = any(isinstance(layer.module, nn.Embedding) for layer in layers)
         hook = partial(Hook, self._reference)
         if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -92,7 +97,9 @@ class Watch:
         taps = Receiver(hook(Watch._on_delivered_output))
         # After the layers' hooks: the model may be a layer itself.
         self._handles.append(
-            model.register_forward_hook(hook(Watch._on_return, taps), always_call=True)
+            model.register_forward_hook(
+                hook(Watch._on_return, taps), with_kwargs=True, always_call=True
+            )
         )
 
     def _hook(self, layer: Layer) -> Pausable:
@@ -123,6 +130,8 @@ class Watch:
     # A call of the model begins.
 
     def _on_call(self, _begins: Receiver, _module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._probed is not None:
+            return
         if not torch.is_grad_enabled():
             self._calls.append(None)
             for outer, handle in self._fused:
@@ -173,21 +182,19 @@ class Watch:
     # A layer is called, and returns.
 
     def _on_begin(self, layer: Layer, *_: Any) -> None:
-        layer.begin()
+        if self._probed is None:
+            layer.begin()
 
     def _on_layer(
         self, layer: Layer, taps: Receiver, module: nn.Module, args: Any, kwargs: Any, output: Any
     ) -> Any:
-        if layer.direct is not None and not torch.compiler.is_compiling():
-            call = self._calls[-1] if self._calls else None
-            if (
-                type(call) is Call
-                and not self._uses.counts(call)
-                and layer.direct.takes(module, args, output)
-            ):
-                output.grad_fn.register_prehook(Use(self._reference, layer, call, args[0]))
-                return None
-        if not torch.is_grad_enabled():
+        if self._probed is not None:
+            self._probed.append(used(output, (args, kwargs)))
+            return None
+        direct = layer.direct is not None and not torch.compiler.is_compiling()
+        if (
+            direct and self._goes_directly(layer, module, args, output)
+        ) or not torch.is_grad_enabled():
             return None
         rule = layer.rule_of_call()
         outputs = [output] if isinstance(output, Tensor) else list(tensors_in(output))
@@ -203,6 +210,19 @@ class Watch:
             call = Call(outside=True) if call is None else compiled.call_of(call)
         self._use(layer, call, rule, args, kwargs, outputs)
         return None
+
+    def _goes_directly(self, layer: Layer, module: nn.Module, args: Any, output: Any) -> bool:
+        """Lets a use wait for its gradient the short way, or says that it cannot."""
+        call, direct = self._calls[-1] if self._calls else None, layer.direct
+        if (
+            not isinstance(call, Call)
+            or direct is None
+            or self._uses.counts(call)
+            or not direct.takes(module, args, output)
+        ):
+            return False
+        output.grad_fn.register_prehook(Use(self._reference, layer, call, args[0]))
+        return True
 
     def _use(
         self, layer: Layer, call: Call, rule: Rule, args: Any, kwargs: Any, outputs: list[Tensor]
@@ -266,10 +286,15 @@ class Watch:
             layer.direct.know(layer.module)
         return bool(trained)
 
-    def _on_return(self, taps: Receiver, _module: nn.Module, _args: Any, output: Any) -> Any:
+    def _on_return(
+        self, taps: Receiver, _module: nn.Module, args: Any, kwargs: Any, output: Any
+    ) -> Any:
+        if self._probed is not None:
+            return None
         call = self._calls.pop() if self._calls else None
         if torch.compiler.is_compiling():
-            return None if call is None else compiled.tapped(output, taps, call, ((), {}))
+            given = (args, kwargs) if compiled.can_keep((args, kwargs)) else (None, None)
+            return None if call is None else compiled.tapped(output, taps, call, given)
         if call is None:
             for _, handle in self._fused:
                 handle.resume()
@@ -282,9 +307,32 @@ class Watch:
             # register_hook crashes on an old one.
             tensor.grad_fn  # noqa: B018
             tensor.register_hook(Hook(self._reference, Watch._on_output_gradient, call))
-        if self._uses.counts(call):
-            self._uses.end(call, outputs, self._records.names, self._plain, self._hooked)
+        known = self._records.names, self._plain, self._hooked
+        if self._uses.counts(call) and self._uses.end(call, outputs, *known):
+            self._check_by_shapes(args, kwargs)
         return None
+
+    def _check_by_shapes(self, args: Any, kwargs: Any) -> None:
+        """Holds the uses of layers against the graph of a forward pass without numbers."""
+        model = self._model()
+        if model is None or not self._handles:  # none once it is closed
+            return
+        known = {p: name for p, name in self._records.names.items() if p not in self._plain}
+        self._probed = []
+        try:
+            with traced_by_shapes(model, known) as (run, names):
+                self._uses.check(run(args, kwargs), self._probed, names)
+        except TruestepError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever a model does that needs its numbers
+            warnings.warn(
+                "whether the compiled model uses parameters without calling their modules could not be "
+                f"told, since it does not run without numbers ({type(error).__name__}: {error}); "
+                "call it once without compiling after the SampleCounter is made",
+                stacklevel=2,
+            )
+        finally:
+            self._probed = None
 
     # In the backward pass.
 
@@ -331,7 +379,11 @@ class Watch:
 
     # The same, delivered by a compiled graph.
 
-    def _on_delivered_output(self, call: Call, deltas: list[Tensor | None], *_: Any) -> None:
+    def _on_delivered_output(
+        self, call: Call, deltas: list[Tensor | None], args: Any, kwargs: Any
+    ) -> None:
+        if args is not None and self._uses.begin_check():
+            self._check_by_shapes(args, kwargs)
         call.sizes.extend(sizes_of(deltas, self._batch_dim))
         for delta in deltas:
             # A compiled graph gives zeros to outputs that the loss does not depend on.
