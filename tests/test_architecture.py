@@ -37,7 +37,7 @@ LAYERS = [
         "wire",
     },
     {"distributed", "exchange", "fused", "update"},
-    {"records", "batch", "hooks", "layers", "compiled", "watch", "counter"},
+    {"records", "batch", "calls", "direct", "hooks", "layers", "compiled", "watch", "counter"},
     {"optim", "transforms", "doctor", "monitor", "ensemble"},
     {""},  # the public names
     {"lab", "integrations"},
@@ -81,7 +81,7 @@ def test_imports_point_down(path):
 def test_the_core_knows_torch_alone(name):
     allowed = {"torch", "numpy", "truestep"}
     known = {"abc", "ast", "collections", "contextlib", "copy", "dataclasses", "functools"}
-    known |= {"itertools", "math", "operator", "sys", "typing", "weakref"}
+    known |= {"itertools", "math", "operator", "sys", "typing", "warnings", "weakref"}
     roots = {imported.split(".")[0] for imported in imports(ROOT / f"{name}.py")}
     assert roots <= allowed | known
 
