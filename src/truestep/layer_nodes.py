@@ -1,0 +1,232 @@
+"""What is known of the units of one layer: collected batch by batch, and what follows from it."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from truestep.duplicates import Duplicates
+from truestep.errors import TruestepError
+from truestep.units import Channels, Key
+
+__all__ = ["KINDS", "LayerNodes", "Statistics"]
+
+# What a unit is called, in the order in which a unit of several kinds gets its name.
+KINDS = ("not finite", "true", "constant", "duplicate", "pseudo")
+# Rounding that is allowed for, in units of the last place.
+ROUNDING = 64
+ROWS_IN_A_BYTE = 255
+
+
+@dataclass(eq=False)
+class LayerNodes:
+    """The units of one layer behind one activation function.
+
+    Attributes:
+        layer: the layer's path; of a sum of layers, their paths joined by "+".
+        activation: the activation function's name in torch.
+        samples: n, how many samples were seen.
+        rate: float64 ``[units]``, the share of samples and positions with z > 0.
+        lowest: the smallest z of each unit, float64 ``[units]``.
+        highest: the largest z.
+        low: the smallest output.
+        high: the largest output.
+        twin: int64 ``[units]``, the unit that this one is a multiple of; -1 for none.
+        ratio: float64 ``[units]``, the factor; nan for none.
+        tolerance: relative, for constants and duplicates.
+    """
+
+    layer: str
+    activation: str
+    samples: int
+    rate: Tensor
+    lowest: Tensor
+    highest: Tensor
+    low: Tensor
+    high: Tensor
+    twin: Tensor
+    ratio: Tensor
+    tolerance: float
+
+    def __len__(self) -> int:
+        return len(self.rate)
+
+    @property
+    def finite(self) -> Tensor:
+        """Bool ``[units]``: no nan or infinity was seen; other units are of no kind."""
+        ends = (self.lowest, self.highest, self.low, self.high)
+        return torch.stack([end.isfinite() for end in ends]).all(0)
+
+    @property
+    def true(self) -> Tensor:
+        """Bool ``[units]``: never on."""
+        return self.finite & (self.highest <= 0)
+
+    @property
+    def pseudo(self) -> Tensor:
+        """Bool ``[units]``: always on."""
+        return self.finite & (self.lowest > 0)
+
+    @property
+    def constant(self) -> Tensor:
+        """Bool ``[units]``: the same output at all samples and positions; true dummies of ReLU are."""
+        largest = torch.maximum(self.high.abs(), self.low.abs())
+        return self.finite & (self.high - self.low <= self.tolerance * largest)
+
+    @property
+    def value(self) -> Tensor:
+        """float64 ``[units]``: the output of constant units, nan for others."""
+        middle = self.low + (self.high - self.low) / 2
+        return torch.where(self.constant, middle, torch.nan)
+
+    @property
+    def duplicate(self) -> Tensor:
+        """Bool ``[units]``: a multiple of the unit in `twin`, and no constant."""
+        return self.finite & (self.twin >= 0) & ~self.constant
+
+    def part(self, kept: Tensor) -> "LayerNodes":
+        """Some of the units.
+
+        Args:
+            kept: bool ``[units]``; multiples of units that are left out become units of their own.
+        """
+        numbers = kept.cumsum(0) - 1
+        has = (self.twin >= 0) & kept[self.twin.clamp_min(0)]
+        twin = torch.where(has, numbers[self.twin.clamp_min(0)], -1)
+        ratio = torch.where(has, self.ratio, torch.nan)
+        names = ("rate", "lowest", "highest", "low", "high")
+        values = {name: getattr(self, name)[kept] for name in names}
+        return replace(self, **values, twin=twin[kept], ratio=ratio[kept])
+
+    def kinds(self) -> list[str]:
+        """One of `KINDS` for each unit, or ""."""
+        masks = (~self.finite, self.true, self.constant, self.duplicate, self.pseudo)
+        names = [""] * len(self)
+        for kind, mask in reversed(list(zip(KINDS, masks, strict=True))):
+            for unit in mask.nonzero().squeeze(1).tolist():
+                names[unit] = kind
+        return names
+
+    def bound(self, confidence: float = 0.95) -> float:
+        """Upper confidence bound on the chance that a new sample turns a never-on unit on.
+
+        The exact binomial (Clopper-Pearson) bound for none of n samples, 1 - (1 - confidence)^(1/n), about
+        3 / n at 95 %: absence in data is no proof. The same bounds the chance that an always-on unit
+        is off. It is for one unit and for samples drawn independently from what the data were drawn from.
+
+        Args:
+            confidence: between 0 and 1.
+        """
+        return float(1 - (1 - confidence) ** (1 / self.samples))
+
+    def summary(self) -> dict[str, Any]:
+        """Counts, for a table or JSON."""
+        kinds = self.kinds()
+        counts = {kind: kinds.count(kind) for kind in KINDS}
+        return {
+            "layer": self.layer,
+            "activation": self.activation,
+            "units": len(self),
+            **counts,
+            "rate": float(self.rate.mean()) if len(self) else float("nan"),
+            "bound": self.bound(),
+        }
+
+
+class Statistics:
+    """Collects the statistics of all layers."""
+
+    def __init__(self, tolerance: float | None) -> None:
+        self.totals: dict[Key, _Total] = {}
+        self._tolerance = tolerance
+
+    def before(self, key: Key, z: Tensor, units: Channels) -> None:
+        """Takes a pre-activation."""
+        total = self.totals.get(key)
+        if total is None or total.units != z.shape[units.dim]:
+            if total is not None:
+                raise TruestepError(
+                    f"layer {key[0]!r} had {total.units} units in one call and {z.shape[units.dim]} in "
+                    "another; call find_dummy_nodes on a part of the model whose layers keep their widths"
+                )
+            total = self.totals[key] = _Total(z.shape[units.dim], _tolerance(z, self._tolerance))
+        total.see(z, units.dim)
+
+    def after(self, key: Key, output: Tensor, units: Channels) -> Tensor:
+        """Takes an output, and returns it."""
+        self.totals[key].see_output(output, units.dim)
+        return output
+
+
+def _tolerance(z: Tensor, given: float | None) -> float:
+    if given is not None:
+        return given
+    exact = z.dtype in {torch.float16, torch.bfloat16}
+    return 0.0 if exact else ROUNDING * torch.finfo(z.dtype).eps
+
+
+class _Total:
+    """The statistics of one layer so far."""
+
+    def __init__(self, units: int, tolerance: float) -> None:
+        self.units, self._tolerance = units, tolerance
+        self._rows = 0
+        self._on = torch.zeros(units, dtype=torch.int64)
+        highest = torch.full((units,), -torch.inf, dtype=torch.float64)
+        self._highest, self._high = highest, highest.clone()
+        self._lowest, self._low = -highest, -highest
+        self._duplicates = Duplicates(units, tolerance)
+
+    def see(self, z: Tensor, dim: int) -> None:
+        """Takes the pre-activations of a batch, before an in-place function overwrites them."""
+        rows = z.numel() // max(self.units, 1)
+        if not rows:
+            return
+        self._rows += rows
+        self._on += _count_positive(z, dim)
+        low, high = _ends(z, dim)
+        self._lowest = torch.minimum(self._lowest, low)
+        self._highest = torch.maximum(self._highest, high)
+
+    def see_output(self, y: Tensor, dim: int) -> None:
+        """Takes the outputs of the batch."""
+        if not y.numel():
+            return
+        low, high = _ends(y, dim)
+        self._low = torch.minimum(self._low, low)
+        self._high = torch.maximum(self._high, high)
+        size = torch.maximum(self._lowest.abs(), self._highest.abs())
+        self._duplicates.update(y, dim, low, high, size)
+
+    def result(self, key: Key, samples: int) -> LayerNodes:
+        """What the statistics say."""
+        units, firsts, ratios = self._duplicates.pairs()
+        twin = torch.full((self.units,), -1)
+        ratio = torch.full((self.units,), torch.nan, dtype=torch.float64)
+        twin[units], ratio[units] = firsts, ratios
+        rate = self._on.double() / max(self._rows, 1)
+        ends = (self._lowest, self._highest, self._low, self._high)
+        seen = max(1, min(samples, self._rows))
+        return LayerNodes(*key, seen, rate, *ends, twin, ratio, self._tolerance)
+
+
+def _ends(values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest number of each unit; nan where there is one."""
+    others = [other for other in range(values.dim()) if other != dim]
+    if not others:
+        return values.double().cpu(), values.double().cpu()
+    return values.amin(others).double().cpu(), values.amax(others).double().cpu()
+
+
+def _count_positive(z: Tensor, dim: int) -> Tensor:
+    """How often each unit is on, int64 ``[units]``."""
+    positive = z > 0
+    if dim != z.dim() - 1:
+        others = [other for other in range(z.dim()) if other != dim]
+        return positive.sum(others).cpu()
+    # Bytes are added many times faster than 64-bit numbers: as many rows at a time as fit one.
+    rows = positive.reshape(-1, z.shape[-1]).view(torch.uint8)
+    whole = len(rows) - len(rows) % ROWS_IN_A_BYTE
+    packs = rows[:whole].view(-1, ROWS_IN_A_BYTE, z.shape[-1]).sum(1, dtype=torch.uint8)
+    return (packs.sum(0) + rows[whole:].sum(0)).cpu()
