@@ -49,7 +49,7 @@ LAYERS = [
     {"records", "batch", "hooks", "layers", "compiled", "watch", "counter"},
     {"optim", "transforms", "doctor", "monitor", "layer_nodes", "nodes", "plan"},
     {"surgery", "lines", "measuring", "optimizer_state"},
-    {"compression_report", "stages", "compress"},
+    {"compression_report", "stages", "compress", "history"},
     {""},  # the public names
     {"lab", "integrations"},
     {"cli"},

@@ -4,6 +4,7 @@ from truestep import monitor, oracle
 from truestep.compress import compress
 from truestep.counter import SampleCounter
 from truestep.errors import TruestepError
+from truestep.history import NodeHistory
 from truestep.nodes import find_dummy_nodes
 from truestep.optim import DASGD, AdaptiveBatchSGD
 from truestep.rules import RULES
@@ -14,6 +15,7 @@ __all__ = [
     "DASGD",
     "RULES",
     "AdaptiveBatchSGD",
+    "NodeHistory",
     "SampleCounter",
     "TruestepError",
     "attach",

@@ -54,8 +54,8 @@ def compress(
     Example:
         >>> import torch, truestep
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
-        >>> model[0].bias.data[1] = -100.0
-        >>> x = torch.rand(50, 2)
+        >>> model[0].bias.data = torch.tensor([0.0, -100.0, 0.0])
+        >>> x = torch.randn(50, 2)
         >>> small, report = truestep.compress(model, truestep.find_dummy_nodes(model, [x]), x)
         >>> small[0], report.removed[0].how
         (Linear(in_features=2, out_features=2, bias=True), 'removed')

@@ -228,8 +228,8 @@ def shrink_to(model: nn.Module, saved: Mapping[str, Any]) -> nn.Module:
         >>> make = lambda: torch.nn.Sequential(
         ...     torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
         >>> model = make()
-        >>> model[0].bias.data[1] = -100.0
-        >>> x = torch.rand(50, 2)
+        >>> model[0].bias.data = torch.tensor([0.0, -100.0, 0.0])
+        >>> x = torch.randn(50, 2)
         >>> small, report = truestep.compress(model, truestep.find_dummy_nodes(model, [x]), x)
         >>> same = truestep.shrink_to(make(), report.checkpoint(small))
         >>> same[0], bool((same(x) == small(x)).all())
