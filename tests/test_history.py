@@ -91,5 +91,5 @@ def test_bits_that_became_counts_are_an_error():
     history = NodeHistory(counter, model, torch.randn(2, 4))
     for _ in range(4):
         model(torch.randn(70, 4)).square().sum().backward()
-    with pytest.raises(TruestepError, match="accumulated batches into counts.*zero the gradients"):
+    with pytest.raises(TruestepError, match=r"accumulated batches into counts.*zero the gradients"):
         history.add()

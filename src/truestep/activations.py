@@ -33,6 +33,7 @@ class Activation:
     Attributes:
         name: as torch calls the function.
         pieces: where it is a straight line; none for smooth functions.
+        rising: whether it never falls, so that the ends of its outputs come from the ends of its inputs.
 
     Example:
         >>> relu = find_activation("relu", (), {})
@@ -42,6 +43,7 @@ class Activation:
 
     name: str
     pieces: tuple[Piece, ...] = ()
+    rising: bool = False
 
     def line(self, lowest: Tensor, highest: Tensor) -> tuple[Tensor, Tensor]:
         """The straight line that units follow.
@@ -90,13 +92,15 @@ def _argument(
 
 def _leaky(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Activation:
     slope = float(_argument(args, kwargs, 0, "negative_slope", 0.01))
-    return Activation("leaky_relu", (Piece(-math.inf, 0.0, slope, 0.0), _IDENTITY))
+    return Activation(
+        "leaky_relu", (Piece(-math.inf, 0.0, slope, 0.0), _IDENTITY), rising=slope >= 0
+    )
 
 
 def _between(low: float, high: float) -> Activation:
     below, above = Piece(-math.inf, low, 0.0, low), Piece(high, math.inf, 0.0, high)
     name = {(0.0, 6.0): "relu6", (0.0, math.inf): "relu"}.get((low, high), "hardtanh")
-    return Activation(name, (below, above, Piece(low, high, 1.0, 0.0)))
+    return Activation(name, (below, above, Piece(low, high, 1.0, 0.0)), rising=True)
 
 
 def _hardtanh(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Activation:
@@ -118,7 +122,7 @@ def _always(activation: Activation) -> Callable[..., Activation]:
 
 
 ACTIVATIONS: dict[str, Callable[[tuple[Any, ...], Mapping[str, Any]], Activation | None]] = {
-    "relu": _always(Activation("relu", (_ZERO, _IDENTITY))),
+    "relu": _always(Activation("relu", (_ZERO, _IDENTITY), rising=True)),
     "relu6": _always(_between(0.0, 6.0)),
     "hardtanh": _hardtanh,
     "clamp": _clamp,
@@ -131,9 +135,9 @@ ACTIVATIONS: dict[str, Callable[[tuple[Any, ...], Mapping[str, Any]], Activation
     "gelu": _always(Activation("gelu")),
     "silu": _always(Activation("silu")),
     "mish": _always(Activation("mish")),
-    "softplus": _always(Activation("softplus")),
-    "sigmoid": _always(Activation("sigmoid")),
-    "tanh": _always(Activation("tanh")),
+    "softplus": _always(Activation("softplus", rising=True)),
+    "sigmoid": _always(Activation("sigmoid", rising=True)),
+    "tanh": _always(Activation("tanh", rising=True)),
     "hardsigmoid": _always(
         Activation(
             "hardsigmoid",

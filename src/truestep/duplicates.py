@@ -121,7 +121,7 @@ class Duplicates:
         """Groups of columns whose projections agree."""
         rows = torch.randn(PROJECTIONS, len(values), generator=self._generator).to(values)
         projected = (rows @ values).double().cpu()
-        projected /= values.norm(dim=0, dtype=torch.float64).cpu()
+        projected /= values.norm(dim=0).double().cpu()
         # Factors may be negative: the largest projection is made positive.
         largest = projected.abs().argmax(0, keepdim=True)
         projected *= projected.gather(0, largest).sign()
@@ -129,9 +129,10 @@ class Duplicates:
         taken = torch.zeros(projected.shape[1], dtype=torch.bool)
         for start in range(0, projected.shape[1], ROWS_AT_ONCE):
             some = projected[:, start : start + ROWS_AT_ONCE]
-            near = (some.unsqueeze(2) - projected.unsqueeze(1)).abs().amax(0) < CLOSE
+            near = (some[0].unsqueeze(1) - projected[0]).abs() < CLOSE
             for offset in (near.sum(1) > 1).nonzero().squeeze(1).tolist():
-                group = near[offset] & ~taken
+                close = (some[:, offset, None] - projected).abs().amax(0) < CLOSE
+                group = close & ~taken
                 if not taken[start + offset] and int(group.sum()) > 1:
                     taken |= group
                     groups.append(group.nonzero().squeeze(1))
@@ -140,6 +141,7 @@ class Duplicates:
 
 def _columns(y: Tensor, dim: int, units: Tensor) -> Tensor:
     """The outputs of some units, ``[rows, units]``."""
-    some = y.index_select(dim, units.to(y.device))
+    whole = len(units) == y.shape[dim]  # in their order
+    some = y if whole else y.index_select(dim, units.to(y.device))
     some = some.float() if some.dtype in {torch.float16, torch.bfloat16} else some
     return some.movedim(dim, -1).reshape(-1, len(units))

@@ -8,6 +8,7 @@ with its name.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol, Self
 
 import torch
@@ -42,8 +43,10 @@ class Step(NamedTuple):
 class Observer(Protocol):
     """What is shown activation functions at work; a key names the layer and the function."""
 
-    def before(self, key: Key, z: Tensor, units: Channels) -> None:
-        """Sees a pre-activation and where its units are."""
+    def before(
+        self, key: Key, z: Tensor, units: Channels, ends: Callable[[Tensor], Tensor] | None
+    ) -> None:
+        """Sees a pre-activation and where its units are; `ends` is the function, if it never falls."""
 
     def after(self, key: Key, output: Tensor, units: Channels) -> Tensor:
         """Sees the output, and returns it or another one for the model to go on with."""
@@ -171,7 +174,8 @@ class Flow(TorchFunctionMode):
             return call.function(*call.args, **call.kwargs), None
         layer = "+".join(units.layers) or call.module or call.name
         key = (layer, activation.name)
-        self._observer.before(key, z, units)
+        ends = partial(_again, call) if activation.rising else None
+        self._observer.before(key, z, units, ends)
         output = call.function(*call.args, **call.kwargs)
         made = Channels(units.dim, units.slots, fixed=units.fixed)
         if self._whole:
@@ -182,6 +186,11 @@ class Flow(TorchFunctionMode):
                 flow_rules.join_slopes(ledger, call, units)
             ledger.sites.append(Site(key, activation, units, made, call.module))
         return self._observer.after(key, output, made), made
+
+
+def _again(call: Call, values: Tensor) -> Tensor:
+    result: Tensor = call.function(values, *call.args[1:], **call.kwargs)
+    return result
 
 
 def _name_of(function: Callable[..., Any]) -> str:

@@ -1,5 +1,6 @@
 """What is known of the units of one layer: collected batch by batch, and what follows from it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +17,7 @@ __all__ = ["KINDS", "LayerNodes", "Statistics"]
 KINDS = ("not finite", "true", "constant", "duplicate", "pseudo")
 # Rounding that is allowed for, in units of the last place.
 ROUNDING = 64
-ROWS_IN_A_BYTE = 255
+AT_ONCE = 1 << 17  # numbers
 
 
 @dataclass(eq=False)
@@ -141,17 +142,20 @@ class Statistics:
         self.totals: dict[Key, _Total] = {}
         self._tolerance = tolerance
 
-    def before(self, key: Key, z: Tensor, units: Channels) -> None:
+    def before(
+        self, key: Key, z: Tensor, units: Channels, ends: Callable[[Tensor], Tensor] | None
+    ) -> None:
         """Takes a pre-activation."""
         total = self.totals.get(key)
-        if total is None or total.units != z.shape[units.dim]:
-            if total is not None:
-                raise TruestepError(
-                    f"layer {key[0]!r} had {total.units} units in one call and {z.shape[units.dim]} in "
-                    "another; call find_dummy_nodes on a part of the model whose layers keep their widths"
-                )
-            total = self.totals[key] = _Total(z.shape[units.dim], _tolerance(z, self._tolerance))
-        total.see(z, units.dim)
+        if total is None:
+            total = _Total(z.shape[units.dim], _tolerance(z, self._tolerance))
+            self.totals[key] = total
+        if total.units != z.shape[units.dim]:
+            raise TruestepError(
+                f"layer {key[0]!r} had {total.units} units in one call and {z.shape[units.dim]} in "
+                "another; call find_dummy_nodes on a part of the model whose layers keep their widths"
+            )
+        total.see(z, units.dim, ends)
 
     def after(self, key: Key, output: Tensor, units: Channels) -> Tensor:
         """Takes an output, and returns it."""
@@ -176,24 +180,36 @@ class _Total:
         highest = torch.full((units,), -torch.inf, dtype=torch.float64)
         self._highest, self._high = highest, highest.clone()
         self._lowest, self._low = -highest, -highest
+        self._ends: Tensor | None = None
         self._duplicates = Duplicates(units, tolerance)
 
-    def see(self, z: Tensor, dim: int) -> None:
-        """Takes the pre-activations of a batch, before an in-place function overwrites them."""
-        rows = z.numel() // max(self.units, 1)
-        if not rows:
+    def see(self, z: Tensor, dim: int, ends: Callable[[Tensor], Tensor] | None) -> None:
+        """Takes the pre-activations of a batch, before an in-place function overwrites them.
+
+        Args:
+            z: the pre-activations.
+            dim: where the units are.
+            ends: the activation function, if the ends of the outputs are those of the pre-activations.
+        """
+        self._ends = None
+        if not z.numel():
             return
-        self._rows += rows
-        self._on += _count_positive(z, dim)
-        low, high = _ends(z, dim)
-        self._lowest = torch.minimum(self._lowest, low)
-        self._highest = torch.maximum(self._highest, high)
+        self._rows += z.numel() // self.units
+        low, high, on = _scan(z, dim)
+        self._on += on
+        if ends is not None:
+            self._ends = ends(torch.stack([low, high])).double().cpu()
+        self._lowest = torch.minimum(self._lowest, low.double().cpu())
+        self._highest = torch.maximum(self._highest, high.double().cpu())
 
     def see_output(self, y: Tensor, dim: int) -> None:
         """Takes the outputs of the batch."""
         if not y.numel():
             return
-        low, high = _ends(y, dim)
+        if self._ends is None:
+            others = [other for other in range(y.dim()) if other != dim]
+            self._ends = torch.stack([y.amin(others), y.amax(others)]).double().cpu()
+        low, high = self._ends
         self._low = torch.minimum(self._low, low)
         self._high = torch.maximum(self._high, high)
         size = torch.maximum(self._lowest.abs(), self._highest.abs())
@@ -211,22 +227,22 @@ class _Total:
         return LayerNodes(*key, seen, rate, *ends, twin, ratio, self._tolerance)
 
 
-def _ends(values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """The smallest and the largest number of each unit; nan where there is one."""
-    others = [other for other in range(values.dim()) if other != dim]
+def _scan(z: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The smallest and the largest number of each unit, and how many are positive.
+
+    A few samples at a time, so that all three look at numbers that are still in the cache.
+    """
+    others = [other for other in range(z.dim()) if other != dim]
     if not others:
-        return values.double().cpu(), values.double().cpu()
-    return values.amin(others).double().cpu(), values.amax(others).double().cpu()
-
-
-def _count_positive(z: Tensor, dim: int) -> Tensor:
-    """How often each unit is on, int64 ``[units]``."""
-    positive = z > 0
-    if dim != z.dim() - 1:
-        others = [other for other in range(z.dim()) if other != dim]
-        return positive.sum(others).cpu()
-    # Bytes are added many times faster than 64-bit numbers: as many rows at a time as fit one.
-    rows = positive.reshape(-1, z.shape[-1]).view(torch.uint8)
-    whole = len(rows) - len(rows) % ROWS_IN_A_BYTE
-    packs = rows[:whole].view(-1, ROWS_IN_A_BYTE, z.shape[-1]).sum(1, dtype=torch.uint8)
-    return (packs.sum(0) + rows[whole:].sum(0)).cpu()
+        return z, z, (z > 0).long().cpu()
+    # Numbers are added many times faster than bools; so few are exact in any type.
+    wide = torch.float64 if z.dtype == torch.float64 else torch.float32
+    step = len(z) if dim == 0 else max(1, AT_ONCE * len(z) // z.numel())
+    positive = torch.empty((step, *z.shape[1:]), dtype=wide, device=z.device)
+    lows, highs, counts = [], [], []
+    for part in z.split(step):
+        lows.append(part.amin(others))
+        highs.append(part.amax(others))
+        counts.append(torch.gt(part, 0, out=positive[: len(part)]).sum(others))
+    on = torch.stack(counts).double().sum(0).long().cpu()
+    return torch.stack(lows).amin(0), torch.stack(highs).amax(0), on

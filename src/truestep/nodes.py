@@ -64,7 +64,7 @@ def find_dummy_nodes(
         >>> import torch, truestep
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
         >>> model[0].bias.data = torch.tensor([0.0, 100.0, -100.0])
-        >>> nodes = truestep.find_dummy_nodes(model, [torch.rand(50, 2)])
+        >>> nodes = truestep.find_dummy_nodes(model, [torch.randn(50, 2)])
         >>> nodes["0"].true.tolist(), nodes["0"].pseudo.tolist()
         ([False, False, True], [False, True, False])
     """

@@ -186,7 +186,7 @@ class _Constants:
     def __init__(self, nodes: DummyNodes) -> None:
         self._nodes = nodes
 
-    def before(self, key: Key, z: Tensor, units: Channels) -> None:
+    def before(self, key: Key, z: Tensor, units: Channels, ends: Any) -> None:
         found = self._nodes.find(key)
         if found is not None and len(found) != z.shape[units.dim]:
             raise TruestepError(
