@@ -52,7 +52,7 @@ LAYERS = [
     {"compression_report", "stages", "compress", "history"},
     {""},  # the public names
     {"lab", "integrations"},
-    {"cli"},
+    {"cli", "cli_nodes"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 CORE = sorted(set().union(*LAYERS[:7]) - {"kernels", "doctor"})
