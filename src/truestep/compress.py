@@ -109,5 +109,6 @@ def _refuse_difference(model: nn.Module, report: CompressionReport) -> None:
         raise TruestepError(
             f"the small model's output differs by {report.difference:.3g} at outputs up to "
             f"{report.largest:.3g}: were the nodes found on this model, in this mode, and on the data that "
-            "its loader still gives? Call find_dummy_nodes again; if it stays so, please report it"
+            "its loader still gives? Call find_dummy_nodes again. If it stays so, the model's code computes "
+            "with the sizes of its layers, or does something that torch functions do not show"
         )
