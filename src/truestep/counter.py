@@ -73,6 +73,13 @@ class SampleCounter:
         unsupported: Literal["error", "mean"] = "error",
         process_group: Any = None,
     ) -> None:
+        self._options = {
+            "unit": unit,
+            "rules": rules,
+            "batch_dim": batch_dim,
+            "unsupported": unsupported,
+            "process_group": process_group,
+        }
         check_options(model, unit, unsupported)
         model = uncompiled_model(model)
         self._records = Records(parameter_names(model), unit)
@@ -276,6 +283,15 @@ class SampleCounter:
                     "in the counter's model; make the SampleCounter on the model that owns all of "
                     "the optimizer's parameters"
                 )
+
+    def moved(self, model: nn.Module) -> "SampleCounter":
+        """A counter with the same options on another model, such as a smaller one; this one is closed.
+
+        Args:
+            model: the model that is called from now on.
+        """
+        self.close()
+        return SampleCounter(model, **self._options)
 
     def close(self) -> None:
         """Takes the hooks off the model and forgets the records."""

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Hook", "Pausable", "on_gradients", "on_node", "uncompiled"]
+__all__ = ["Hook", "Pausable", "inert", "on_gradients", "on_node", "uncompiled"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -62,6 +62,11 @@ class Hook:
 
     def __deepcopy__(self, memo: Any) -> "Hook":
         return Hook(_no_counter)
+
+
+def inert(hook: Any) -> bool:
+    """Whether this is a counter's hook that was copied, and so does nothing."""
+    return isinstance(hook, Hook) and hook.counter is _no_counter
 
 
 def _no_counter() -> None:

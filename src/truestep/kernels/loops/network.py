@@ -180,7 +180,8 @@ def _activate(
         if kind == RELU:
             for s in range(padded):
                 z = line[s] + bias
-                line[s] = max(F(0), z)
+                # max(0, z) would hide what is not a number.
+                line[s] = F(0) if z <= F(0) else z  # noqa: FURB136
         elif kind == LEAKY_RELU:
             for s in range(padded):
                 z = line[s] + bias
