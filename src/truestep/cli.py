@@ -21,6 +21,8 @@ except ModuleNotFoundError as missing:
     # The entry point imports this module, so this is the only place that can still say it.
     sys.exit(f"truestep: {missing.name} is not installed. Run: pip install 'truestep[lab]'")
 
+from truestep.cli_nodes import add_commands
+
 __all__ = ["app", "main"]
 
 INTERRUPTED = 130
@@ -348,3 +350,6 @@ def _reason(error: Exception) -> str | None:
 def _complain(reason: str, code: int = 1) -> int:
     sys.stderr.write(f"truestep: {reason}\n")
     return code
+
+
+add_commands(app, _lab_installed, _print_json)

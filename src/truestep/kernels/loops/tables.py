@@ -8,15 +8,25 @@ from numba import carray, njit
 from truestep.kernels.loops.memory import pointer
 
 __all__ = [
+    "ADAGRAD",
+    "ADAM",
+    "ADAMW",
+    "ADAPTIVE",
+    "ADAPTIVE_EPS",
     "BATCH_LOSS",
     "BEST",
+    "BETA_1",
+    "BETA_2",
     "BIAS",
     "BINARY_CROSS_ENTROPY",
+    "BOOST",
     "COUNT",
     "CROSS_ENTROPY",
     "CURSOR",
     "DIVERGED",
     "DONE",
+    "EPS",
+    "FACTOR_LIMIT",
     "FINISHED",
     "FIRST_UNDER",
     "GELU",
@@ -26,11 +36,18 @@ __all__ = [
     "LABELS_STEP",
     "LEAKY_RELU",
     "LINEAR",
+    "LR",
     "MEAN_SQUARED_ERROR",
+    "MOMENTUM",
+    "NESTEROV",
     "OUTPUTS",
     "PAD",
     "RELU",
+    "RMSPROP",
+    "RULE",
     "RUNNING",
+    "SCHEDULE",
+    "SGD",
     "SIGMOID",
     "SIGMOID_OUTPUT",
     "SOFTMAX",
@@ -48,6 +65,7 @@ __all__ = [
     "WAITED",
     "WANTED",
     "WEIGHT",
+    "WEIGHT_DECAY",
     "X_ROW",
     "X_STEP",
     "Options",
@@ -71,6 +89,11 @@ RELU, LEAKY_RELU, TANH, SIGMOID, GELU = range(5)
 LINEAR, SIGMOID_OUTPUT, SOFTMAX = range(3)
 CROSS_ENTROPY, BINARY_CROSS_ENTROPY, SQUARED_ERROR, MEAN_SQUARED_ERROR = range(4)
 
+# The columns of the table of optimizers, float64 ``[replicas, 13]``.
+RULE, LR, MOMENTUM, NESTEROV, WEIGHT_DECAY, BETA_1, BETA_2, EPS = range(8)
+ADAPTIVE, ADAPTIVE_EPS, FACTOR_LIMIT, BOOST, SCHEDULE = range(8, 13)
+SGD, ADAM, ADAMW, ADAGRAD, RMSPROP = range(5)
+
 TRAIN = 0
 RUNNING, FINISHED, STOPPED, DIVERGED = range(4)
 
@@ -92,7 +115,7 @@ class Options(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What a thread's memory holds and where: bytes from its beginning, but for width and the last four.
+    """What a thread's memory holds and where: bytes from its beginning, but for width and the last six.
 
     Attributes:
         width: numbers in a row of ``[unit, sample]``.
@@ -105,7 +128,10 @@ class Sizes(NamedTuple):
         bias_gradient: of a layer.
         delta_bits: which of the numbers at delta are not zero.
         identity: int32, 0, 1, 2, ...
+        lines: a layer's inputs as ``[sample, input]``, where batches are thin.
         wide: whether inputs are read where their samples lie.
+        thin: whether a batch has fewer samples than a vector, so that vectors run along inputs.
+        one: whether a batch is a single sample, so that a layer's numbers are one row.
         activation: of the hidden layers.
         output: the output function.
         loss: the loss.
@@ -121,7 +147,10 @@ class Sizes(NamedTuple):
     bias_gradient: int
     delta_bits: int
     identity: int
+    lines: int
     wide: int
+    thin: int
+    one: int
     activation: int
     output: int
     loss: int
