@@ -38,13 +38,13 @@ LAYERS = [
     },
     {"distributed", "exchange", "fused", "update"},
     {"records", "batch", "hooks", "layers", "compiled", "watch", "counter"},
-    {"optim", "transforms", "doctor", "monitor"},
+    {"optim", "transforms", "doctor", "monitor", "ensemble"},
     {""},  # the public names
     {"lab", "integrations"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-CORE = sorted(set().union(*LAYERS[:5]) - {"kernels", "doctor"})
+CORE = sorted(set().union(*LAYERS[:5]) - {"kernels", "doctor", "ensemble"})
 
 
 def imports(path):

@@ -1,6 +1,6 @@
 """Optimizer steps of the right size, parameter by parameter, for any PyTorch model."""
 
-from truestep import monitor, oracle
+from truestep import ensemble, monitor, oracle
 from truestep.counter import SampleCounter
 from truestep.errors import TruestepError
 from truestep.optim import DASGD, AdaptiveBatchSGD
@@ -15,6 +15,7 @@ __all__ = [
     "TruestepError",
     "attach",
     "directional_boost",
+    "ensemble",
     "mean_effective_gradient",
     "monitor",
     "oracle",

@@ -11,10 +11,21 @@ settings: Any = config
 before = settings.CACHE_DIR
 settings.CACHE_DIR = str(machine_code(before))
 try:
+    from truestep.kernels.loops import replicas, tables
     from truestep.kernels.loops.boost import boost, boosted_step
     from truestep.kernels.loops.pack import join, pack_positions, pack_units
     from truestep.kernels.loops.step import count, step
 finally:
     settings.CACHE_DIR = before
 
-__all__ = ["boost", "boosted_step", "count", "join", "pack_positions", "pack_units", "step"]
+__all__ = [
+    "boost",
+    "boosted_step",
+    "count",
+    "join",
+    "pack_positions",
+    "pack_units",
+    "replicas",
+    "step",
+    "tables",
+]

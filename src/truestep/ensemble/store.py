@@ -1,0 +1,161 @@
+"""Results of an ensemble in a folder: one file for each range of replicas, written whole or not at all."""
+
+import hashlib
+import json
+import os
+import warnings
+import zipfile
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from truestep.ensemble.job import Job
+from truestep.errors import TruestepError
+
+__all__ = ["Store"]
+
+DESCRIPTION = "ensemble.json"
+
+
+class Store:
+    """The finished replicas of a training.
+
+    Args:
+        folder: Made if it isn't there.
+        job: Whose results it holds.
+
+    Raises:
+        TruestepError: The folder holds something else, or can't be made.
+    """
+
+    def __init__(self, folder: Path, job: Job) -> None:
+        self._folder, self._job = folder, job
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TruestepError(
+                f"{folder} can't hold results ({error.strerror}). Give store= a folder that can be made."
+            ) from error
+        description, path = _description(job), folder / DESCRIPTION
+        if path.exists():
+            self._compare(path, description)
+        elif any(folder.iterdir()):
+            raise TruestepError(
+                f"{folder} holds files, but no ensemble's. Give store= an empty or a new folder."
+            )
+        else:
+            _write(path, json.dumps(description, indent=1).encode())
+
+    def add(self, replicas: range, fields: dict[str, NDArray[Any]]) -> Path:
+        """Keeps the results of some replicas.
+
+        Args:
+            replicas: which ones.
+            fields: as the backends give them.
+
+        Returns:
+            The file.
+        """
+        path = self._folder / f"replicas-{replicas.start:07d}-{replicas.stop:07d}.npz"
+        part = path.with_suffix(".part")
+        with part.open("wb") as file:
+            arrays: dict[str, Any] = {"key": np.array(_key(self._job, replicas)), **fields}
+            np.savez_compressed(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        return path
+
+    def parts(self) -> dict[range, Path]:
+        """The files that there are, by their replicas; damaged ones are moved aside, with a warning.
+
+        Raises:
+            TruestepError: Replicas had other seeds or optimizers.
+        """
+        parts = {}
+        for path in sorted(self._folder.glob("replicas-*.npz")):
+            first, last = (int(number) for number in path.stem.split("-")[1:])
+            replicas = range(first, last)
+            try:
+                with np.load(path) as fields:
+                    key = str(fields["key"])
+                    for name in fields.files:
+                        fields[name]
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+                aside = path.with_suffix(".damaged")
+                path.replace(aside)
+                warnings.warn(
+                    f"{path} is damaged ({error}): moved to {aside.name}; its replicas are trained again.",
+                    stacklevel=2,
+                )
+                continue
+            if last <= len(self._job.seeds):
+                if key != _key(self._job, replicas):
+                    raise TruestepError(
+                        f"{path} has replicas with other seeds, starts or optimizers. Give the same ones "
+                        "to go on, or store= another folder."
+                    )
+                parts[replicas] = path
+        return parts
+
+    def _compare(self, path: Path, description: dict[str, Any]) -> None:
+        try:
+            found = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise TruestepError(
+                f"{path} can't be read ({error}). Give store= another folder; this one was left as it is."
+            ) from error
+        different = [
+            name for name in {**description, **found} if found.get(name) != description.get(name)
+        ]
+        if different:
+            raise TruestepError(
+                f"{self._folder} holds another training: it differs in {', '.join(different)}. "
+                "Give the same settings to go on, or store= another folder."
+            )
+
+
+def _description(job: Job) -> dict[str, Any]:
+    """What decides results besides seeds and optimizers, in plain values."""
+    data = hashlib.sha256()
+    for name, split in job.data.splits.items():
+        data.update(f"{name} {split.inputs.shape} {split.targets.dtype}".encode())
+        data.update(split.inputs.tobytes())
+        data.update(split.targets.tobytes())
+    description = {
+        "truestep": version("truestep"),
+        "network": asdict(job.network),
+        "data": data.hexdigest(),
+        "steps": job.steps,
+        "batch_size": job.batch_size,
+        "record": asdict(job.record),
+        "stop": None if job.stop is None else asdict(job.stop),
+        "order": None if job.order is None else _name(job.order),
+    }
+    return dict(json.loads(json.dumps(description)))
+
+
+def _key(job: Job, replicas: range) -> str:
+    digest = hashlib.sha256()
+    for replica in replicas:
+        optimizer = asdict(job.optimizers[replica])
+        if callable(optimizer["schedule"]):
+            optimizer["schedule"] = _name(optimizer["schedule"])
+        digest.update(f"{job.seeds[replica]} {optimizer}".encode())
+        if job.starts is not None:
+            digest.update(job.starts[replica].tobytes())
+    return digest.hexdigest()
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__qualname__", type(function).__qualname__)
+
+
+def _write(path: Path, content: bytes) -> None:
+    part = path.with_suffix(".part")
+    part.write_bytes(content)
+    part.replace(path)

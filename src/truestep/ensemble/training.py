@@ -1,0 +1,332 @@
+"""`train`: checks, shares replicas out to threads, and gathers what they give."""
+
+import importlib.util
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from truestep.ensemble.compiled import Compiled
+from truestep.ensemble.data import Data
+from truestep.ensemble.job import Job, Order
+from truestep.ensemble.result import Part, Result
+from truestep.ensemble.settings import Network, Optimizer, Record, Stop
+from truestep.ensemble.stacked import Stacked
+from truestep.ensemble.store import Store
+from truestep.errors import TruestepError
+
+__all__ = ["train"]
+
+BACKENDS = ("compiled", "torch")
+# An item, the replicas that a thread takes at once, takes about so many multiplications: some seconds.
+ITEM_PRODUCTS = 1e11
+LOOK_SECONDS = 0.25
+
+Progress = Callable[[int, int, float], None]
+
+
+def train(
+    network: Network,
+    data: Data,
+    *,
+    replicas: int,
+    steps: int | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    seed: int | Sequence[int] = 0,
+    start: ArrayLike | None = None,
+    order: Order | None = None,
+    record: Record | None = None,
+    stop: Stop | None = None,
+    store: str | Path | None = None,
+    threads: int | None = None,
+    memory: int = 2**30,
+    progress: Progress | None = None,
+    backend: str | None = None,
+) -> Result:
+    """Trains many replicas of a small network, each with its own start, order of data and optimizer.
+
+    Replica r equals one training with torch from the same start, in the same order, to float32 rounding. Its
+    result depends on nothing but the arguments and its seed: not on threads, memory, or how many other
+    replicas there are.
+
+    Args:
+        network: What is trained.
+        data: What on. Replica r learns from data set ``r % data_sets``.
+        replicas: How many.
+        steps: How many updates each makes.
+        epochs: Or how many passes over the training split.
+        batch_size: Samples of a batch; the last batch of an epoch may be smaller. All samples by default.
+        optimizer: One for all or a sequence with one for each; SGD with lr=0.01 by default.
+        seed: That of replica 0, others follow; or one for each. It decides start and order of data, so equal
+            seeds under two optimizers make a pair.
+        start: Parameters to begin with, ``[replicas, parameters]`` as `Network.split` takes them.
+        order: A function of a seed and an epoch that returns a permutation of the samples, instead of the
+            built-in order.
+        record: What to measure; loss and accuracy at the start and the end by default.
+        stop: When a replica ends early.
+        store: A folder. Results go there as soon as some replicas have ended, and what is there is not
+            trained again: after an interruption of any kind the same call goes on.
+        threads: How many; `torch.get_num_threads` by default.
+        memory: Bytes that replicas in training may take, all threads together. The result needs more, unless
+            there is a store.
+        progress: Called about four times a second with replica-steps done, all, and seconds since the start.
+        backend: "compiled" (numba), or "torch"; compiled by default where numba is installed.
+
+    Returns:
+        What was measured.
+
+    Example:
+        >>> from truestep.ensemble import Data, Network, Optimizer, Split
+        >>> points = np.random.default_rng(0).standard_normal((64, 2))
+        >>> data = Data(Split(points, (points[:, 0] > 0).astype(int)))
+        >>> network = Network((2, 8, 1), output="sigmoid", loss="binary_cross_entropy")
+        >>> result = train(network, data, replicas=3, steps=50, optimizer=Optimizer("adam", lr=0.1))
+        >>> result.loss["train"].shape
+        (3, 2)
+
+    Raises:
+        TruestepError: Numbers are impossible, shapes don't fit, labels are out of range, there is not
+            enough memory, or the store holds something else; all before any training.
+    """
+    began = time.perf_counter()
+    job = _job(
+        network,
+        data,
+        replicas,
+        steps,
+        epochs,
+        batch_size,
+        optimizer,
+        seed,
+        start,
+        order,
+        record,
+        stop,
+    )
+    count = torch.get_num_threads() if threads is None else threads
+    if count < 1:
+        raise TruestepError(f"train(threads={threads}): give 1 or more.")
+    engine = _engine(job, backend)
+    _check_memory(engine, memory, in_memory=store is None)
+    kept = None if store is None else Store(Path(store), job)
+    parts: dict[range, Part] = {} if kept is None else dict(kept.parts())
+    items = _items(engine, _missing(replicas, list(parts)), memory, count)
+    finished = replicas - sum(len(item) for item in items)
+    work = _Work(engine, replicas * job.steps, finished * job.steps, began, progress)
+    for item, fields in work.run(items, count):
+        parts[item] = fields if kept is None else kept.add(item, fields)
+    chosen = [parts[part] for part in sorted(parts, key=lambda part: part.start)]
+    name = "torch" if isinstance(engine, Stacked) else "compiled"
+    return Result(chosen, job.measured, [n for n in job.wanted if n in data.splits], name)
+
+
+class _Work:
+    """Items on their way through threads."""
+
+    def __init__(
+        self,
+        engine: Compiled | Stacked,
+        total: int,
+        done: int,
+        began: float,
+        progress: Progress | None,
+    ) -> None:
+        self._engine, self._total, self._progress = engine, total, progress
+        self._began, self._done = began, done
+        self._lock, self._ended = threading.Lock(), threading.Event()
+
+    def run(self, items: list[range], threads: int) -> Any:
+        """Each item's results, as it ends."""
+        waiting = list(reversed(items))
+        running: dict[Future[dict[str, NDArray[Any]]], range] = {}
+        with ThreadPoolExecutor(min(threads, max(len(items), 1))) as pool:
+            try:
+                while waiting or running:
+                    while waiting and len(running) < threads:
+                        item = waiting.pop()
+                        running[pool.submit(self._train, item)] = item
+                    ended, _ = wait(running, LOOK_SECONDS, FIRST_COMPLETED)
+                    self._report()
+                    for future in ended:
+                        yield running.pop(future), future.result()
+            finally:
+                self._ended.set()
+
+    def _train(self, item: range) -> dict[str, NDArray[Any]]:
+        return self._engine.train(item, lambda: not self._ended.is_set(), self._advance)
+
+    def _advance(self, steps: int) -> None:
+        with self._lock:
+            self._done += steps
+
+    def _report(self) -> None:
+        if self._progress is not None:
+            self._progress(self._done, self._total, time.perf_counter() - self._began)
+
+
+def _job(
+    network: Network,
+    data: Data,
+    replicas: int,
+    steps: int | None,
+    epochs: int | None,
+    batch_size: int | None,
+    optimizer: Optimizer | Sequence[Optimizer] | None,
+    seed: int | Sequence[int],
+    start: ArrayLike | None,
+    order: Order | None,
+    record: Record | None,
+    stop: Stop | None,
+) -> Job:
+    data.check(network)
+    samples = data.train.samples
+    for name, value in (
+        ("replicas", replicas),
+        ("steps", steps),
+        ("epochs", epochs),
+        ("batch_size", batch_size),
+    ):
+        if value is not None and value < 1:
+            raise TruestepError(f"train({name}={value}): give 1 or more.")
+    if (steps is None) == (epochs is None):
+        raise TruestepError("train() takes steps= or epochs=, one of them.")
+    size = samples if batch_size is None else batch_size
+    if size > samples:
+        raise TruestepError(
+            f"train(batch_size={size}): there are {samples} training samples. Give at most so many."
+        )
+    if steps is None:
+        steps = (epochs or 0) * math.ceil(samples / size)
+    job = Job(
+        network=network,
+        data=data,
+        optimizers=_each("optimizer", optimizer or Optimizer(), replicas),
+        seeds=_seeds(seed, replicas),
+        steps=steps,
+        batch_size=size,
+        record=record or Record(),
+        stop=stop,
+        starts=None if start is None else _starts(start, replicas, network.parameters),
+        order=order,
+    )
+    lacking = [name for name in job.wanted if name not in data.splits]
+    if lacking:
+        raise TruestepError(
+            f"train(): there is no {lacking[0]} split to measure on. Give Data one, or leave it out of "
+            "record and stop."
+        )
+    _ = job.measured
+    if order is not None:
+        found = np.sort(np.asarray(order(int(job.seeds[0]), 0)))
+        if not np.array_equal(found, np.arange(samples)):
+            raise TruestepError(
+                f"train(order=...): what it returns for seed {job.seeds[0]} and epoch 0 is no permutation "
+                f"of the {samples} training samples."
+            )
+    return job
+
+
+def _each(name: str, given: Optimizer | Sequence[Optimizer], replicas: int) -> Sequence[Optimizer]:
+    if isinstance(given, Optimizer):
+        return [given] * replicas
+    if len(given) != replicas:
+        raise TruestepError(
+            f"train({name}=...): there are {len(given)} for {replicas} replicas. Give one for each, or one."
+        )
+    return list(given)
+
+
+def _seeds(seed: int | Sequence[int], replicas: int) -> NDArray[np.int64]:
+    if isinstance(seed, int | np.integer):
+        return np.arange(seed, seed + replicas, dtype=np.int64)
+    seeds = np.asarray(seed, np.int64)
+    if seeds.shape != (replicas,):
+        raise TruestepError(
+            f"train(seed=...): seeds have the shape {list(seeds.shape)} for {replicas} replicas. Give one "
+            "for each, or a single one."
+        )
+    if (seeds < 0).any():
+        raise TruestepError(f"train(seed=...): {seeds.min()} is below 0; give seeds from 0 on.")
+    return seeds
+
+
+def _starts(start: ArrayLike, replicas: int, parameters: int) -> NDArray[np.float32]:
+    starts = np.asarray(start, np.float32)
+    if starts.shape != (replicas, parameters):
+        raise TruestepError(
+            f"train(start=...): it has the shape {list(starts.shape)}; {replicas} replicas of this network "
+            f"need [{replicas}, {parameters}]."
+        )
+    if not np.isfinite(starts).all():
+        raise TruestepError("train(start=...): not all numbers are finite.")
+    return starts
+
+
+def _engine(job: Job, backend: str | None) -> Compiled | Stacked:
+    compiled = importlib.util.find_spec("numba") is not None
+    if backend is not None and backend not in BACKENDS:
+        raise TruestepError(f"train(backend={backend!r}): choose one of {', '.join(BACKENDS)}.")
+    if backend == "compiled" and not compiled:
+        raise TruestepError(
+            "train(backend='compiled') needs numba. Run: pip install 'truestep[fast]', or take "
+            "backend='torch', which gives the same results more slowly."
+        )
+    return Compiled(job) if compiled and backend != "torch" else Stacked(job)
+
+
+def _check_memory(engine: Compiled | Stacked, memory: int, *, in_memory: bool) -> None:
+    job = engine.job
+    each, replicas = engine.bytes_per_replica, len(job.seeds)
+    if each > memory:
+        raise TruestepError(
+            f"train(memory={memory:,}): one replica takes {each:,} bytes with what is recorded. Record "
+            "less, at fewer steps, or give more memory."
+        )
+    needed = min(memory, each * replicas) + in_memory * replicas * _result_bytes(job)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    if needed > there:
+        raise TruestepError(
+            f"train(): {needed / 1e9:.1f} GB are needed and {there / 1e9:.1f} GB are free. Record less, "
+            "train fewer replicas, or give store= a folder, which takes results out of memory."
+        )
+
+
+def _result_bytes(job: Job) -> int:
+    record, measured = job.record, len(job.measured)
+    large = 1 + measured * (record.parameters + record.batch_sizes)
+    small = (measured + 1) * (28 + record.nodes * job.network.hidden)
+    return 4 * job.network.parameters * large + small
+
+
+def _missing(replicas: int, done: list[range]) -> list[range]:
+    """The ranges between those that are done."""
+    edges = [range(0), *sorted(done, key=lambda part: part.start), range(replicas, replicas)]
+    gaps = [range(before.stop, after.start) for before, after in pairwise(edges)]
+    return [gap for gap in gaps if gap]
+
+
+def _items(
+    engine: Compiled | Stacked, ranges: list[range], memory: int, threads: int
+) -> list[range]:
+    """The replicas in portions, each short and small enough."""
+    job = engine.job
+    fitting = memory // (threads * engine.bytes_per_replica)
+    lasting = math.ceil(ITEM_PRODUCTS / (job.products * job.steps))
+    fair = math.ceil(sum(len(part) for part in ranges) / threads)
+    size = max(1, min(fitting, lasting, fair))
+    return [
+        range(start, min(start + size, part.stop))
+        for part in ranges
+        for start in range(part.start, part.stop, size)
+    ]

@@ -1,0 +1,216 @@
+"""The backward pass of one replica, and with it the step, layer by layer from the last one."""
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from truestep.kernels.loops.descent import ADAPTIVE, correct, count, descend
+from truestep.kernels.loops.memory import count_bits
+from truestep.kernels.loops.network import pack_rows, pack_samples, through_activation
+from truestep.kernels.loops.tables import (
+    BIAS,
+    INPUT_BITS,
+    OUTPUTS,
+    PAD,
+    STRIDE,
+    SUMS,
+    TRAIN,
+    VALUES,
+    WEIGHT,
+    X_ROW,
+    numbers,
+    words,
+)
+from truestep.kernels.loops.tiles import LANES, inner, outer
+
+__all__ = ["backward"]
+
+# How many gradients are made before their parameters take the step: few enough for the nearest cache.
+GROUP = 4096
+
+
+@njit(cache=True, nogil=True)
+def backward(
+    scratch: Any,
+    options: Any,
+    plan: Any,
+    state: Any,
+    records: Any,
+    replica: Any,
+    x: Any,
+    index: Any,
+    n: Any,
+    lr: Any,
+    step: Any,
+    place: Any,
+) -> None:
+    """The backward pass and the step, layer by layer from the last one."""
+    sizes, settings = plan.sizes, state.settings[replica]
+    row, padded = sizes.width * 4, (n + PAD - 1) // PAD * PAD
+    weights = state.parameters[replica:].ctypes.data
+    previous = state.previous[replica:].ctypes.data
+    moments, squares = state.moments[replica:].ctypes.data, state.squares[replica:].ctypes.data
+    delta, other = scratch + sizes.delta, scratch + sizes.other
+    gradient, identity = scratch + sizes.gradient, scratch + sizes.identity
+    delta_bits, word_count = scratch + sizes.delta_bits, (padded + 63) // 64
+    recorded = place >= 0 and options.with_batch_sizes != 0
+    counting = settings[ADAPTIVE] != 0 or recorded
+    nothing = records.batch_sizes[:0].reshape(0)
+    x_row = plan.splits[TRAIN, X_ROW]
+    size_sum, agreeing = 0.0, np.int64(0)
+    for back in range(len(plan.layers)):
+        layer = len(plan.layers) - 1 - back
+        line = plan.layers[layer]
+        units, columns = line[OUTPUTS], line[STRIDE]
+        wide = layer == 0 and sizes.wide != 0
+        below = scratch + (sizes.samples if layer == 0 else plan.layers[layer - 1, VALUES])
+        input_bits = scratch + line[INPUT_BITS]
+        if counting:
+            pack_rows(delta, units, row, padded, delta_bits)
+            if wide:
+                pack_samples(x, x_row, index, n, columns, input_bits)
+            else:
+                pack_rows(below, columns, row, padded, input_bits)
+        bias_gradient = numbers(scratch + sizes.bias_gradient, units)
+        for unit in range(units):
+            bias_gradient[unit] = _sum(numbers(delta + unit * row, padded))
+        if layer > 0:
+            outer(
+                columns,
+                padded // LANES,
+                units,
+                weights + line[WEIGHT],
+                4,
+                columns * 4,
+                delta,
+                row,
+                identity,
+                other,
+                row,
+            )
+            sums = scratch + plan.layers[layer - 1, SUMS]
+            through_activation(sizes.activation, columns, row, padded, other, below, sums)
+        group = max(4, min(units, GROUP // columns))
+        unit = 0
+        while unit <= units:
+            is_bias = unit == units
+            rows = 1 if is_bias else min(group, units - unit)
+            length = units if is_bias else rows * columns
+            at = line[BIAS] if is_bias else line[WEIGHT] + unit * columns * 4
+            direction = bias_gradient
+            if not is_bias:
+                direction = numbers(gradient, length)
+                top = delta + unit * row
+                if wide:
+                    vectors = columns // LANES
+                    outer(rows, vectors, n, top, row, 4, x, x_row, index, gradient, columns * 4)
+                else:
+                    vectors = padded // LANES
+                    inner(
+                        rows,
+                        columns,
+                        vectors,
+                        top,
+                        row,
+                        below,
+                        row,
+                        identity,
+                        gradient,
+                        columns * 4,
+                    )
+            if options.with_gradients != 0:
+                size, agree = _compare(direction, state.before[replica, at // 4 :])
+                size_sum += size
+                agreeing += agree
+            if counting:
+                _count_and_correct(
+                    delta_bits,
+                    input_bits,
+                    unit,
+                    rows,
+                    units,
+                    word_count,
+                    scratch + sizes.counts,
+                    direction,
+                    n,
+                    settings,
+                    records.batch_sizes[replica, place, at // 4 :] if recorded else nothing,
+                )
+            descend(
+                numbers(weights + at, length),
+                direction,
+                previous + at,
+                moments + at,
+                squares + at,
+                settings,
+                lr,
+                step,
+            )
+            unit += rows
+        delta, other = other, delta
+    if place >= 0 and options.with_gradients != 0:
+        records.gradients[replica, place, 0] = size_sum / options.parameters
+        records.gradients[replica, place, 1] = agreeing / options.parameters
+
+
+@njit(cache=True, nogil=True)
+def _count_and_correct(
+    delta_bits: Any,
+    input_bits: Any,
+    unit: Any,
+    rows: Any,
+    units: Any,
+    word_count: Any,
+    counts_at: Any,
+    gradient: Any,
+    n: Any,
+    settings: Any,
+    kept: Any,
+) -> None:
+    """Adaptive batch sizes of some rows of a weight, or of the bias, and aSGD's correction by them.
+
+    They are kept where `kept` has places.
+    """
+    length = len(gradient) // rows
+    counts = words(counts_at, length)
+    for row in range(rows):
+        if unit == units:
+            _count_outputs(delta_bits, word_count, counts)
+        else:
+            count(delta_bits, input_bits, unit + row, units, word_count, counts)
+        part = gradient[row * length : (row + 1) * length]
+        if len(kept) > 0:
+            for k in range(length):
+                kept[row * length + k] = counts[k]
+        if settings[ADAPTIVE] != 0:
+            correct(part, counts, n, settings)
+
+
+@njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc"})
+def _sum(line: Any) -> Any:
+    total = np.float32(0)
+    for s in range(len(line)):
+        total += line[s]
+    return total
+
+
+@njit(cache=True, nogil=True)
+def _count_outputs(delta_bits: Any, word_count: Any, counts: Any) -> None:
+    counts[:] = 0
+    for word in range(word_count):
+        on = words(delta_bits + 8 * word * len(counts), len(counts))
+        for unit in range(len(counts)):
+            counts[unit] += count_bits(on[unit])
+
+
+@njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc"})
+def _compare(gradient: Any, before: Any) -> Any:
+    """Sum of the sizes, and how many signs are those of the step before; that is then this one."""
+    size, agreeing = 0.0, np.int64(0)
+    for k in range(len(gradient)):
+        present = gradient[k]
+        size += abs(present)
+        agreeing += ((present > 0) & (before[k] > 0)) | ((present < 0) & (before[k] < 0))
+        before[k] = present
+    return size, agreeing
