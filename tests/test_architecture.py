@@ -41,7 +41,7 @@ LAYERS = [
     {"optim", "transforms", "doctor", "monitor", "ensemble"},
     {""},  # the public names
     {"lab", "integrations"},
-    {"cli"},
+    {"terminal", "cli_paper", "cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 CORE = sorted(set().union(*LAYERS[:5]) - {"kernels", "doctor", "ensemble"})

@@ -23,7 +23,7 @@ __all__ = [
     "vectors",
 ]
 
-Points = tuple[NDArray[np.float32], NDArray[np.float32]]
+Points = tuple[NDArray[np.float32], NDArray[np.int64]]
 
 # "The ratio is 7:3" with "128 samples for training" (aSGD, section 3.2).
 POINTS_TRAIN, POINTS_TEST = 128, 55
@@ -42,10 +42,10 @@ def circles(samples: int, seed: int, *, noise: float, factor: float) -> Points:
         factor: Radius of the inner circle; the outer one's is 1.
 
     Returns:
-        Points [samples, 2] and labels 0 or 1 [samples, 1].
+        Points [samples, 2] and labels 0 or 1 [samples].
     """
     points, labels = make_circles(samples, noise=noise, factor=factor, random_state=seed)
-    return points.astype(np.float32), labels.astype(np.float32)[:, None]
+    return points.astype(np.float32), labels.astype(np.int64)
 
 
 def spirals(samples: int, seed: int, *, noise: float, degrees: float) -> Points:
@@ -63,7 +63,7 @@ def spirals(samples: int, seed: int, *, noise: float, degrees: float) -> Points:
 
     Returns:
         Points [samples, 2], which reach out to a radius of `degrees` in radians, and labels 0 or
-        1 [samples, 1].
+        1 [samples].
     """
     random = np.random.default_rng(seed)
     arm = random.permutation(samples) % 2
@@ -71,7 +71,7 @@ def spirals(samples: int, seed: int, *, noise: float, degrees: float) -> Points:
     points = np.stack([angle * np.cos(angle), angle * np.sin(angle)], axis=1)
     points += random.random((samples, 2)) * noise
     points[arm == 1] *= -1
-    return points.astype(np.float32), arm.astype(np.float32)[:, None]
+    return points.astype(np.float32), arm.astype(np.int64)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 
 def optimizer(
-    name: str, lr: float, *, eps: float = 1.0, schedule: str | None = None
+    name: str, lr: float, *, eps: float = 1.0, schedule: str = "constant"
 ) -> ensemble.Optimizer:
     """An optimizer of the engine.
 
@@ -28,7 +28,7 @@ def optimizer(
         name: A key of `OPTIMIZERS`.
         lr: Learning rate.
         eps: Of the mean effective gradient; says nothing to others.
-        schedule: None or ``"cosine"``.
+        schedule: ``"constant"`` or ``"cosine"``.
 
     Raises:
         TruestepError: There is no such optimizer.

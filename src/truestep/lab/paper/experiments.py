@@ -122,7 +122,7 @@ def find_experiment(name: str) -> Experiment:
     if name in EXPERIMENTS:
         return EXPERIMENTS[name]
     near = difflib.get_close_matches(name, EXPERIMENTS, n=1)
-    hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(EXPERIMENTS)}."
+    hint = f"Perhaps {near[0]} is meant." if near else f"There are {', '.join(EXPERIMENTS)}."
     raise TruestepError(f"{name} is no experiment. {hint}")
 
 

@@ -50,7 +50,7 @@ class Images:
             with standard deviation 1 / sqrt(inputs), biases too (Rashid, Make Your Own Neural
             Network, which the DA-SGD paper cites).
         eps: Of the mean effective gradient.
-        schedule: ``""`` or ``"cosine"``.
+        schedule: ``"constant"`` or ``"cosine"``.
         dropout: Probability, after each hidden layer; trained in torch.
         norm: ``""``, ``"layer"`` or ``"batch"``, before each activation; trained in torch.
         measure: Epochs between two measurements, after the first ten.
@@ -73,7 +73,7 @@ class Images:
     train: int = 0
     start: str = "glorot_uniform"
     eps: float = 1.0
-    schedule: str = ""
+    schedule: str = "constant"
     dropout: float = 0.0
     norm: str = ""
     measure: int = 5
@@ -137,12 +137,14 @@ class Images:
                 self.optimizer,
                 self.lr / 2 if halved else self.lr,
                 eps=self.eps,
-                schedule=self.schedule or None,
+                schedule=self.schedule,
             ),
             seed=[self.seed],
             start=book_start(self._widths(), self.seed) if self.start == "book" else None,
             record=ensemble.Record(
-                steps=[epoch * per_epoch for epoch in measured_epochs(self.epochs, self.measure)],
+                steps=tuple(
+                    epoch * per_epoch for epoch in measured_epochs(self.epochs, self.measure)
+                ),
                 splits=("train", "validation", "test")
                 if self.train_curve
                 else ("validation", "test"),
@@ -151,12 +153,12 @@ class Images:
             threads=1,
         )
         arrays: dict[str, NDArray[np.generic]] = {}
+        scale = 0.5 if halved else 1.0
         for split in result.loss:
-            losses = result.loss[split][0] / (2 if halved else 1)
-            arrays[f"{split}_loss"] = losses.astype(np.float32)
+            arrays[f"{split}_loss"] = (result.loss[split][0] * scale).astype(np.float32)
             arrays[f"{split}_accuracy"] = result.accuracy[split][0].astype(np.float32)
         if self.signs:
-            arrays["gradients"] = result.gradients[0].astype(np.float32)
+            arrays["gradients"] = (result.gradients[0] * scale).astype(np.float32)
             arrays["signs"] = result.signs[0].astype(np.float32)
         return Curves(arrays, str(result.status[0]), named(result), int(result.stopped_at[0]))
 

@@ -32,7 +32,7 @@ ENDINGS: dict[str, float | str] = {
     "last step": "last",
 }
 MEASUREMENTS = 100
-SECONDS_PER_STEP = 6e-6
+SECONDS_PER_STEP = 1e-5
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class Measured(NamedTuple):
     nodes: NDArray[np.uint8]
 
 
-Pair = tuple[NDArray[np.float32], NDArray[np.float32]]
+Pair = tuple[NDArray[np.float32], NDArray[np.int64]]
 
 
 def make_data(data: str, seed: int, *, noise: float, shape: float) -> tuple[Pair, Pair]:
@@ -179,7 +179,8 @@ def _ending(measured: Measured, rule: float | str) -> NDArray[np.int64]:
     if rule == "lowest":
         return np.asarray(loss.argmin(axis=1))
     under = loss < rule
-    return np.where(under.any(axis=1), under.argmax(axis=1), count - 1)
+    first: NDArray[np.int64] = np.where(under.any(axis=1), under.argmax(axis=1), count - 1)
+    return first
 
 
 def _at(measured: Measured, index: NDArray[np.int64]) -> dict[str, NDArray[np.generic]]:

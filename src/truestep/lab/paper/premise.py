@@ -82,7 +82,7 @@ class Premise:
             seed=[self.seed],
             start=book_start(WIDTHS, self.seed),
             record=ensemble.Record(
-                steps=[epoch * per_epoch for epoch in self.epochs], splits=(), parameters=True
+                steps=tuple(epoch * per_epoch for epoch in self.epochs), splits=(), parameters=True
             ),
             threads=1,
         )

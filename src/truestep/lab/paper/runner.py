@@ -1,7 +1,7 @@
 """Runs the units of an experiment that the store doesn't have yet."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -11,7 +11,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from truestep.lab.board import LONG_SECONDS, duration
 from truestep.lab.datasets import load_images
-from truestep.lab.paper.experiments import Experiment
 from truestep.lab.paper.store import UnitStore
 from truestep.lab.paper.unit import Record, Unit, key, settings
 from truestep.lab.training import versions
@@ -41,12 +40,10 @@ class Bench:
 
 
 def run(
-    experiment: Experiment,
-    scale: str,
+    units: Iterable[Unit],
     store: UnitStore,
     console: Console,
     *,
-    seeds: int | None = None,
     jobs: int = 2,
     data_dir: Path | None = None,
     command: str = "",
@@ -54,11 +51,9 @@ def run(
     """Runs what is missing; each unit is stored as it ends.
 
     Args:
-        experiment: Which.
-        scale: One of `experiments.SCALES`.
+        units: What there is to run, in this order.
         store: Has what is done, and gets the rest.
         console: Gets the progress.
-        seeds: How many; by default the scale's own.
         jobs: Processes of one thread each.
         data_dir: Folder of local data sets.
         command: The command line, for the records.
@@ -69,19 +64,19 @@ def run(
     Raises:
         TruestepError: Data is missing, or the store can't be written.
     """
-    units = {key(planned.unit): planned.unit for planned in experiment.units(scale, seeds)}
-    done = store.keys() & units.keys()
-    pending = [unit for name, unit in units.items() if name not in done]
+    wanted = {key(unit): unit for unit in units}
+    done = store.keys() & wanted.keys()
+    pending = [unit for name, unit in wanted.items() if name not in done]
     # Before any process starts, so that missing data is said once and at once.
     for name in dict.fromkeys(name for unit in pending for name in unit.data_sets()):
         load_images(name, data_dir)
     failures: list[Failure] = []
     if not pending:
-        console.print(f"All {len(units)} units are in the store.", highlight=False)
+        console.print(f"All {len(wanted)} units are in the store.", highlight=False)
         return failures
     with (
         Workers(Bench(data_dir, command), jobs) as workers,
-        Tally(console, len(units), pending, jobs) as tally,
+        Tally(console, len(wanted), pending, jobs) as tally,
     ):
         for outcome in workers.run(_still_missing(pending, store, tally)):
             if isinstance(outcome, Failure):

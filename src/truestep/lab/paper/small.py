@@ -156,14 +156,14 @@ def parameter_names() -> list[str]:
 
 
 def per_sample(
-    parameters: NDArray[np.float32], points: NDArray[np.float32], labels: NDArray[np.float32]
+    parameters: NDArray[np.float32], points: NDArray[np.float32], labels: NDArray[np.int64]
 ) -> dict[str, NDArray[np.generic]]:
     """What equations 3-6 of the aSGD paper are made of, for every sample.
 
     Args:
         parameters: All 20, as in :func:`parameter_names`.
         points: [samples, 2].
-        labels: [samples, 1].
+        labels: 0 or 1 [samples].
 
     Returns:
         ``a2``, ``a3`` (activations), ``z3`` (weighted inputs), ``delta3``, ``delta4`` (errors, of a
@@ -173,7 +173,7 @@ def per_sample(
     layers = [nn.Linear(i, o) for i, o in pairwise(WIDTHS)]
     flat = torch.from_numpy(np.asarray(parameters, dtype=np.float32))
     torch.nn.utils.vector_to_parameters(flat, [p for layer in layers for p in layer.parameters()])
-    x, y = torch.from_numpy(points), torch.from_numpy(labels)
+    x, y = torch.from_numpy(points), torch.from_numpy(labels)[:, None].float()
     a2 = torch.relu(layers[0](x))
     z3 = layers[1](a2)
     a3 = torch.relu(z3)

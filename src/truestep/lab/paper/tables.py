@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from truestep.lab.paper.experiments import Planned
 from truestep.lab.paper.points import ENDINGS, HIDDEN
@@ -16,8 +17,10 @@ __all__ = ["Found", "best", "by_seed", "last", "of_curves", "of_points", "of_tim
 Found = tuple[Planned, Record]
 LAYERS = len(HIDDEN)
 NODES = HIDDEN[0]
-MEASURES = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
-MEASURES += ("test_loss", "test_accuracy", "gradients", "signs")
+MEASURES = (
+    *("train_loss", "train_accuracy", "validation_loss", "validation_accuracy"),
+    *("test_loss", "test_accuracy", "gradients", "signs"),
+)
 
 
 def of_points(found: Iterable[Found]) -> pd.DataFrame:
@@ -95,7 +98,8 @@ def of_times(found: Iterable[Found]) -> pd.DataFrame:
 def best(curves: pd.DataFrame, by: str) -> pd.DataFrame:
     """The row of each training with the lowest ``by``; none for a training that has no finite one."""
     finite = curves[np.isfinite(curves[by])]
-    return finite.loc[finite.groupby("unit")[by].idxmin()]
+    rows: pd.DataFrame = finite.loc[finite.groupby("unit")[by].idxmin()]
+    return rows
 
 
 def last(curves: pd.DataFrame) -> pd.DataFrame:
@@ -162,6 +166,7 @@ _ENDING_KEYS: Sequence[str] = (
 )
 
 
-def _bits(mask: "np.ndarray[Any, Any]", layer: int) -> "np.ndarray[Any, Any]":
+def _bits(mask: NDArray[Any], layer: int) -> NDArray[Any]:
     nodes = np.arange(NODES * layer, NODES * (layer + 1), dtype=np.uint64)
-    return ((mask[:, None] >> nodes) & np.uint64(1)).sum(1).astype(float)
+    counts: NDArray[np.float64] = ((mask[:, None] >> nodes) & np.uint64(1)).sum(1).astype(float)
+    return counts

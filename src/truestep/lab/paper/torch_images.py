@@ -16,6 +16,8 @@ from truestep.lab.paper.data import Vectors, splits_of
 from truestep.rules import BATCH_NORM
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from truestep.lab.paper.images import Images
 
 __all__ = ["train_in_torch"]
@@ -33,7 +35,11 @@ def train_in_torch(plan: "Images", data: Vectors) -> Curves:
     Raises:
         TruestepError: The plan asks for something that only the engine does.
     """
-    if plan.optimizer not in {"sgd", "asgd"} or plan.schedule or plan.activation != "relu":
+    if (
+        plan.optimizer not in {"sgd", "asgd"}
+        or plan.schedule != "constant"
+        or plan.activation != "relu"
+    ):
         raise TruestepError(
             "Dropout and normalisation go with sgd or asgd, ReLU and no schedule; leave the rest "
             "out."
@@ -63,7 +69,7 @@ def train_in_torch(plan: "Images", data: Vectors) -> Curves:
                 break
     if counter is not None:
         counter.close()
-    arrays = {
+    arrays: dict[str, NDArray[np.generic]] = {
         name: np.array(
             [row[name] for row in rows] + [math.nan] * (len(measured) - len(rows)), np.float32
         )
@@ -96,7 +102,9 @@ def _optimizer(
     if plan.optimizer == "sgd":
         return torch.optim.SGD(model.parameters(), lr=plan.lr), None
     # Given the batch's statistics: no per-sample gradient exists under batch normalisation.
-    rules = RULES | BATCH_NORM if plan.norm == "batch" else RULES
+    rules = dict(RULES)
+    if plan.norm == "batch":
+        rules[nn.BatchNorm1d] = BATCH_NORM[nn.BatchNorm1d]
     counter = SampleCounter(model, rules=rules)
     return AdaptiveBatchSGD(model.parameters(), plan.lr, counter=counter, eps=plan.eps), counter
 
