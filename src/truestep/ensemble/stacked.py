@@ -194,7 +194,7 @@ class _Run:
             self._end(step, rows.numpy(), np.where(finite.numpy(), RUNNING, DIVERGED))
             gradient, counts, loss = gradient[finite], counts[finite], loss[finite]
             rows = self.alive
-        self.sums[rows] += loss.double().numpy()
+        self.sums[rows.numpy()] += loss.double().numpy()
         self.samples += size
         self._note(rows, gradient, counts)
         for row, replica in enumerate(rows.tolist()):
@@ -336,13 +336,13 @@ class _Run:
 
     def _note(self, rows: Tensor, gradient: Tensor, counts: Tensor) -> None:
         if self.job.record.batch_sizes and self.place >= 0:
-            self.records["batch_sizes"][rows, self.place] = counts.int()
+            self.records["batch_sizes"][rows.numpy(), self.place] = counts.int()
         if self.job.record.gradients:
             before = self.before[rows]
             if self.place >= 0:
                 agree = (gradient.sign() == before.sign()) & (gradient != 0)
                 noted = torch.stack([gradient.abs().mean(1), agree.float().mean(1)], 1)
-                self.records["gradients"][rows, self.place] = noted
+                self.records["gradients"][rows.numpy(), self.place] = noted
             self.before[rows] = gradient
 
     def _descend(

@@ -81,7 +81,7 @@ class Store:
             first, last = (int(number) for number in path.stem.split("-")[1:])
             replicas = range(first, last)
             try:
-                with np.load(path) as fields:
+                with path.open("rb") as file, np.load(file) as fields:
                     key = str(fields["key"])
                     for name in fields.files:
                         fields[name]

@@ -1,6 +1,5 @@
 """`train`: checks, shares replicas out to threads, and gathers what they give."""
 
-import importlib.util
 import math
 import os
 import threading
@@ -18,11 +17,13 @@ from numpy.typing import ArrayLike, NDArray
 from truestep.ensemble.compiled import Compiled
 from truestep.ensemble.data import Data
 from truestep.ensemble.job import Job, Order
+from truestep.ensemble.progress import show
 from truestep.ensemble.result import Part, Result
 from truestep.ensemble.settings import Network, Optimizer, Record, Stop
 from truestep.ensemble.stacked import Stacked
 from truestep.ensemble.store import Store
 from truestep.errors import TruestepError
+from truestep.kernels.dispatch import installed
 
 __all__ = ["train"]
 
@@ -51,7 +52,7 @@ def train(
     store: str | Path | None = None,
     threads: int | None = None,
     memory: int = 2**30,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     backend: str | None = None,
 ) -> Result:
     """Trains many replicas of a small network, each with its own start, order of data and optimizer.
@@ -80,7 +81,8 @@ def train(
         threads: How many; `torch.get_num_threads` by default.
         memory: Bytes that replicas in training may take, all threads together. The result needs more, unless
             there is a store.
-        progress: Called about four times a second with replica-steps done, all, and seconds since the start.
+        progress: True for a line on stderr with replica-steps per second and what is left, or a function that
+            is called about four times a second with replica-steps done, all, and seconds since the start.
         backend: "compiled" (numba), or "torch"; compiled by default where numba is installed.
 
     Returns:
@@ -123,7 +125,8 @@ def train(
     parts: dict[range, Part] = {} if kept is None else dict(kept.parts())
     items = _items(engine, _missing(replicas, list(parts)), memory, count)
     finished = replicas - sum(len(item) for item in items)
-    work = _Work(engine, replicas * job.steps, finished * job.steps, began, progress)
+    told = show if progress is True else progress or None
+    work = _Work(engine, replicas * job.steps, finished * job.steps, began, told)
     for item, fields in work.run(items, count):
         parts[item] = fields if kept is None else kept.add(item, fields)
     chosen = [parts[part] for part in sorted(parts, key=lambda part: part.start)]
@@ -201,6 +204,8 @@ def _job(
             raise TruestepError(f"train({name}={value}): give 1 or more.")
     if (steps is None) == (epochs is None):
         raise TruestepError("train() takes steps= or epochs=, one of them.")
+    # A seed and an optimizer for each, before anything is made of them.
+    _check_room(16 * replicas)
     size = samples if batch_size is None else batch_size
     if size > samples:
         raise TruestepError(
@@ -249,7 +254,7 @@ def _each(name: str, given: Optimizer | Sequence[Optimizer], replicas: int) -> S
 
 def _seeds(seed: int | Sequence[int], replicas: int) -> NDArray[np.int64]:
     if isinstance(seed, int | np.integer):
-        return np.arange(seed, seed + replicas, dtype=np.int64)
+        seed = range(int(seed), int(seed) + replicas)
     seeds = np.asarray(seed, np.int64)
     if seeds.shape != (replicas,):
         raise TruestepError(
@@ -274,15 +279,14 @@ def _starts(start: ArrayLike, replicas: int, parameters: int) -> NDArray[np.floa
 
 
 def _engine(job: Job, backend: str | None) -> Compiled | Stacked:
-    compiled = importlib.util.find_spec("numba") is not None
     if backend is not None and backend not in BACKENDS:
         raise TruestepError(f"train(backend={backend!r}): choose one of {', '.join(BACKENDS)}.")
-    if backend == "compiled" and not compiled:
+    if backend == "compiled" and not installed():
         raise TruestepError(
             "train(backend='compiled') needs numba. Run: pip install 'truestep[fast]', or take "
             "backend='torch', which gives the same results more slowly."
         )
-    return Compiled(job) if compiled and backend != "torch" else Stacked(job)
+    return Compiled(job) if installed() and backend != "torch" else Stacked(job)
 
 
 def _check_memory(engine: Compiled | Stacked, memory: int, *, in_memory: bool) -> None:
@@ -293,13 +297,25 @@ def _check_memory(engine: Compiled | Stacked, memory: int, *, in_memory: bool) -
             f"train(memory={memory:,}): one replica takes {each:,} bytes with what is recorded. Record "
             "less, at fewer steps, or give more memory."
         )
-    needed = min(memory, each * replicas) + in_memory * replicas * _result_bytes(job)
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    _check_room(min(memory, each * replicas) + in_memory * replicas * _result_bytes(job))
+
+
+def _check_room(needed: int) -> None:
+    there = _memory()
     if needed > there:
         raise TruestepError(
             f"train(): {needed / 1e9:.1f} GB are needed and {there / 1e9:.1f} GB are free. Record less, "
             "train fewer replicas, or give store= a folder, which takes results out of memory."
         )
+
+
+def _memory() -> int:
+    """Bytes that are free, where Linux tells, or that the machine has."""
+    told = Path("/proc/meminfo")
+    if told.exists():
+        free = [line for line in told.read_text().splitlines() if line.startswith("MemAvailable:")]
+        return 1024 * int(free[0].split()[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _result_bytes(job: Job) -> int:
