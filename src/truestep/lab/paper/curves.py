@@ -13,12 +13,13 @@ EACH_UP_TO = 10
 
 @dataclass(frozen=True)
 class Curves:
-    """A training's measurements by name, its status, what computed it, and its steps."""
+    """A training's measurements by name, its status, what computed it, its steps and seconds."""
 
     arrays: dict[str, NDArray[np.generic]]
     status: str
     engine: str
     steps: int
+    seconds: float
 
 
 def measured_epochs(epochs: int, measure: int) -> list[int]:

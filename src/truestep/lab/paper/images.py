@@ -113,7 +113,7 @@ class Images:
         }
         epochs = np.array(measured_epochs(self.epochs, self.measure), dtype=np.int32)
         arrays = {"epochs": epochs} | curves.arrays
-        return Outcome(summary, arrays, curves.engine, curves.steps)
+        return Outcome(summary, arrays, curves.engine, curves.steps, curves.seconds)
 
     def _in_engine(self, data: Vectors) -> Curves:
         splits = splits_of(data, self.train)
@@ -160,7 +160,13 @@ class Images:
         if self.signs:
             arrays["gradients"] = (result.gradients[0] * scale).astype(np.float32)
             arrays["signs"] = result.signs[0].astype(np.float32)
-        return Curves(arrays, str(result.status[0]), named(result), int(result.stopped_at[0]))
+        return Curves(
+            arrays,
+            str(result.status[0]),
+            named(result),
+            int(result.stopped_at[0]),
+            float(result.seconds[0]),
+        )
 
     def _needs_torch(self) -> bool:
         return bool(self.dropout or self.norm)

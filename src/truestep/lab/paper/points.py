@@ -115,6 +115,7 @@ class Points:
             arrays,
             named(result),
             int(result.stopped_at.sum()),
+            float(result.seconds.sum()),
         )
 
     def _data(self) -> ensemble.Data:

@@ -100,7 +100,13 @@ class Premise:
             "signs": np.array(signs, np.float32),
         }
         summary = {"source": data.source, "fingerprint": data.fingerprint}
-        return Outcome(summary, arrays, f"{named(result)}, then torch", int(result.stopped_at[0]))
+        return Outcome(
+            summary,
+            arrays,
+            f"{named(result)}, then torch",
+            int(result.stopped_at[0]),
+            float(result.seconds[0]),
+        )
 
     def _probe(
         self,

@@ -86,6 +86,7 @@ class Trajectories:
             arrays,
             named(results["sgd"]),
             sum(int(result.stopped_at.sum()) for result in results.values()),
+            sum(float(result.seconds.sum()) for result in results.values()),
         )
 
 
@@ -137,7 +138,8 @@ class Panels:
             "accuracy": float(result.accuracy["train"][shown, -1]),
         }
         steps = int(result.stopped_at.sum())
-        return Outcome(summary, arrays, f"{named(result)}, then torch", steps)
+        seconds = float(result.seconds.sum())
+        return Outcome(summary, arrays, f"{named(result)}, then torch", steps, seconds)
 
 
 def parameter_names() -> list[str]:

@@ -1,6 +1,7 @@
 """Finished units in one SQLite file, a row each."""
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +20,7 @@ TABLES = (
         arrays BLOB NOT NULL,
         engine TEXT NOT NULL,
         replica_steps INTEGER NOT NULL,
+        train_seconds REAL,
         seconds REAL NOT NULL,
         command TEXT NOT NULL,
         versions TEXT NOT NULL,
@@ -70,6 +72,7 @@ class UnitStore:
             packed(outcome.arrays),
             outcome.engine,
             outcome.replica_steps,
+            outcome.train_seconds,  # SQLite keeps NaN as NULL
             record.seconds,
             record.command,
             json.dumps(record.versions),
@@ -77,7 +80,7 @@ class UnitStore:
         )
         added = self._database.write(
             f"a unit of kind {record.kind}",
-            "INSERT INTO units VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "
+            "INSERT INTO units VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "
             "ON CONFLICT (key) DO NOTHING",
             row,
         )
@@ -99,8 +102,8 @@ class UnitStore:
         """
         wanted = list(dict.fromkeys(keys))
         rows = self._database.read(
-            "SELECT key, kind, settings, summary, arrays, engine, replica_steps, seconds, "
-            "command, versions FROM units WHERE key IN (SELECT value FROM json_each(?))",
+            "SELECT key, kind, settings, summary, arrays, engine, replica_steps, "
+            "train_seconds, seconds, command, versions FROM units WHERE key IN (SELECT value FROM json_each(?))",
             (json.dumps(wanted),),
         )
         found = {row[0]: _record(row[1:]) for row in rows}
@@ -118,11 +121,18 @@ class UnitStore:
 
 
 def _record(row: tuple[Any, ...]) -> Record:
-    kind, settings, summary, arrays, engine, replica_steps, seconds, command, versions = row
+    kind, settings, summary, arrays, engine, steps, train_seconds, *rest = row
+    seconds, command, versions = rest
     return Record(
         kind=kind,
         settings=json.loads(settings),
-        outcome=Outcome(json.loads(summary), unpacked(arrays), engine, replica_steps),
+        outcome=Outcome(
+            json.loads(summary),
+            unpacked(arrays),
+            engine,
+            steps,
+            math.nan if train_seconds is None else train_seconds,
+        ),
         seconds=seconds,
         command=command,
         versions=json.loads(versions),

@@ -77,7 +77,7 @@ def of_times(found: Iterable[Found]) -> pd.DataFrame:
 
     Returns:
         Columns: ``variant``, ``kind``, ``data``, ``optimizer``, ``lr``, ``batch_size`` (0 for full
-        batches), ``seed``, ``seconds_per_step``.
+        batches), ``seed``, ``seconds_per_step`` (processor time, measurements included).
     """
     rows = [
         {
@@ -88,7 +88,7 @@ def of_times(found: Iterable[Found]) -> pd.DataFrame:
             "lr": record.settings["lr"],
             "batch_size": record.settings.get("batch_size", 0),
             "seed": record.settings.get("seed", record.settings.get("first")),
-            "seconds_per_step": record.seconds / max(1, record.outcome.replica_steps),
+            "seconds_per_step": record.outcome.train_seconds / max(1, record.outcome.replica_steps),
         }
         for planned, record in found
     ]

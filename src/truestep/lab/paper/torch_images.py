@@ -1,6 +1,7 @@
 """Trainings that the ensemble engine can't do: dropout and normalisation, with torch's own layers."""
 
 import math
+import time
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -55,7 +56,7 @@ def train_in_torch(plan: "Images", data: Vectors) -> Curves:
     measured = measured_epochs(plan.epochs, plan.measure)
     shown = {name: pair for name, pair in splits.items() if name != "train" or plan.train_curve}
     rows = [_measure(model, shown)]
-    steps, status = 0, "done"
+    steps, status, began = 0, "done", time.thread_time()
     for epoch in range(1, plan.epochs + 1):
         for index in _batches(len(targets), plan.batch_size, plan.seed, epoch):
             optimizer.zero_grad()
@@ -75,7 +76,7 @@ def train_in_torch(plan: "Images", data: Vectors) -> Curves:
         )
         for name in rows[0]
     }
-    return Curves(arrays, status, "torch", steps)
+    return Curves(arrays, status, "torch", steps, time.thread_time() - began)
 
 
 def _model(plan: "Images") -> nn.Sequential:

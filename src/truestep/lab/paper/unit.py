@@ -6,6 +6,7 @@ A unit is a frozen dataclass whose fields decide its result. Its kind and fields
 import hashlib
 import io
 import json
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -38,12 +39,15 @@ class Outcome:
         arrays: Small arrays by name.
         engine: What computed it: ``"ensemble, compiled"``, ``"torch"``, ...
         replica_steps: Updates made, of all replicas together.
+        train_seconds: Processor time of the trainings, measurements included; it is not part of
+            what makes two outcomes equal.
     """
 
     summary: dict[str, Any]
     arrays: Arrays
     engine: str
     replica_steps: int
+    train_seconds: float = math.nan
 
 
 class Unit(Protocol):
