@@ -129,6 +129,40 @@ def paper_run(
     return 1 if failures else 0
 
 
+@paper_app.command("report")
+def paper_report(
+    store: StoreFile = STORE,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The page; report.html beside the store by default."),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write the report: figures, tables and the ledger of claims, as HTML and as Markdown."""
+    del debug  # main() looks for it
+    with lab_installed():
+        from truestep.lab.paper.evidence import gather  # noqa: PLC0415
+        from truestep.lab.paper.page import write_report  # noqa: PLC0415
+        from truestep.lab.paper.store import UnitStore  # noqa: PLC0415
+
+    if not store.is_file():
+        raise TruestepError(
+            f"There is no store {store}. Name one with --store, or make it: truestep paper run "
+            f"asgd-synthetic --scale small --store {store}"
+        )
+    with UnitStore(store) as units:
+        evidence = gather(units)
+    data = write_report(evidence, out or store.with_name("report.html"))
+    if as_json:
+        print_json(data)
+        return
+    console = Console()
+    for row in data["ledger"]:
+        console.print(f"{row['claim']}  {row['verdict']}", highlight=False)
+    console.print(f"Report: {data['files'][0]}", highlight=False, soft_wrap=True)
+
+
 def _key(unit: Any) -> str:
     from truestep.lab.paper.unit import key  # noqa: PLC0415
 

@@ -2,7 +2,7 @@
 
 from truestep.lab.paper.verdict import Claim
 
-__all__ = ["CLAIMS", "TABLE_1", "TABLE_2", "TUNED"]
+__all__ = ["CLAIMS", "TABLE_1", "TABLE_2", "TUNED", "Row"]
 
 # Learning rate: mean and standard deviation of train accuracy, train loss, test accuracy, test loss.
 Row = tuple[tuple[float, float], tuple[float, float], tuple[float, float], tuple[float, float]]

@@ -103,7 +103,8 @@ class UnitStore:
         wanted = list(dict.fromkeys(keys))
         rows = self._database.read(
             "SELECT key, kind, settings, summary, arrays, engine, replica_steps, "
-            "train_seconds, seconds, command, versions FROM units WHERE key IN (SELECT value FROM json_each(?))",
+            "train_seconds, seconds, command, versions FROM units "
+            "WHERE key IN (SELECT value FROM json_each(?))",
             (json.dumps(wanted),),
         )
         found = {row[0]: _record(row[1:]) for row in rows}

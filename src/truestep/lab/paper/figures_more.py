@@ -1,0 +1,166 @@
+"""Figures that the papers don't have: the premise, stability late in training, Table 1's level."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from truestep.lab.panels import INK, PAPER, plain_axes, styles
+from truestep.lab.paper.effects import mean
+from truestep.lab.paper.experiments import STABILISED
+from truestep.lab.paper.premise import SIZES
+from truestep.lab.paper.tables import Found
+
+__all__ = ["late_spread", "level", "premise", "stabilised"]
+
+LOOKS = styles(["asgd", "sgd"])
+NAMES = {"asgd": "aSGD", "sgd": "SGD"}
+SHADES = ("#b9cfe4", "#8db4d6", "#5f97c6", "#3478b0", "#1d5c93", "#0f4472", "#062b4b")
+# The last part of training is the last fifth of its epochs.
+LATE = 0.8
+
+
+def premise(found: list[Found]) -> Figure:
+    """Size of the gradient and share of kept signs against the batch size, over training.
+
+    Args:
+        found: Records of dasgd-premise.
+    """
+    figure = Figure(figsize=(8.0, 3.4), layout="constrained", facecolor=PAPER)
+    grid = figure.subplots(1, 2)
+    epochs = found[0][1].settings["epochs"]
+    shades = [SHADES[place] for place in np.linspace(0, len(SHADES) - 1, len(epochs)).astype(int)]
+    labels = {"gradients": "mean absolute gradient", "signs": "share of weights that keep the sign"}
+    for axes, name in zip(grid, labels, strict=True):
+        plain_axes(axes)
+        values = np.stack([record.outcome.arrays[name] for _, record in found])
+        for place, colour in enumerate(shades):
+            effects = [mean(name, values[:, place, k]) for k in range(len(SIZES))]
+            low = np.array([effect.low for effect in effects])
+            high = np.array([effect.high for effect in effects])
+            axes.fill_between(SIZES, low, high, color=colour, alpha=0.2, linewidth=0)
+            axes.plot(
+                SIZES, [effect.mean for effect in effects], color=colour, marker="o", markersize=3
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(SIZES, [str(size) for size in SIZES])
+        axes.minorticks_off()
+        axes.set_title(labels[name], loc="left", fontsize=9, color=INK)
+    grid[0].set_yscale("log")
+    grid[1].axhline(0.5, color=INK, linewidth=0.8, linestyle=":")
+    figure.supxlabel("batch size", fontsize=9, color=INK)
+    marks = {
+        f"epoch {epoch}": Line2D([], [], color=colour, linewidth=2)
+        for epoch, colour in zip(epochs, shades, strict=True)
+    }
+    figure.legend(
+        list(marks.values()), list(marks), loc="outside upper left", ncols=len(marks),
+        frameon=False, fontsize=8, labelcolor=INK, columnspacing=1.0,
+    )  # fmt: skip
+    return figure
+
+
+def late_spread(curves: pd.DataFrame) -> pd.DataFrame:
+    """How unstable each training is late, and how good it was at best.
+
+    Args:
+        curves: Of asgd-stabilised.
+
+    Returns:
+        A row per training: ``help``, ``optimizer`` (``asgd`` or ``sgd``), ``seed``, ``spread`` (the
+        standard deviation of the test loss over the last fifth of the epochs), ``lowest`` (its
+        test loss at the lowest validation loss), ``final`` (at the last epoch) and ``accuracy``
+        (test accuracy at the lowest validation loss). ``early stopping`` is ``alone`` stopped at
+        its lowest validation loss: it has no late training.
+    """
+    rows: list[dict[str, Any]] = []
+    for (variant, name, _), part in curves.groupby(["variant", "optimizer", "seed"]):
+        late = part[part["epoch"] > LATE * part["epoch"].max()]["test_loss"]
+        chosen = part.nsmallest(1, "validation_loss")
+        row: dict[str, Any] = {
+            "help": str(variant).removeprefix("help: "),
+            "optimizer": "asgd" if str(name).startswith("asgd") else "sgd",
+            "seed": int(part["seed"].iloc[0]),
+            "spread": float(late.std()),
+            "lowest": float(chosen["test_loss"].iloc[0]),
+            "accuracy": float(chosen["test_accuracy"].iloc[0]),
+            "final": float(part["test_loss"].iloc[-1]),
+        }
+        rows.append(row)
+        if row["help"] == "alone":
+            stopped = {"help": "early stopping", "spread": np.nan, "final": row["lowest"]}
+            rows.append(row | stopped)
+    return pd.DataFrame(rows)
+
+
+def stabilised(curves: pd.DataFrame) -> Figure:
+    """Late spread, last and best test loss, with each help, aSGD beside SGD.
+
+    Args:
+        curves: Of asgd-stabilised.
+    """
+    table = late_spread(curves)
+    helps = ["alone", "early stopping", *list(STABILISED)[1:]]
+    figure = Figure(figsize=(8.0, 3.8), layout="constrained", facecolor=PAPER)
+    grid = figure.subplots(1, 3, sharey=True)
+    columns = {
+        "spread": "spread of the test loss, late",
+        "final": "test loss at the end",
+        "lowest": "test loss, chosen on validation",
+    }
+    for axes, (column, title) in zip(grid, columns.items(), strict=True):
+        plain_axes(axes)
+        axes.set_title(title, loc="left", fontsize=9, color=INK)
+        for shift, name in ((-0.15, "asgd"), (0.15, "sgd")):
+            for place, help_ in enumerate(helps):
+                rows = table[(table["help"] == help_) & (table["optimizer"] == name)]
+                effect = mean(column, rows[column].dropna())
+                if effect.n:
+                    spread = np.nan_to_num(
+                        [[effect.mean - effect.low], [effect.high - effect.mean]]
+                    )
+                    axes.errorbar(
+                        effect.mean, place + shift, xerr=spread, color=LOOKS[name].colour,
+                        marker=LOOKS[name].marker, markersize=5, capsize=2,
+                    )  # fmt: skip
+        axes.set_xscale("log")
+        axes.set_yticks(range(len(helps)), helps)
+        axes.tick_params(axis="x", which="both", labelsize=7)
+    grid[0].invert_yaxis()
+    marks = [
+        Line2D([], [], color=look.colour, marker=look.marker, linewidth=0)
+        for look in (LOOKS["asgd"], LOOKS["sgd"])
+    ]
+    figure.legend(
+        marks, ["aSGD", "SGD"], loc="outside upper left", ncols=2, frameon=False, fontsize=8,
+        labelcolor=INK,
+    )  # fmt: skip
+    return figure
+
+
+def level(table: pd.DataFrame) -> Figure:
+    """Distance to the paper's tables against the steps of an epoch, a line per setting.
+
+    Args:
+        table: Of :func:`levels.distances`.
+    """
+    figure = Figure(figsize=(7.0, 3.4), layout="constrained", facecolor=PAPER)
+    axes = figure.subplots()
+    plain_axes(axes)
+    names = list(dict.fromkeys(table["setting"]))
+    colours = [look.colour for look in styles([f"{k}" for k in range(len(names))]).values()]
+    for colour, name in zip(colours, names, strict=True):
+        part = table[table["setting"] == name]
+        axes.plot(
+            part["steps"], part["distance"], color=colour, marker="o", markersize=3, label=name
+        )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("steps in one of the 500 epochs", fontsize=9, color=INK)
+    axes.set_ylabel(
+        "distance to Tables 1 and 2,\nin the paper's standard deviations", fontsize=9, color=INK
+    )
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    return figure
