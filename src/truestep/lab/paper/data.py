@@ -11,12 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.datasets import make_circles
 
-from truestep.lab.datasets import load_images
+from truestep.errors import TruestepError
+from truestep.lab.datasets import Images, load_images
 
 __all__ = [
     "POINTS_TEST",
     "POINTS_TRAIN",
     "Vectors",
+    "at_hand",
     "circles",
     "spirals",
     "splits_of",
@@ -93,6 +95,26 @@ class Vectors:
     fingerprint: str
 
 
+def at_hand(name: str, data_dir: Path | None = None) -> Images:
+    """Images that are on this machine, or are fetched now.
+
+    Args:
+        name: As in `truestep data list`.
+        data_dir: Folder of local copies.
+
+    Raises:
+        TruestepError: There are none to be had; the message names the folder and the command.
+    """
+    try:
+        return load_images(name, data_dir)
+    except TruestepError as error:
+        reason = str(error).rstrip(".")
+        raise TruestepError(
+            f"The experiment needs {name}: {reason}. What is here is told by: truestep data list; "
+            f"where there is a network, this fetches it: truestep data get {name}"
+        ) from error
+
+
 @lru_cache(maxsize=2)
 def vectors(name: str, data_dir: Path | None = None) -> Vectors:
     """An image data set for the experiments; the last two are kept in memory.
@@ -105,7 +127,7 @@ def vectors(name: str, data_dir: Path | None = None) -> Vectors:
         TruestepError: It is neither on this machine nor to be had; the message says where to put
             it and which command gets it.
     """
-    images = load_images(name, data_dir)
+    images = at_hand(name, data_dir)
     digest = hashlib.sha256()
     for part in (images.train, images.test):
         digest.update(part.images.data)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from truestep.lab.board import LONG_SECONDS, duration
-from truestep.lab.datasets import load_images
+from truestep.lab.paper.data import at_hand
 from truestep.lab.paper.store import UnitStore
 from truestep.lab.paper.unit import Record, Unit, key, settings
 from truestep.lab.training import versions
@@ -69,7 +69,7 @@ def run(
     pending = [unit for name, unit in wanted.items() if name not in done]
     # Before any process starts, so that missing data is said once and at once.
     for name in dict.fromkeys(name for unit in pending for name in unit.data_sets()):
-        load_images(name, data_dir)
+        at_hand(name, data_dir)
     failures: list[Failure] = []
     if not pending:
         console.print(f"All {len(wanted)} units are in the store.", highlight=False)
