@@ -281,7 +281,7 @@ def set_log_x(
     pad = (high / low) ** 0.06 if high > low else 1.5
     low, high = low / pad, high * pad
     decades = [10.0**k for k in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]
-    shown = sorted(ticks) or decades[:: math.ceil(len(decades) / 4)] or sorted(set(values))
+    shown = sorted(ticks) or decades[:: max(1, math.ceil(len(decades) / 4))] or sorted(set(values))
     for axes in panels:
         axes.set_xscale("log")
         axes.set_xlim(low, high)

@@ -1,5 +1,6 @@
 """Figures that the papers don't have: the premise, stability late in training, Table 1's level."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from truestep.lab.panels import INK, PAPER, plain_axes, styles
+from truestep.lab.panels import INK, PAPER, plain_axes, set_log_x, set_log_y, styles
 from truestep.lab.paper.effects import mean
 from truestep.lab.paper.experiments import STABILISED
 from truestep.lab.paper.premise import SIZES
@@ -20,6 +21,8 @@ NAMES = {"asgd": "aSGD", "sgd": "SGD"}
 SHADES = ("#b9cfe4", "#8db4d6", "#5f97c6", "#3478b0", "#1d5c93", "#0f4472", "#062b4b")
 # The last part of training is the last fifth of its epochs.
 LATE = 0.8
+MOST_TICKS = 5
+TICKS = [step * 10.0**k for k in range(-5, 2) for step in (1, 1.5, 2, 3, 4, 5, 6, 8)]
 
 
 def premise(found: list[Found]) -> Figure:
@@ -48,7 +51,7 @@ def premise(found: list[Found]) -> Figure:
         axes.set_xticks(SIZES, [str(size) for size in SIZES])
         axes.minorticks_off()
         axes.set_title(labels[name], loc="left", fontsize=9, color=INK)
-    grid[0].set_yscale("log")
+    set_log_y([grid[0]], np.stack([r.outcome.arrays["gradients"] for _, r in found]).ravel(), 1.3)
     grid[1].axhline(0.5, color=INK, linewidth=0.8, linestyle=":")
     figure.supxlabel("batch size", fontsize=9, color=INK)
     marks = {
@@ -125,9 +128,12 @@ def stabilised(curves: pd.DataFrame) -> Figure:
                         effect.mean, place + shift, xerr=spread, color=LOOKS[name].colour,
                         marker=LOOKS[name].marker, markersize=5, capsize=2,
                     )  # fmt: skip
-        axes.set_xscale("log")
+        seen = table[column].dropna()
+        if len(seen):
+            low, high = float(seen.min()), float(seen.max())
+            ticks = [tick for tick in TICKS if low / 1.1 <= tick <= high * 1.1]
+            set_log_x([axes], [low, high], ticks=ticks[:: math.ceil(len(ticks) / MOST_TICKS) or 1])
         axes.set_yticks(range(len(helps)), helps)
-        axes.tick_params(axis="x", which="both", labelsize=7)
     grid[0].invert_yaxis()
     marks = [
         Line2D([], [], color=look.colour, marker=look.marker, linewidth=0)

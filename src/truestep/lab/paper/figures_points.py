@@ -8,7 +8,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from truestep.lab.panels import INK, PAPER, plain_axes, styles
+from truestep.lab.panels import INK, PAPER, plain_axes, set_log_y, styles
 from truestep.lab.paper.effects import mean
 from truestep.lab.paper.points import HIDDEN, make_data
 
@@ -57,7 +57,7 @@ def accuracy_and_loss(points: pd.DataFrame) -> Figure:
         _boxes(axes, points, column)
         axes.set_title(f"({letter}) {column.replace('_', ' ')}", loc="left", fontsize=9, color=INK)
         if column.endswith("loss"):
-            axes.set_yscale("log")
+            set_log_y([axes], _ends(points, column), margin=1.5)
     return figure
 
 
@@ -132,6 +132,12 @@ def _boxes(axes: Axes, points: pd.DataFrame, column: str) -> None:
                 line.set(color=colour, linewidth=1.5 if part == "medians" else 1.0)
         axes.plot(place, mean(column, values).mean, marker="D", markersize=4, color=colour)
     axes.set_xticks(range(4), [f"{NAMES[name]}\n{data}" for data in DATA for name in COLOURS])
+
+
+def _ends(points: pd.DataFrame, column: str) -> list[float]:
+    """The ends of the whiskers."""
+    groups = points.groupby(["data", "optimizer"])[column]
+    return [float(value) for q in (0.05, 0.95) for value in groups.quantile(q)]
 
 
 def _legend(figure: Figure, more: dict[str, Line2D]) -> None:

@@ -42,7 +42,7 @@ def network(arrays: Arrays) -> Figure:
             points[chosen, 0], points[chosen, 1], s=10, color=colour, label=f"{label} class"
         )
     left.set_aspect("equal")
-    left.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper right")
+    figure.legend(frameon=False, fontsize=8, labelcolor=INK, loc="outside upper left", ncols=2)
     left.set_title("(a)", loc="left", fontsize=9, color=INK)
     right.set_axis_off()
     right.set_title("(b)", loc="left", fontsize=9, color=INK)
@@ -130,10 +130,10 @@ def trajectories(arrays: Arrays) -> Figure:
                 )  # fmt: skip
             optimizer = {"asgd": "aSGD", "sgd": "SGD"}[name]
             axes.set_title(f"({letter}) {optimizer}, L{layer}", loc="left", fontsize=9, color=INK)
-            if row == 0:
+            if name == "sgd":
                 axes.legend(
                     frameon=False, fontsize=7, labelcolor=INK, ncols=3, columnspacing=0.8,
-                    handlelength=1.0,
+                    handlelength=1.0, loc="lower left",
                 )  # fmt: skip
     figure.supxlabel("step", fontsize=9, color=INK)
     figure.supylabel("value of the parameter", fontsize=9, color=INK)

@@ -24,6 +24,8 @@ class Sensitivity:
         claim: The claim's name.
         verdict: With the choice.
         usual: Under the main protocol, looked at in the same cells.
+        gained: Conditions that hold with the choice only.
+        lost: Conditions that hold without it only.
         ours: Our figure with the choice.
     """
 
@@ -31,12 +33,14 @@ class Sensitivity:
     claim: str
     verdict: Verdict
     usual: Verdict
+    gained: Sequence[str]
+    lost: Sequence[str]
     ours: str
 
     @property
     def changes(self) -> bool:
-        """Whether the verdict is another one."""
-        return self.verdict != self.usual
+        """Whether the verdict is another one, or holds under other conditions."""
+        return self.verdict != self.usual or bool(self.gained or self.lost)
 
 
 def ledger(evidence: Evidence) -> list[Finding]:
@@ -102,7 +106,8 @@ def _of_points(evidence: Evidence) -> Iterator[Sensitivity]:
     usual = main_only(table)
     for variant, part in _variants(table):
         if variant != "learning rate":
-            same = usual[usual["data"].isin(part["data"])]
+            # As many seeds, so that what is clear with more is not taken for a change.
+            same = usual[usual["data"].isin(part["data"]) & (usual["seed"] <= part["seed"].max())]
             yield from _compared(variant, claims, same, part)
 
 
@@ -116,7 +121,7 @@ def _of_mnist(evidence: Evidence) -> Iterator[Sensitivity]:
             continue
         cells = set(zip(part["optimizer"], part["lr"], strict=True))
         same = usual[[cell in cells for cell in zip(usual["optimizer"], usual["lr"], strict=True)]]
-        same = same[same["epoch"] <= part["epoch"].max()]
+        same = same[(same["epoch"] <= part["epoch"].max()) & (same["seed"] <= part["seed"].max())]
         yield from _compared(variant, (asgd.a1, asgd.a2, asgd.a3), same, part)
 
 
@@ -148,7 +153,16 @@ def _compared(
 
 
 def _row(choice: str, usual: Finding, other: Finding) -> Sensitivity:
-    return Sensitivity(choice, other.claim.name, other.verdict, usual.verdict, other.ours)
+    before, after = usual.holding, other.holding
+    return Sensitivity(
+        choice=choice,
+        claim=other.claim.name,
+        verdict=other.verdict,
+        usual=usual.verdict,
+        gained=[name for name in after if name not in before],
+        lost=[name for name in before if name not in after],
+        ours=other.ours,
+    )
 
 
 def _points(evidence: Evidence) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -158,19 +158,27 @@ def _sensitivity(changes: Sequence[Sensitivity]) -> Grid:
         "Which open choice changes a verdict",
         "Each choice differs in one thing from the main protocol; the usual verdict is looked at in "
         "the same cells, so it can differ from the ledger's.",
-        ("choice", "claim", "verdict", "usual verdict", "changes it", "our figure"),
+        ("choice", "claim", "verdict", "usual verdict", "changes", "our figure with it"),
         [
             [
                 Cell(change.choice),
                 Cell(change.claim),
                 Cell(change.verdict),
                 Cell(change.usual),
-                Cell("yes" if change.changes else "no"),
+                Cell(_changed(change)),
                 Cell(change.ours),
             ]
             for change in changes
         ],
     )
+
+
+def _changed(change: Sensitivity) -> str:
+    if not change.changes:
+        return "nothing"
+    parts = [("now holds: ", change.gained), ("no longer: ", change.lost)]
+    words = "; ".join(word + ", ".join(names) for word, names in parts if names)
+    return words or "the verdict"
 
 
 def _origin(evidence: Evidence) -> dict[str, list[str]]:

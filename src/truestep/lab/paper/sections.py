@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 from matplotlib.figure import Figure
 
+from truestep.lab.board import duration
 from truestep.lab.paper import figures_curves as curves
 from truestep.lab.paper import figures_more as more
 from truestep.lab.paper import figures_points as points
@@ -82,8 +83,8 @@ def _note(evidence: Evidence, name: str) -> str:
     if not found:
         return f"Not run. Run: truestep paper run {name} --scale small"
     engines = ", ".join(sorted({record.outcome.engine for _, record in found}))
-    hours = sum(record.seconds for _, record in found) / 3600
-    note = f"Scale {scale}: {len(found)} units, computed by {engines} in {hours:.2g} core-hours."
+    seconds = sum(record.seconds for _, record in found)
+    note = f"Scale {scale}: {len(found)} units, computed by {engines}; {duration(seconds)} on one core."
     if evidence.missing[name]:
         note += (
             f" {evidence.missing[name]} units of this scale are not run yet: truestep paper run "
@@ -109,8 +110,8 @@ def _backprop(evidence: Evidence) -> Iterator[Drawing]:
         f"2-3-2-1 on 128 points, aSGD with learning rate {record.settings['lr']:g} for "
         f"{record.settings['steps']:,} full batches. Of {record.settings['replicas']} starts, "
         f"{said['with one dummy']} end with one true dummy node in L3; shown is the one of lowest "
-        f"loss among them (start {said['shown']}, accuracy {said['accuracy']:.2f}), with its dummy "
-        "as the second node"
+        f"loss among them or, without any, among all (start {said['shown']}, accuracy "
+        f"{said['accuracy']:.2f}), a dummy as the second node"
     )
     yield Drawing("asgd-figure-1", "aSGD Figure 1", f"{protocol}.", small.network(arrays))
     yield Drawing(

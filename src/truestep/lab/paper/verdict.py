@@ -10,6 +10,9 @@ from truestep.lab.paper.effects import Effect, holm
 __all__ = ["Claim", "Condition", "Finding", "Verdict", "judged"]
 
 Verdict = Literal["reproduced", "not reproduced", "only under ...", "not run"]
+# More conditions than this are counted rather than named.
+NAMED = 5
+
 State = Literal["holds", "fails", "open", "not run"]
 
 
@@ -82,6 +85,11 @@ class Finding:
     matched: str
     matched_effect: Effect | None = field(default=None)
 
+    @property
+    def holding(self) -> list[str]:
+        """The conditions that hold."""
+        return [condition.under for condition in self.conditions if condition.state == "holds"]
+
 
 def judged(
     claim: Claim,
@@ -126,5 +134,17 @@ def judged(
         "open": "no clear difference: ",
         "not run": "not run: ",
     }
-    reason = "; ".join(words[state] + ", ".join(names) for state, names in groups.items() if names)
+    if verdict == "not run":
+        return Finding(claim, verdict, "", "not run", corrected, matched, matched_effect)
+    reason = "; ".join(
+        words[state] + _listed(names, len(corrected)) for state, names in groups.items() if names
+    )
     return Finding(claim, verdict, reason, ours, corrected, matched, matched_effect)
+
+
+def _listed(names: Sequence[str], total: int) -> str:
+    if len(names) == total > 1:
+        return f"all {total} conditions"
+    if len(names) <= NAMED:
+        return ", ".join(names)
+    return f"{len(names)} of {total} conditions ({', '.join(names[:NAMED])}, ...)"
