@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from truestep.lab.paper.claims import CLAIMS, TABLE_1, TABLE_2
 from truestep.lab.paper.effects import compare, holm, mean
 from truestep.lab.paper.evidence import gather
 from truestep.lab.paper.experiments import BATCHES, DASGD_DATA, EXPERIMENTS
+from truestep.lab.paper.images import Images
 from truestep.lab.paper.ledger import ledger, sensitivity
 from truestep.lab.paper.levels import distances
 from truestep.lab.paper.points import ENDINGS, Points
@@ -363,3 +365,18 @@ def test_the_largest_scale_with_enough_units_is_read(tmp_path):
         assert found.scales["asgd-mnist"] == "small"
         assert len(found.found["asgd-mnist"]) == 5
         assert found.missing["asgd-mnist"] == 33 - 5
+
+
+@pytest.mark.parametrize("claim", CLAIMS.values(), ids=CLAIMS)
+def test_criteria_stand_in_the_docs(claim):
+    docs = (Path(__file__).parents[2] / "docs" / "papers.md").read_text()
+    assert f"| {claim.name} | {claim.text} | {claim.protocol} | {claim.criterion} |" in docs
+
+
+def test_experiments_and_options_stand_in_the_docs():
+    docs = (Path(__file__).parents[2] / "docs" / "papers.md").read_text()
+    assert all(f"| `{name}` |" in docs for name in EXPERIMENTS)
+    for name, unit in (("start", Points), ("eps", Points), ("train", Images)):
+        assert f"`{name}={unit.__dataclass_fields__[name].default}`" in docs.replace(
+            "eps=1`", "eps=1.0`"
+        )

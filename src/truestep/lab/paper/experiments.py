@@ -221,7 +221,7 @@ def _mnist(scale: str, seeds: int) -> list[Planned]:
         for images, start in _LEVELS
         for name, lr in cells
     ]
-    first = 5 * len(cells)
+    first = len(few) * len(cells)
     return main[:first] + level + variants + main[first:]
 
 
