@@ -1,5 +1,6 @@
 """Some replicas of a training in the compiled loops: tables of where things lie, and one call a block."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from truestep.ensemble.job import STATUSES, Job
-from truestep.ensemble.settings import ACTIVATIONS, LOSSES, OUTPUTS, RULES, SPLITS
+from truestep.ensemble.settings import (
+    ACTIVATIONS,
+    LOSSES,
+    OUTPUTS,
+    RMSPROP_SMOOTHING,
+    RULES,
+    SPLITS,
+    Optimizer,
+)
 from truestep.kernels.dispatch import loops
 
 __all__ = ["Compiled"]
@@ -49,7 +58,7 @@ class Compiled:
         Returns:
             The fields of a result, without the measurements' places; empty if interrupted.
         """
-        job, kernel = self.job, loops().replicas
+        job, kernel, columns = self.job, loops().replicas, loops().tables
         scratch = _aligned(self._scratch_bytes)
         base = scratch.ctypes.data
         identity = np.arange(self._longest, dtype=np.int32)
@@ -64,7 +73,7 @@ class Compiled:
                 return {}
             if block.epochs != epochs:
                 epochs, order = block.epochs, job.orders(replicas, block.epochs)
-            schedules, state.settings[:, 12] = job.schedules(block, replicas)
+            schedules, state.settings[:, columns.SCHEDULE] = job.schedules(block, replicas)
             kernel.train(
                 0,
                 len(replicas),
@@ -80,7 +89,7 @@ class Compiled:
                 records,
             )
             advance((block.stop - block.start) * len(replicas))
-            if (state.progress[:, 1] != 0).all():
+            if (state.progress[:, columns.STATUS] != columns.RUNNING).all():
                 advance((job.steps - block.stop) * len(replicas))
                 break
         return self._result(state, records, time.thread_time() - began)
@@ -185,13 +194,14 @@ class Compiled:
 
     @cached_property
     def _plan(self) -> Any:
-        splits = np.zeros((3, 9), np.int64)
+        columns, splits = loops().tables, np.zeros((3, 9), np.int64)
         for name, (inputs, targets) in self._arrays.items():
-            line = splits[SPLITS.index(name)]
-            line[:4] = inputs.ctypes.data, inputs[0].nbytes, inputs[0, 0].nbytes, inputs.shape[1]
-            first = 4 if self.job.data.splits[name].classes else 6
-            line[first : first + 2] = targets.ctypes.data, targets[0].nbytes
-            line[8] = name in self.job.wanted
+            line, classes = splits[SPLITS.index(name)], self.job.data.splits[name].classes
+            line[columns.X], line[columns.X_STEP] = inputs.ctypes.data, inputs[0].nbytes
+            line[columns.X_ROW], line[columns.COUNT] = inputs[0, 0].nbytes, inputs.shape[1]
+            line[columns.LABELS if classes else columns.TARGETS_AT] = targets.ctypes.data
+            line[columns.LABELS_STEP if classes else columns.TARGETS_STEP] = targets[0].nbytes
+            line[columns.WANTED] = name in self.job.wanted
         return loops().tables.Plan(self._tables[0], self._sizes, splits, self.job.measured)
 
     @cached_property
@@ -214,31 +224,11 @@ class Compiled:
     def _state(self, replicas: range) -> Any:
         job, count = self.job, len(replicas)
         optimizers = [job.optimizers[replica] for replica in replicas]
-        settings = np.array(
-            [
-                (
-                    RULES.index(optimizer.name),
-                    optimizer.lr,
-                    optimizer.momentum,
-                    optimizer.nesterov,
-                    optimizer.weight_decay,
-                    optimizer.betas[0],
-                    0.99 if optimizer.name == "rmsprop" else optimizer.betas[1],
-                    optimizer.eps,
-                    optimizer.asgd,
-                    optimizer.asgd_eps,
-                    np.inf if optimizer.factor_limit is None else optimizer.factor_limit,
-                    optimizer.dasgd,
-                    0,
-                )
-                for optimizer in optimizers
-            ],
-            np.float64,
-        )
+        settings = np.array([_settings(optimizer) for optimizer in optimizers])
         progress = np.zeros((count, 6), np.int64)
-        progress[:, 3] = -1
+        progress[:, loops().tables.FIRST_UNDER] = -1
         levels = np.zeros((count, 2))
-        levels[:, 0] = np.inf
+        levels[:, loops().tables.BEST] = np.inf
         parameters = self._zeros(count)
         for row, replica in zip(parameters, replicas, strict=True):
             row[self._places] = job.start(replica)
@@ -274,7 +264,8 @@ class Compiled:
         )
 
     def _result(self, state: Any, records: Any, seconds: float) -> dict[str, NDArray[Any]]:
-        record, done = self.job.record, state.progress[:, 2]
+        record, columns = self.job.record, loops().tables
+        done = state.progress[:, columns.DONE]
         share = done / max(int(done.sum()), 1)
         result = {
             "loss": records.losses,
@@ -282,8 +273,8 @@ class Compiled:
             "batch_loss": records.batch_losses[:, :-1],
             "final": state.parameters[:, self._places],
             "stopped_at": done.copy(),
-            "first_under": state.progress[:, 3].copy(),
-            "status": np.array(STATUSES)[state.progress[:, 1]],
+            "first_under": state.progress[:, columns.FIRST_UNDER].copy(),
+            "status": np.array(STATUSES)[state.progress[:, columns.STATUS]],
             "seconds": seconds * share,
         }
         if record.nodes:
@@ -295,6 +286,27 @@ class Compiled:
         if record.parameters:
             result["parameters"] = records.parameters[..., self._places]
         return result
+
+
+def _settings(optimizer: Optimizer) -> list[float]:
+    """A row of the table of optimizers; which schedule is set at each block."""
+    columns = loops().tables
+    row = [0.0] * (columns.SCHEDULE + 1)
+    row[columns.RULE] = RULES.index(optimizer.name)
+    row[columns.LR] = optimizer.lr
+    row[columns.MOMENTUM] = optimizer.momentum
+    row[columns.NESTEROV] = optimizer.nesterov
+    row[columns.WEIGHT_DECAY] = optimizer.weight_decay
+    row[columns.BETA_1], row[columns.BETA_2] = optimizer.betas
+    if optimizer.name == "rmsprop":
+        row[columns.BETA_2] = RMSPROP_SMOOTHING
+    row[columns.EPS] = optimizer.eps or 0.0
+    row[columns.ADAPTIVE] = optimizer.asgd
+    row[columns.ADAPTIVE_EPS] = optimizer.asgd_eps
+    limit = optimizer.factor_limit
+    row[columns.FACTOR_LIMIT] = math.inf if limit is None else limit
+    row[columns.BOOST] = optimizer.dasgd
+    return row
 
 
 def _aligned(size: int) -> NDArray[np.uint8]:

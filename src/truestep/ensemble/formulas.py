@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from truestep.ensemble.settings import Network, Optimizer
+from truestep.ensemble.settings import RMSPROP_SMOOTHING, Network, Optimizer
 
 __all__ = ["ACTIVATIONS", "SLOPES", "descend", "loss_and_gradient"]
 
@@ -96,7 +96,7 @@ def descend(
         first.addcmul_(gradient, gradient)
         weights.addcdiv_(gradient, first.sqrt().add_(eps), value=-lr)
     elif optimizer.name == "rmsprop":
-        first.mul_(0.99).addcmul_(gradient, gradient, value=0.01)
+        first.mul_(RMSPROP_SMOOTHING).addcmul_(gradient, gradient, value=1 - RMSPROP_SMOOTHING)
         weights.addcdiv_(gradient, first.sqrt().add_(eps), value=-lr)
     else:
         beta_1, beta_2 = optimizer.betas

@@ -29,6 +29,7 @@ RULES = ("sgd", "adam", "adamw", "adagrad", "rmsprop")
 SPLITS = ("train", "validation", "test")
 # What torch's optimizers take.
 DEFAULT_EPS = {"adam": 1e-8, "adamw": 1e-8, "adagrad": 1e-10, "rmsprop": 1e-8}
+RMSPROP_SMOOTHING = 0.99
 WIDEST = 65_536
 
 

@@ -5,10 +5,11 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from truestep.kernels.loops.descent import ADAPTIVE, correct, count, descend
+from truestep.kernels.loops.descent import correct, count, descend
 from truestep.kernels.loops.memory import count_bits
 from truestep.kernels.loops.network import pack_rows, pack_samples, through_activation
 from truestep.kernels.loops.tables import (
+    ADAPTIVE,
     BIAS,
     INPUT_BITS,
     OUTPUTS,

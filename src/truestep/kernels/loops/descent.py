@@ -10,16 +10,28 @@ import numpy as np
 from numba import njit
 
 from truestep.kernels.loops.memory import count_bits, fma
-from truestep.kernels.loops.tables import numbers, words
+from truestep.kernels.loops.tables import (
+    ADAGRAD,
+    ADAMW,
+    ADAPTIVE_EPS,
+    BETA_1,
+    BETA_2,
+    BOOST,
+    EPS,
+    FACTOR_LIMIT,
+    MOMENTUM,
+    NESTEROV,
+    RMSPROP,
+    RULE,
+    SGD,
+    WEIGHT_DECAY,
+    numbers,
+    words,
+)
 
 __all__ = ["correct", "count", "descend"]
 
 F = np.float32
-
-# The columns of the table of optimizers, float64 ``[replicas, 13]``.
-RULE, LR, MOMENTUM, NESTEROV, WEIGHT_DECAY, BETA_1, BETA_2, EPS = range(8)
-ADAPTIVE, ADAPTIVE_EPS, FACTOR_LIMIT, BOOST, SCHEDULE = range(8, 13)
-SGD, ADAM, ADAMW, ADAGRAD, RMSPROP = range(5)
 
 
 @njit(cache=True, nogil=True)

@@ -6,7 +6,6 @@ import numpy as np
 from numba import njit
 
 from truestep.kernels.loops.backward import backward
-from truestep.kernels.loops.descent import LR, SCHEDULE
 from truestep.kernels.loops.losses import score
 from truestep.kernels.loops.network import active_units, forward
 from truestep.kernels.loops.tables import (
@@ -20,8 +19,10 @@ from truestep.kernels.loops.tables import (
     FIRST_UNDER,
     LABELS,
     LABELS_STEP,
+    LR,
     OUTPUTS,
     RUNNING,
+    SCHEDULE,
     STATUS,
     STOPPED,
     SUMMED,

@@ -8,15 +8,25 @@ from numba import carray, njit
 from truestep.kernels.loops.memory import pointer
 
 __all__ = [
+    "ADAGRAD",
+    "ADAM",
+    "ADAMW",
+    "ADAPTIVE",
+    "ADAPTIVE_EPS",
     "BATCH_LOSS",
     "BEST",
+    "BETA_1",
+    "BETA_2",
     "BIAS",
     "BINARY_CROSS_ENTROPY",
+    "BOOST",
     "COUNT",
     "CROSS_ENTROPY",
     "CURSOR",
     "DIVERGED",
     "DONE",
+    "EPS",
+    "FACTOR_LIMIT",
     "FINISHED",
     "FIRST_UNDER",
     "GELU",
@@ -26,11 +36,18 @@ __all__ = [
     "LABELS_STEP",
     "LEAKY_RELU",
     "LINEAR",
+    "LR",
     "MEAN_SQUARED_ERROR",
+    "MOMENTUM",
+    "NESTEROV",
     "OUTPUTS",
     "PAD",
     "RELU",
+    "RMSPROP",
+    "RULE",
     "RUNNING",
+    "SCHEDULE",
+    "SGD",
     "SIGMOID",
     "SIGMOID_OUTPUT",
     "SOFTMAX",
@@ -48,6 +65,7 @@ __all__ = [
     "WAITED",
     "WANTED",
     "WEIGHT",
+    "WEIGHT_DECAY",
     "X_ROW",
     "X_STEP",
     "Options",
@@ -70,6 +88,11 @@ INPUTS, OUTPUTS, STRIDE, WEIGHT, BIAS, VALUES, SUMS, INPUT_BITS = range(8)
 RELU, LEAKY_RELU, TANH, SIGMOID, GELU = range(5)
 LINEAR, SIGMOID_OUTPUT, SOFTMAX = range(3)
 CROSS_ENTROPY, BINARY_CROSS_ENTROPY, SQUARED_ERROR, MEAN_SQUARED_ERROR = range(4)
+
+# The columns of the table of optimizers, float64 ``[replicas, 13]``.
+RULE, LR, MOMENTUM, NESTEROV, WEIGHT_DECAY, BETA_1, BETA_2, EPS = range(8)
+ADAPTIVE, ADAPTIVE_EPS, FACTOR_LIMIT, BOOST, SCHEDULE = range(8, 13)
+SGD, ADAM, ADAMW, ADAGRAD, RMSPROP = range(5)
 
 TRAIN = 0
 RUNNING, FINISHED, STOPPED, DIVERGED = range(4)
