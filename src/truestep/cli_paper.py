@@ -4,7 +4,7 @@ import dataclasses
 import os
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -88,10 +88,12 @@ def paper_run(
     After an interruption of any kind the same command goes on where it stopped.
     """
     with lab_installed():
-        from truestep.lab.paper.experiments import SCALES, find_experiment  # noqa: PLC0415
+        from truestep.lab.paper.experiments import find_experiment  # noqa: PLC0415
         from truestep.lab.paper.options import changed, parse_options  # noqa: PLC0415
+        from truestep.lab.paper.planned import SCALES  # noqa: PLC0415
         from truestep.lab.paper.runner import run  # noqa: PLC0415
         from truestep.lab.paper.store import UnitStore  # noqa: PLC0415
+        from truestep.lab.paper.unit import key  # noqa: PLC0415
 
     if scale not in SCALES:
         raise typer.BadParameter(f"{scale} is none of {', '.join(SCALES)}", param_hint="--scale")
@@ -113,7 +115,7 @@ def paper_run(
             data_dir=data_dir,
             command=command,
         )
-        done = sum(item in units.keys() for item in {_key(item.unit) for item in planned})  # noqa: SIM118
+        done = len(units.keys() & {key(item.unit) for item in planned})
     if as_json:
         print_json({"experiment": name, "scale": scale, "units": done, "store": str(store)})
     else:
@@ -161,12 +163,6 @@ def paper_report(
     for row in data["ledger"]:
         console.print(f"{row['claim']}  {row['verdict']}", highlight=False)
     console.print(f"Report: {data['files'][0]}", highlight=False, soft_wrap=True)
-
-
-def _key(unit: Any) -> str:
-    from truestep.lab.paper.unit import key  # noqa: PLC0415
-
-    return key(unit)
 
 
 def _describe(failure: "Failure") -> str:

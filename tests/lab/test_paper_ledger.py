@@ -15,10 +15,12 @@ from truestep.lab.paper import ledger_dasgd as dasgd
 from truestep.lab.paper.claims import CLAIMS, TABLE_1, TABLE_2
 from truestep.lab.paper.effects import compare, holm, mean
 from truestep.lab.paper.evidence import gather
-from truestep.lab.paper.experiments import BATCHES, DASGD_DATA, EXPERIMENTS
+from truestep.lab.paper.experiments import EXPERIMENTS
 from truestep.lab.paper.images import Images
 from truestep.lab.paper.ledger import ledger, sensitivity
 from truestep.lab.paper.levels import distances
+from truestep.lab.paper.options import changed
+from truestep.lab.paper.plans_dasgd import BATCHES, DASGD_DATA
 from truestep.lab.paper.points import ENDINGS, Points
 from truestep.lab.paper.store import UnitStore
 from truestep.lab.paper.tables import best, by_seed, last, of_curves, of_points
@@ -88,8 +90,8 @@ OPEN, NOTHING = [1.0, -1.1, 0.9, -1.0], []
         ((DOWN, OPEN), "not reproduced", "the opposite: 0; no clear difference: 1"),
         ((OPEN, OPEN), "not reproduced", "no clear difference: all 2 conditions"),
         ((NOTHING, NOTHING), "not run", ""),
-        ((UP, NOTHING), "reproduced", "holds: 0; not run: 1"),
-        (([1.0], NOTHING), "not reproduced", "no clear difference: 0; not run: 1"),
+        ((UP, NOTHING), "reproduced", "holds: 0; not run with two seeds: 1"),
+        (([1.0], NOTHING), "not run", "not run with two seeds: all 2 conditions"),
     ],
 )
 def test_the_verdict_follows_from_the_conditions(values, verdict, words):
@@ -340,10 +342,10 @@ def test_variants_are_compared_with_the_same_cells():
     ]
     evidence = type(gather_nothing())(found, dict.fromkeys(found, ""), dict.fromkeys(found, 0))
     rows = {(row.choice, row.claim): row for row in sensitivity(evidence)}
-    turned = rows["start: torch (KMNIST)", "D1"]
+    turned = rows["start: torch (kmnist10k)", "D1"]
     assert (turned.usual, turned.verdict, turned.changes) == ("reproduced", "not reproduced", True)
     assert turned.lost == ["kmnist10k at 32", "kmnist10k at 256"]
-    same = rows["start: glorot_uniform (KMNIST)", "D1"]
+    same = rows["start: glorot_uniform (kmnist10k)", "D1"]
     assert not same.changes
 
 
@@ -365,6 +367,10 @@ def test_the_largest_scale_with_enough_units_is_read(tmp_path):
         assert found.scales["asgd-mnist"] == "small"
         assert len(found.found["asgd-mnist"]) == 5
         assert found.missing["asgd-mnist"] == 33 - 5
+        store.add(record(EXPERIMENTS["asgd-mnist"].units("small", 7)[-1].unit))
+        found = gather(store)
+        assert len(found.found["asgd-mnist"]) == 6, "more seeds than usual are read too"
+        assert found.missing["asgd-mnist"] == 33 - 5
 
 
 @pytest.mark.parametrize("claim", CLAIMS.values(), ids=CLAIMS)
@@ -380,3 +386,18 @@ def test_experiments_and_options_stand_in_the_docs():
         assert f"`{name}={unit.__dataclass_fields__[name].default}`" in docs.replace(
             "eps=1`", "eps=1.0`"
         )
+
+
+def test_what_was_run_with_other_options_is_a_variant(tmp_path):
+    planned = EXPERIMENTS["asgd-synthetic"].units("smoke")
+    with UnitStore(tmp_path / "papers.db") as store:
+        fill(store, "smoke", names=["asgd-synthetic"])
+        for item in changed(planned, {"start": "he_normal"}):
+            store.add(record(item.unit))
+        store.add(record(replace(planned[0].unit, lr=0.5)))  # of no experiment
+        evidence = gather(store)
+    variants = {item.variant for item, _ in evidence.found["asgd-synthetic"]}
+    assert variants == {"", "start: he_normal"}
+    assert len(evidence.found["asgd-synthetic"]) == 2 * len(planned)
+    choices = {row.choice for row in sensitivity(evidence)}
+    assert "start: he_normal" in choices

@@ -259,8 +259,9 @@ def test_a_unit_that_fails_is_told_and_ends_with_1(call):
 
 
 @pytest.mark.skipif(not CHROMIUM.is_file(), reason=f"needs Debian's chromium at {CHROMIUM}")
-@pytest.mark.parametrize(("width", "height"), [(390, 844), (1280, 900)])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(
+    ("width", "height", "scheme"), [(390, 844, "dark"), (1280, 900, "light")], ids=["phone", "desk"]
+)
 def test_a_browser_shows_the_page(written, width, height, scheme):
     api = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
     *_, out = written

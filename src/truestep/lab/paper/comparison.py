@@ -9,10 +9,10 @@ import pandas as pd
 from truestep.lab.paper.claims import TABLE_1, TABLE_2, Row
 from truestep.lab.paper.effects import Effect, compare, mean
 from truestep.lab.paper.evidence import Evidence
-from truestep.lab.paper.experiments import STABILISED
 from truestep.lab.paper.figures_more import late_spread
 from truestep.lab.paper.ledger_asgd import main_only
 from truestep.lab.paper.levels import distances
+from truestep.lab.paper.plans_asgd import STABILISED
 from truestep.lab.paper.tables import best, by_seed
 from truestep.lab.paper.words import difference, number
 
@@ -25,7 +25,7 @@ COLUMNS = {
     "test loss": "test_loss",
 }
 NAMES = {"asgd": "aSGD", "sgd": "SGD"}
-NEAREST = 12
+NEAREST = 4
 
 
 @dataclass(frozen=True)
@@ -90,16 +90,30 @@ def level_table(evidence: Evidence) -> Iterator[Grid]:
     """The settings that come nearest to the level of Tables 1 and 2."""
     if not evidence.mnist["variant"].str.startswith("level").any():
         return
-    nearest = distances(evidence.mnist).nsmallest(NEAREST, "distance")
+    table = distances(evidence.mnist)
+    # The nearest by each measure: one setting need not fit both methods' rows.
+    measures = ("distance", "distance asgd", "distance sgd")
+    places = {place for name in measures for place in table[name].nsmallest(NEAREST).index}
+    nearest = table.loc[sorted(places, key=lambda place: float(table["distance"][place]))]
     yield Grid(
         "The level of Tables 1 and 2",
-        "The nearest settings; the paper has 0.1922 for aSGD at 0.005 and 0.1984 for SGD at 0.03.",
-        ("setting", "steps of an epoch", "distance, sd", "aSGD 0.005", "SGD 0.03"),
+        "The nearest settings to all rows, to aSGD's and to SGD's: root mean square distance in the "
+        "paper's standard deviations. The paper has a test loss of 0.1922 for aSGD at 0.005 and of "
+        "0.1984 for SGD at 0.03.",
+        (
+            "setting",
+            "steps of an epoch",
+            "all rows",
+            "aSGD's rows",
+            "SGD's rows",
+            "aSGD 0.005",
+            "SGD 0.03",
+        ),
         [
             [
                 Cell(str(row["setting"])),
                 Cell(str(row["steps"]), float(row["steps"])),
-                Cell(f"{row['distance']:.2f}", float(row["distance"])),
+                *(Cell(f"{row[name]:.2f}", float(row[name])) for name in measures),
                 Cell(f"{row['asgd']:.4f}", float(row["asgd"])),
                 Cell(f"{row['sgd']:.4f}", float(row["sgd"])),
             ]

@@ -1,17 +1,25 @@
 """What a store says, as tables by experiment."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import pandas as pd
 
-from truestep.lab.paper.experiments import EXPERIMENTS, SCALES
+from truestep.lab.paper.experiments import EXPERIMENTS
+from truestep.lab.paper.options import OPTIONS
+from truestep.lab.paper.planned import SCALES, Planned
 from truestep.lab.paper.store import UnitStore
 from truestep.lab.paper.tables import Found, of_curves, of_points, of_times
 from truestep.lab.paper.unit import Record, key
 
 __all__ = ["Evidence", "gather"]
+
+# Fewer units of a scale than this are not looked at where a smaller scale is there.
+MINIMUM = 4
+# So many times the usual number of seeds are read where there are more than usual.
+MORE_SEEDS = 4
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,9 @@ class Evidence:
 
 
 def gather(store: UnitStore) -> Evidence:
-    """Reads of each experiment the units of the largest scale that the store has any of.
+    """Reads of each experiment the units of the largest scale that the store has a few of.
+
+    Units that were run with other options are variants of the main protocol.
 
     Args:
         store: Finished units.
@@ -88,19 +98,44 @@ def gather(store: UnitStore) -> Evidence:
     there = store.keys()
     found: dict[str, list[Found]] = {}
     scales, missing = {}, {}
+    known: set[str] = set()
     for experiment in EXPERIMENTS.values():
         found[experiment.name], scales[experiment.name], missing[experiment.name] = [], "", 0
         for scale in reversed(SCALES):
-            planned = {key(item.unit): item for item in experiment.units(scale)}
+            usual = {key(item.unit): item for item in experiment.units(scale)}
+            more = experiment.units(scale, MORE_SEEDS * experiment.seeds[scale])
+            planned = usual | {key(item.unit): item for item in more}
+            known |= planned.keys()
             # Units that two scales share do not make a scale of an experiment.
-            if len(planned.keys() & there) >= min(len(planned), MINIMUM):
+            enough = len(planned.keys() & there) >= min(len(usual), MINIMUM)
+            if enough and not scales[experiment.name]:
                 records = store.records(planned)
                 found[experiment.name] = [(planned[name], records[name]) for name in records]
                 scales[experiment.name] = scale
-                missing[experiment.name] = len(planned) - len(records)
-                break
+                missing[experiment.name] = len(usual.keys() - records.keys())
+    others = store.records(there - known).values()
+    for own in found.values():
+        own.extend(_with_options(own, others))
     return Evidence(found, scales, missing)
 
 
-# Fewer units of a scale than this are not looked at where a smaller scale is there.
-MINIMUM = 4
+def _with_options(own: list[Found], others: Iterable[Record]) -> list[Found]:
+    """Records that differ from a unit of the main protocol in options alone, as variants."""
+    main = {_without_options(record): (item, record) for item, record in own if not item.variant}
+    variants = []
+    for other in others:
+        item, like = main.get(_without_options(other), (None, None))
+        if item is not None and like is not None:
+            changes = {
+                name: value
+                for name, value in other.settings.items()
+                if value != like.settings[name]
+            }
+            label = ", ".join(f"{name}: {value}" for name, value in changes.items())
+            variants.append((Planned(item.unit, label), other))
+    return variants
+
+
+def _without_options(record: Record) -> str:
+    fixed = {name: value for name, value in record.settings.items() if name not in OPTIONS}
+    return json.dumps([record.kind, fixed], sort_keys=True)

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 
 from truestep.lab.panels import BAND, INK, PAPER, plain_axes, styles
 from truestep.lab.paper.effects import mean
-from truestep.lab.paper.experiments import BATCHES, DASGD_DATA
+from truestep.lab.paper.plans_dasgd import BATCHES, DASGD_DATA
 from truestep.lab.paper.tables import last
 
 __all__ = ["COLOURS", "accuracy_by_epoch", "error_by_batch", "learning_curves", "rates", "rivals"]

@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 
 from truestep.lab.panels import INK, PAPER, plain_axes, set_log_x, set_log_y, styles
 from truestep.lab.paper.effects import mean
-from truestep.lab.paper.experiments import STABILISED
+from truestep.lab.paper.plans_asgd import STABILISED
 from truestep.lab.paper.premise import SIZES
 from truestep.lab.paper.tables import Found
 
@@ -152,21 +152,25 @@ def level(table: pd.DataFrame) -> Figure:
     Args:
         table: Of :func:`levels.distances`.
     """
-    figure = Figure(figsize=(7.0, 3.4), layout="constrained", facecolor=PAPER)
-    axes = figure.subplots()
-    plain_axes(axes)
+    figure = Figure(figsize=(8.0, 3.4), layout="constrained", facecolor=PAPER)
+    grid = figure.subplots(1, 3, sharex=True, sharey=True)
+    titles = {"distance": "all rows", "distance asgd": "aSGD's rows", "distance sgd": "SGD's rows"}
     names = list(dict.fromkeys(table["setting"]))
     colours = [look.colour for look in styles([f"{k}" for k in range(len(names))]).values()]
-    for colour, name in zip(colours, names, strict=True):
-        part = table[table["setting"] == name]
-        axes.plot(
-            part["steps"], part["distance"], color=colour, marker="o", markersize=3, label=name
-        )
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("steps in one of the 500 epochs", fontsize=9, color=INK)
-    axes.set_ylabel(
-        "distance to Tables 1 and 2,\nin the paper's standard deviations", fontsize=9, color=INK
-    )
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    for axes, (column, title) in zip(grid, titles.items(), strict=True):
+        plain_axes(axes)
+        axes.set_title(title, loc="left", fontsize=9, color=INK)
+        for colour, name in zip(colours, names, strict=True):
+            part = table[table["setting"] == name]
+            axes.plot(part["steps"], part[column], color=colour, marker="o", markersize=3)
+    steps = sorted(table["steps"].unique())
+    set_log_x(grid, steps, ticks=steps[::2])
+    distances = table[list(titles)].to_numpy().ravel()
+    set_log_y(grid, distances[np.isfinite(distances)], margin=1.2)
+    figure.supxlabel("steps in one of the 500 epochs", fontsize=9, color=INK)
+    grid[0].set_ylabel("distance in the paper's\nstandard deviations", fontsize=9, color=INK)
+    figure.legend(
+        [Line2D([], [], color=colour, linewidth=2) for colour in colours], names,
+        loc="outside upper left", ncols=2, frameon=False, fontsize=8, labelcolor=INK,
+    )  # fmt: skip
     return figure

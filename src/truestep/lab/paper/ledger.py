@@ -136,7 +136,8 @@ def _of_dasgd(evidence: Evidence) -> Iterator[Sensitivity]:
         same = usual[
             usual["data"].isin(part["data"]) & usual["batch_size"].isin(part["batch_size"])
         ]
-        yield from _compared(f"{variant} (KMNIST)", claims, same, part)
+        data = ", ".join(sorted(part["data"].unique()))
+        yield from _compared(f"{variant} ({data})", claims, same, part)
 
 
 def _variants(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:

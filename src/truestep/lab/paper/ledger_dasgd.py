@@ -6,7 +6,7 @@ from scipy.integrate import trapezoid
 
 from truestep.lab.paper.claims import CLAIMS
 from truestep.lab.paper.effects import Effect, compare, mean
-from truestep.lab.paper.experiments import BATCHES, DASGD_DATA
+from truestep.lab.paper.plans_dasgd import BATCHES, DASGD_DATA
 from truestep.lab.paper.tables import by_seed, last
 from truestep.lab.paper.verdict import Condition, Finding, judged
 from truestep.lab.paper.words import difference

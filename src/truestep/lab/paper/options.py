@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from truestep.errors import TruestepError
-from truestep.lab.paper.experiments import Planned
+from truestep.lab.paper.planned import Planned
 
 __all__ = ["OPTIONS", "changed", "parse_options"]
 

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from truestep.lab.paper.experiments import EXPERIMENTS, SCALES
+from truestep.lab.paper.experiments import EXPERIMENTS
+from truestep.lab.paper.planned import SCALES
 from truestep.lab.paper.store import UnitStore
 from truestep.lab.paper.unit import key
 

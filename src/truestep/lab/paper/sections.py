@@ -13,9 +13,11 @@ from truestep.lab.paper import figures_points as points
 from truestep.lab.paper import figures_small as small
 from truestep.lab.paper.comparison import Grid, cells_table, level_table, stable_table
 from truestep.lab.paper.evidence import Evidence
-from truestep.lab.paper.experiments import ASGD_LRS, DASGD_DATA, EXPERIMENTS, SGD_LRS
+from truestep.lab.paper.experiments import EXPERIMENTS
 from truestep.lab.paper.ledger_asgd import ENDING, main_only
 from truestep.lab.paper.levels import distances
+from truestep.lab.paper.plans_asgd import ASGD_LRS, SGD_LRS
+from truestep.lab.paper.plans_dasgd import DASGD_DATA
 
 __all__ = ["Drawing", "Section", "sections"]
 
@@ -190,7 +192,7 @@ def _mnist(evidence: Evidence) -> Iterator[Drawing]:
         yield Drawing(
             "asgd-level",
             "Which setting gives the paper's level",
-            "Root mean square distance of our means to all entries of Tables 1 and 2, in the paper's "
+            "Root mean square distance of our means to the entries of Tables 1 and 2, in the paper's "
             "standard deviations, for trainings on fewer images read after 500 epochs of so many "
             "steps; at the lowest test loss, as in the paper; 2 seeds.",
             more.level(distances(evidence.mnist)),

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from truestep.lab.paper.experiments import Planned
+from truestep.lab.paper.planned import Planned
 from truestep.lab.paper.points import ENDINGS, HIDDEN
 from truestep.lab.paper.unit import Record
 

@@ -33,9 +33,9 @@ class Condition:
 
     @property
     def state(self) -> State:
-        """``"holds"``, ``"fails"`` (the interval lies below), ``"open"`` or ``"not run"``."""
+        """``"holds"``, ``"fails"`` (the interval lies below), ``"open"``, or ``"not run"``: by two seeds."""
         effect = self.effect
-        if not math.isfinite(effect.mean):
+        if not (math.isfinite(effect.mean) and math.isfinite(effect.low)):
             return "not run"
         if self.threshold == 0:
             return "holds" if effect.above else "fails" if effect.below else "open"
@@ -101,7 +101,7 @@ def judged(
     """Corrects the conditions' p-values together and gives the verdict.
 
     All hold: reproduced. None holds: not reproduced. Some: only under those that do. A condition
-    that has no data is left out and told; without any there is nothing to say.
+    that has no interval is left out and told; without any there is nothing to say.
 
     Args:
         claim: The claim.
@@ -132,9 +132,9 @@ def judged(
         "holds": "holds: ",
         "fails": "the opposite: ",
         "open": "no clear difference: ",
-        "not run": "not run: ",
+        "not run": "not run with two seeds: ",
     }
-    if verdict == "not run":
+    if not any(condition.effect.n for condition in corrected):
         return Finding(claim, verdict, "", "not run", corrected, matched, matched_effect)
     reason = "; ".join(
         words[state] + _listed(names, len(corrected)) for state, names in groups.items() if names
