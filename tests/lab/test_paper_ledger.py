@@ -14,7 +14,7 @@ from truestep.lab.paper import ledger_asgd as asgd
 from truestep.lab.paper import ledger_dasgd as dasgd
 from truestep.lab.paper.claims import CLAIMS, TABLE_1, TABLE_2
 from truestep.lab.paper.effects import compare, holm, mean
-from truestep.lab.paper.evidence import gather
+from truestep.lab.paper.evidence import Evidence, gather
 from truestep.lab.paper.experiments import EXPERIMENTS
 from truestep.lab.paper.images import Images
 from truestep.lab.paper.ledger import ledger, sensitivity
@@ -207,7 +207,12 @@ def points_of(masks, steps):
                     f"layer {k + 1}": float((mask >> 10 * k & 1023).bit_count()) for k in range(5)
                 }
                 row = {"variant": "", "data": data, "optimizer": name, "lr": 0.01, "seed": seed}
-                row |= {"ending": asgd.ENDING, "steps": steps(data, name, seed), "mask": mask}
+                row |= {
+                    "ending": asgd.ENDING,
+                    "converged": True,
+                    "steps": steps(data, name, seed),
+                    "mask": mask,
+                }
                 row |= {"train_loss": 0.1, "test_loss": 0.1, "train_accuracy": 1.0}
                 row |= {"test_accuracy": 1.0, "dummies": sum(layers.values()), **layers}
                 rows.append(row)
@@ -340,21 +345,13 @@ def test_variants_are_compared_with_the_same_cells():
         (item, record(item.unit, -0.01 if item.variant == "start: torch" else 0.01))
         for item in some
     ]
-    evidence = type(gather_nothing())(found, dict.fromkeys(found, ""), dict.fromkeys(found, 0))
+    evidence = Evidence(found, dict.fromkeys(found, ""), dict.fromkeys(found, 0))
     rows = {(row.choice, row.claim): row for row in sensitivity(evidence)}
     turned = rows["start: torch (kmnist10k)", "D1"]
     assert (turned.usual, turned.verdict, turned.changes) == ("reproduced", "not reproduced", True)
     assert turned.lost == ["kmnist10k at 32", "kmnist10k at 256"]
     same = rows["start: glorot_uniform (kmnist10k)", "D1"]
     assert not same.changes
-
-
-def gather_nothing():
-    class Nothing:
-        def keys(self):
-            return set()
-
-    return gather(Nothing())
 
 
 def test_the_largest_scale_with_enough_units_is_read(tmp_path):

@@ -149,6 +149,7 @@ def a4(points: pd.DataFrame, rates: pd.DataFrame, ending: str = ENDING) -> Findi
         if values
     )
     ours = f"mean steps of {ours}; on spirals sooner by {difference(sooner)}"
+    ours += _medians_and_shares(points, ending, steps)
     matched, effect = _matched_points(rates, ending, "steps", "steps")
     return judged(CLAIMS["A4"], conditions, ours, matched, effect)
 
@@ -253,6 +254,19 @@ def a8(trajectories: Sequence[Found]) -> Finding:
     return judged(
         CLAIMS["A8"], conditions, ours, "not run: the claim is about equal learning rates"
     )
+
+
+def _medians_and_shares(
+    points: pd.DataFrame, ending: str, steps: dict[tuple[str, str], dict[int, float]]
+) -> str:
+    """What box plots show, and how many trainings converged at all."""
+    words = []
+    for (data, name), values in steps.items():
+        if values:
+            share = np.mean(list(_points(points, data, name, ending, "converged").values()))
+            median = np.median(list(values.values()))
+            words.append(f"{name} on {data} {median:.0f}, {100 * share:.0f} % converged")
+    return f"; medians: {', '.join(words)}" if words else ""
 
 
 def tuned_points(rates: pd.DataFrame, ending: str = ENDING) -> dict[tuple[str, str], float]:
