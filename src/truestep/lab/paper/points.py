@@ -106,10 +106,9 @@ class Points:
             "mean_loss": np.nanmean(measured.train_loss, axis=0).astype(np.float32),
             "mean_dummies": (measured.nodes == 1).sum(-1).mean(0).astype(np.float32),
         }
-        for place, (name, rule) in enumerate(ENDINGS.items()):
+        for place, rule in enumerate(ENDINGS.values()):
             index = _ending(measured, rule)
             arrays |= {f"{place} {key}": value for key, value in _at(measured, index).items()}
-            del name
         return Outcome(
             {"diverged": int((result.status == "diverged").sum()), "endings": list(ENDINGS)},
             arrays,

@@ -35,7 +35,7 @@ def of_points(found: Iterable[Found]) -> pd.DataFrame:
     tables = [
         _ending(planned, record, place, name)
         for planned, record in found
-        for place, name in enumerate(ENDINGS)
+        for place, name in enumerate(record.outcome.summary["endings"])
     ]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
