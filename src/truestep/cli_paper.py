@@ -104,7 +104,7 @@ def paper_run(
         planned = changed(experiment.units(scale, seeds), parse_options(option or []))
     except TruestepError as error:
         raise typer.BadParameter(str(error)) from error
-    command = shlex.join(["truestep", *context.obj])
+    command = shlex.join(["truestep", *_without_places(context.obj)])
     console = Console(stderr=True, quiet=quiet)
     with UnitStore(store) as units:
         failures = run(
@@ -163,6 +163,17 @@ def paper_report(
     for row in data["ledger"]:
         console.print(f"{row['claim']}  {row['verdict']}", highlight=False)
     console.print(f"Report: {data['files'][0]}", highlight=False, soft_wrap=True)
+
+
+def _without_places(arguments: list[str]) -> list[str]:
+    """The arguments that say what is run, without where this machine keeps things."""
+    kept, rest = [], iter(arguments)
+    for argument in rest:
+        if argument in {"--store", "--data-dir"}:
+            next(rest, None)
+        elif not argument.startswith(("--store=", "--data-dir=")):
+            kept.append(argument)
+    return kept
 
 
 def _describe(failure: "Failure") -> str:

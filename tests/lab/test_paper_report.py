@@ -6,7 +6,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from papers_made_up import COMMAND, VERSIONS, fill, record
+from papers_made_up import COMMAND, VERSIONS, fill
+from papers_made_up import record as made_up_record
 
 from truestep import TruestepError, cli
 from truestep.lab.paper import page as page_module
@@ -34,7 +35,7 @@ def store(tmp_path_factory):
         # A setting of Table 1's level, so that its figure and table are drawn too.
         for item in EXPERIMENTS["asgd-mnist"].units("paper", 2):
             if item.variant.startswith("level: 10,000") or not item.variant:
-                units.add(record(item.unit, 0.01))
+                units.add(made_up_record(item.unit, 0.01))
     return path
 
 
@@ -214,6 +215,10 @@ def test_run_and_report_from_the_command_line(call, tmp_path):
     )
     assert code == 0, err
     assert "asgd-trajectories: 1 units in p.db" in out
+    with UnitStore(tmp_path / "p.db") as units:
+        (record,) = units.records(units.keys()).values()
+    # Where a machine keeps its files says nothing about a unit.
+    assert record.command == "truestep paper run asgd-trajectories --scale smoke --jobs 1"
     code, out, _ = call("report", "--store", "p.db", "--out", "page.html", "--json")
     assert code == 0
     assert json.loads(out)["files"] == ["page.html", "page.md", "page-figures"]

@@ -259,7 +259,8 @@ def _premise(evidence: Evidence) -> Iterator[Drawing]:
         "dasgd-premise",
         "The premise of DA-SGD's section 2",
         f"Gradients of {settings['pairs']} pairs of disjoint batches at the same weights, Fashion-MNIST, "
-        f"784-128-128-10 trained by SGD at batch 32; mean and 95 % interval, n = {len(found)} seeds.",
+        f"784-128-128-10 trained by SGD at batch 32; mean and 95 % interval, n = {len(found)} seeds. "
+        "Two zeros count as the same sign, as in the method.",
         more.premise(found),
     )
 
