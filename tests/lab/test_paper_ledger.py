@@ -90,8 +90,8 @@ OPEN, NOTHING = [1.0, -1.1, 0.9, -1.0], []
         ((DOWN, OPEN), "not reproduced", "the opposite: 0; no clear difference: 1"),
         ((OPEN, OPEN), "not reproduced", "no clear difference: all 2 conditions"),
         ((NOTHING, NOTHING), "not run", ""),
-        ((UP, NOTHING), "reproduced", "holds: 0; not run with two seeds: 1"),
-        (([1.0], NOTHING), "not run", "not run with two seeds: all 2 conditions"),
+        ((UP, NOTHING), "reproduced", "holds: 0; fewer than two seeds: 1"),
+        (([1.0], NOTHING), "not run", "fewer than two seeds: all 2 conditions"),
     ],
 )
 def test_the_verdict_follows_from_the_conditions(values, verdict, words):

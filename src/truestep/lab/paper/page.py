@@ -1,6 +1,7 @@
 """The report on both papers: one HTML file that needs nothing else, and the same as Markdown."""
 
 import colorsys
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -146,7 +147,7 @@ def _condition(finding: Finding, condition: Condition) -> list[Cell]:
         Cell(f"{effect.mean:.4g}" if there else "—", effect.mean),
         Cell(f"{effect.low:.4g} to {effect.high:.4g}" if effect.n > 1 else "—", effect.low),
         Cell(f"{condition.threshold:.3g}", condition.threshold),
-        Cell(f"{effect.size:.3g}" if effect.n > 1 else "—", effect.size),
+        Cell(f"{effect.size:.3g}" if math.isfinite(effect.size) else "—", effect.size),
         Cell(p_value(effect.corrected).removeprefix("p ") or "—", effect.corrected),
         Cell(str(effect.n), effect.n),
         Cell(condition.state),

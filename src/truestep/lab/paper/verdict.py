@@ -33,7 +33,7 @@ class Condition:
 
     @property
     def state(self) -> State:
-        """``"holds"``, ``"fails"`` (the interval lies below), ``"open"``, or ``"not run"``: by two seeds."""
+        """``"holds"``, ``"fails"`` (the interval lies below), ``"open"``, or ``"not run"`` (by two seeds)."""
         effect = self.effect
         if not (math.isfinite(effect.mean) and math.isfinite(effect.low)):
             return "not run"
@@ -132,7 +132,7 @@ def judged(
         "holds": "holds: ",
         "fails": "the opposite: ",
         "open": "no clear difference: ",
-        "not run": "not run with two seeds: ",
+        "not run": "fewer than two seeds: ",
     }
     if not any(condition.effect.n for condition in corrected):
         return Finding(claim, verdict, "", "not run", corrected, matched, matched_effect)
