@@ -113,8 +113,19 @@ def race(
     data_dir: DataDir = None,
     jobs: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Processes; as many as processors by default."),
+        typer.Option(
+            metavar="N",
+            help="Processes, or threads of the ensemble; as many as processors by default.",
+        ),
     ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="torch: one training after the other; ensemble: compiled loops, equal to rounding, "
+            "for networks of linear layers; auto: the ensemble for what it can train.",
+        ),
+    ] = "auto",
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
     debug: Debug = False,
@@ -144,6 +155,7 @@ def race(
         out=out,
         data_dir=data_dir,
         jobs=jobs,
+        engine=engine,
     )
     command = shlex.join(["truestep", *context.obj])
     # What a user's own code prints must not end up in the JSON.

@@ -160,6 +160,7 @@ def make_task_info(**changes):
         "metrics": ["accuracy"],
         "target": ["accuracy", 0.9],
         "command": "truestep race --task digits --seeds 3",
+        "engines": "The torch loop trains all runs: asked for.",
         "reference_batch_size": None,
         "train": 1257,
         "validation": 270,

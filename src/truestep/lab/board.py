@@ -28,12 +28,20 @@ class Board:
         console: Where it is shown.
         costs: Estimate per optimizer and batch size; corrected by what runs really take.
         jobs: How many runs go on at a time.
+        workers: What they are, more than one of them.
     """
 
-    def __init__(self, console: Console, costs: Mapping[Place, Cost], jobs: int) -> None:
+    def __init__(
+        self,
+        console: Console,
+        costs: Mapping[Place, Cost],
+        jobs: int,
+        workers: str = "processes",
+    ) -> None:
         self._console = console
         self._costs = costs
         self._jobs = jobs
+        self._workers = f"{jobs} {workers}" if jobs > 1 else "1 at a time"
         self._left: Counter[Place] = Counter()
         self._done = 0
         self._measured = self._estimated = 0.0
@@ -60,8 +68,7 @@ class Board:
         if earlier:
             line += f"; {earlier} of them were done earlier"
         if left:
-            processes = f"{self._jobs} process{'es' * (self._jobs > 1)}"
-            line += f": {duration(self.seconds_left)} with {processes}"
+            line += f": {duration(self.seconds_left)} with {self._workers}"
         if self.seconds_left > LONG_SECONDS:
             line += ". Interrupt at any time: the same command goes on"
         self._console.print(f"{line}.", highlight=False)

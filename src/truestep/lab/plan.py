@@ -13,12 +13,13 @@ from truestep.lab.optimizers import find_optimizer, learning_rates
 from truestep.lab.store import RunKey
 from truestep.lab.tasks import TASKS, Splits, Task, find_task
 
-__all__ = ["EVERY", "Plan", "Settings", "UsageError", "make_plan"]
+__all__ = ["ENGINES", "EVERY", "Plan", "Settings", "UsageError", "make_plan"]
 
 Number = TypeVar("Number", int, float)
 
 # Key of `Settings.learning_rates` for the optimizers that have none of their own.
 EVERY = ""
+ENGINES = ("auto", "ensemble", "torch")
 
 
 class UsageError(TruestepError):
@@ -40,7 +41,8 @@ class Settings:
         epochs: Passes over the training data.
         out: Folder for the results, ``truestep-race/TASK`` by default.
         data_dir: Folder of local data sets.
-        jobs: Processes, as many as there are processors by default.
+        jobs: Processes, or threads of the ensemble; as many as there are processors by default.
+        engine: "auto", "ensemble" or "torch": see `truestep.lab.engines`.
     """
 
     task: str = "digits"
@@ -52,6 +54,7 @@ class Settings:
     out: Path | None = None
     data_dir: Path | None = None
     jobs: int | None = None
+    engine: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -147,16 +150,7 @@ def make_plan(settings: Settings) -> Plan:
     Raises:
         UsageError: A name is unknown or a value impossible.
     """
-    for name in ("seeds", "epochs", "jobs"):
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name} {value} is impossible. Give 1 or more.")
-    for batch_size in settings.batch_sizes:
-        if batch_size < 1:
-            raise UsageError(f"--batch-size {batch_size} is impossible. Give 1 or more.")
-    for lr in (lr for grid in settings.learning_rates.values() for lr in grid):
-        if not (math.isfinite(lr) and lr > 0):
-            raise UsageError(f"--lr {lr:g} is impossible. Give positive numbers.")
+    _check_values(settings)
     with _wrong_usage():
         task = find_task(settings.task)
         optimizers = settings.optimizers or task.optimizers
@@ -189,6 +183,23 @@ def make_plan(settings: Settings) -> Plan:
         seeds=settings.seeds,
         folder=folder,
     )
+
+
+def _check_values(settings: Settings) -> None:
+    for name in ("seeds", "epochs", "jobs"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} {value} is impossible. Give 1 or more.")
+    if settings.engine not in ENGINES:
+        raise UsageError(
+            f"--engine {settings.engine} is unknown. Give one of {', '.join(ENGINES)}."
+        )
+    for batch_size in settings.batch_sizes:
+        if batch_size < 1:
+            raise UsageError(f"--batch-size {batch_size} is impossible. Give 1 or more.")
+    for lr in (lr for grid in settings.learning_rates.values() for lr in grid):
+        if not (math.isfinite(lr) and lr > 0):
+            raise UsageError(f"--lr {lr:g} is impossible. Give positive numbers.")
 
 
 def _ascending(values: Iterable[Number]) -> tuple[Number, ...]:

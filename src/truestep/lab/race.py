@@ -5,7 +5,7 @@ What the store has is never run again, so the same command goes on after any int
 
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +15,8 @@ from rich.console import Console
 
 from truestep.errors import TruestepError
 from truestep.lab.board import Board
+from truestep.lab.engines import Engines, choose_engines
+from truestep.lab.ensembles import Ensembles
 from truestep.lab.experiment import describe, hash_of
 from truestep.lab.optimizers import build, stored_name
 from truestep.lab.plan import Plan, Settings, UsageError, make_plan
@@ -79,17 +81,25 @@ def race(settings: Settings, console: Console, command: str = "") -> Outcome:
     experiment = hash_of(description)
     jobs = settings.jobs or _processors()
     assignment = Assignment(settings.task, settings.epochs, settings.data_dir)
-    runner = Here(plan.task, splits) if jobs == 1 else Workers(assignment, jobs)
+    loop = Here(plan.task, splits) if jobs == 1 else Workers(assignment, jobs)
+    engines = choose_engines(plan, splits, settings.engine, loop, jobs)
+    console.print(engines.told, highlight=False, soft_wrap=True)
+    if engines.ensemble is not None:
+        with console.status("compiling the ensemble, where that is not done yet"):
+            costs |= _rehearse_ensemble(plan, engines.ensemble, engines.reasons)
     with Store(plan.folder / STORE) as store:
         store.experiment(experiment, description)
         records = Records(store, experiment, plan)
-        with runner, Board(console, costs, jobs) as board:
-            failures = _run_all(plan, records, runner, board)
+        workers = "processes" if engines.ensemble is None else "threads"
+        with loop, Board(console, costs, jobs, workers) as board:
+            failures = _run_all(plan, records, engines, board)
         results = records.results()
     if not results:
         raise TruestepError(f"Every run failed. {describe_failures(failures)[0]}")
     with console.status("writing the report"):
-        table, data = _report(plan, splits, results, experiment=experiment, command=command)
+        table, data = _report(
+            plan, splits, results, experiment=experiment, command=command, engines=engines.told
+        )
     return Outcome(table, data, failures, plan.folder)
 
 
@@ -138,19 +148,19 @@ class Records:
         return replace(key, optimizer=self._stored[key.optimizer])
 
 
-def _run_all(plan: Plan, records: Records, runner: Here | Workers, board: Board) -> list[Failure]:
+def _run_all(plan: Plan, records: Records, engines: Engines, board: Board) -> list[Failure]:
     selection = plan.selection(records.experiment)
     pending = records.missing(selection)
     # Until the learning rates are chosen, none (0) stands for them: it is how many that counts.
     chosen = dict.fromkeys(plan.places, 0.0) if pending else _choose(records)
     finals = plan.finals(records.experiment, chosen)
     board.announce(len(selection), len(finals), pending + records.missing(finals))
-    failures = _run(pending, records, runner, board)
+    failures = _run(pending, records, engines, board)
 
     finals = plan.finals(records.experiment, _choose(records))
     pending = records.missing(finals)
     board.expect("testing", pending, done=len(selection) + len(finals) - len(pending))
-    return failures + _run(pending, records, runner, board)
+    return failures + _run(pending, records, engines, board)
 
 
 def _choose(records: Records) -> dict[tuple[str, int], float]:
@@ -160,17 +170,16 @@ def _choose(records: Records) -> dict[tuple[str, int], float]:
     return dict(zip(lrs.index.to_list(), lrs.to_list(), strict=True))
 
 
-def _run(
-    keys: list[RunKey], records: Records, runner: Here | Workers, board: Board
-) -> list[Failure]:
+def _run(keys: list[RunKey], records: Records, engines: Engines, board: Board) -> list[Failure]:
     failures = []
-    for outcome in runner.run(_still_missing(keys, records, board)):
-        if isinstance(outcome, Failure):
-            failures.append(outcome)
-            board.count(outcome.key)
-        else:
-            records.add(outcome)
-            board.count(outcome.key, outcome)
+    for runner, some in engines.share(keys):
+        for outcome in runner.run(_still_missing(some, records, board)):
+            if isinstance(outcome, Failure):
+                failures.append(outcome)
+                board.count(outcome.key)
+            else:
+                records.add(outcome)
+                board.count(outcome.key, outcome)
     return failures
 
 
@@ -206,6 +215,26 @@ def _rehearse(plan: Plan, splits: Splits) -> dict[tuple[str, int], Cost]:
             with suppress(Exception):
                 costs[name, batch_size] = rehearse(plan.task, splits, replace(key, optimizer=name))
     return costs
+
+
+def _rehearse_ensemble(
+    plan: Plan, ensemble: Ensembles, left_out: Container[str]
+) -> dict[tuple[str, int], Cost]:
+    """What the ensemble's runs cost.
+
+    Raises:
+        TruestepError: The ensemble can't train, as where memory is short.
+    """
+    try:
+        return {
+            (name, batch_size): ensemble.rehearse(
+                RunKey("", name, MINUTE_LR, batch_size, seed=0, final=False)
+            )
+            for name, batch_size in plan.places
+            if name not in left_out
+        }
+    except TruestepError as error:
+        raise TruestepError(f"{error} Or give --engine torch.") from error
 
 
 def _check_optimizers(plan: Plan) -> None:
@@ -244,6 +273,7 @@ def _report(
     *,
     experiment: str,
     command: str,
+    engines: str,
 ) -> "tuple[pd.DataFrame, dict[str, Any]]":
     # Not before the runs: matplotlib and the like take a second that workers can use.
     from truestep.lab.report import write_report  # noqa: PLC0415
@@ -259,6 +289,7 @@ def _report(
         "metrics": list(task.metrics),
         "target": list(task.target),
         "command": command,
+        "engines": engines,
         "reference_batch_size": plan.reference if len(plan.batch_sizes) > 1 else None,
         "train": len(splits.train.targets),
         "validation": len(splits.validation.targets),

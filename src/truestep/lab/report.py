@@ -47,7 +47,8 @@ def write_report(
         folder: Where to; it is made where it does not exist.
         task_info: Plain data on the task and the race: ``name``, ``title``, ``source`` (where the
             data came from), ``epochs``, ``metrics`` (names), ``target`` (name and value),
-            ``command``, ``reference_batch_size`` (or None), ``train``, ``validation``, ``test``
+            ``command``, ``engines`` (a sentence: what trained which runs), ``reference_batch_size``
+            (or None), ``train``, ``validation``, ``test``
             (samples), ``parameters``, ``experiment`` (hash).
         results: The experiment's runs.
         baseline: Optimizer that the others are compared with.

@@ -276,7 +276,8 @@ def summarise(
         - with a target ``epoch_to_target``, ``step_to_target``, ``seconds_to_target``: medians
           over seeds, where a seed that never gets there counts as inf; ``reached``: the share that
           does;
-        - ``step_seconds`` (median), ``step_ratio`` (to the baseline's), ``bytes_per_parameter``.
+        - ``step_seconds`` (median), ``step_ratio`` (to the baseline's; nan if another
+          engine trained that), ``bytes_per_parameter``.
 
         ``attrs["baseline"]`` is the baseline's name.
     """
@@ -310,13 +311,18 @@ def summarise(
             row |= _to_target(some, target)
         step_seconds = _median(run.step_seconds for run in some)
         row["step_seconds"] = step_seconds
-        row["step_ratio"] = step_seconds / _median(run.step_seconds for run in base)
+        alike = [run for run in base if {_engine(run)} == {_engine(one) for one in some}]
+        row["step_ratio"] = step_seconds / _median(run.step_seconds for run in alike)
         row["bytes_per_parameter"] = _median(run.optimizer_bytes / run.parameters for run in some)
         rows.append(row)
     columns = list(rows[0])[2:] if rows else ["lr"]
     table = _table(rows, ["optimizer", "batch_size"], columns)
     table.attrs["baseline"] = baseline
     return table
+
+
+def _engine(run: RunResult) -> str:
+    return run.versions.get("engine", "")
 
 
 def _validation_loss(result: RunResult) -> float:

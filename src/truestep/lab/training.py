@@ -22,7 +22,19 @@ from truestep.lab.optimizers import build
 from truestep.lab.store import RunKey, RunResult
 from truestep.lab.tasks import Split, Splits, Task
 
-__all__ = ["Cost", "batches", "evaluate", "rehearse", "train", "versions"]
+__all__ = [
+    "LOOP",
+    "Cost",
+    "batches",
+    "evaluate",
+    "evaluation_steps",
+    "rehearse",
+    "train",
+    "versions",
+]
+
+# What a run's versions have as its engine.
+LOOP = "torch loop"
 
 # Large enough for speed, small enough for the activations of a convolutional network.
 EVALUATION_CHUNK = 1024
@@ -118,6 +130,21 @@ def rehearse(task: Task, splits: Splits, key: RunKey) -> Cost:
     )
 
 
+def evaluation_steps(steps_per_epoch: int, evaluations: int) -> frozenset[int]:
+    """After which steps of an epoch to evaluate, as remainders: the last step of an epoch is 0.
+
+    More evaluations than steps are one per step.
+
+    Example:
+        >>> sorted(evaluation_steps(10, 3))
+        [0, 3, 6]
+    """
+    return frozenset(
+        steps_per_epoch * number // evaluations % steps_per_epoch
+        for number in range(1, evaluations + 1)
+    )
+
+
 @cache
 def versions() -> dict[str, str]:
     """What this process computes with, for the record of a run."""
@@ -151,7 +178,7 @@ def _train(
     counter: SampleCounter | None,
 ) -> RunResult:
     steps_per_epoch = math.ceil(len(splits.train.targets) / key.batch_size)
-    evaluations = _evaluation_steps(steps_per_epoch, task.evaluations)
+    evaluations = evaluation_steps(steps_per_epoch, task.evaluations)
     curve: list[dict[str, float]] = []
     best = -1
     best_weights: dict[str, Any] = {}
@@ -207,7 +234,7 @@ def _train(
         step_seconds=statistics.median(durations),
         optimizer_bytes=peak_bytes,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        versions=versions(),
+        versions=versions() | {"engine": LOOP},
     )
 
 
@@ -226,14 +253,6 @@ def _steps(
             loss.backward()
             optimizer.step()
         yield value, len(index), time.perf_counter() - start
-
-
-def _evaluation_steps(steps_per_epoch: int, evaluations: int) -> frozenset[int]:
-    # As remainders: the last step of an epoch is 0. More evaluations than steps are one per step.
-    return frozenset(
-        steps_per_epoch * number // evaluations % steps_per_epoch
-        for number in range(1, evaluations + 1)
-    )
 
 
 def _optimizer_bytes(optimizer: torch.optim.Optimizer, counter: SampleCounter | None) -> int:
