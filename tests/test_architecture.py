@@ -61,7 +61,7 @@ LAYERS = [
     {"compression_report", "stages", "compress", "history"},
     {""},  # the public names
     {"lab", "integrations"},
-    {"cli", "cli_nodes"},
+    {"terminal", "cli_nodes", "cli_paper", "cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 CORE = sorted(set().union(*LAYERS[:7]) - {"kernels", "doctor", "ensemble"})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from truestep import cli
+from truestep import cli, terminal
 from truestep.cli import main
 from truestep.lab import race as race_module
 from truestep.lab import training
@@ -96,7 +96,7 @@ def test_json_is_all_of_the_output(call, tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_json_has_none_for_what_is_not_finite(capsys, value):
-    cli._print_json({"a": [value, 1.5, {"b": (value,)}]})
+    terminal.print_json({"a": [value, 1.5, {"b": (value,)}]})
     assert json.loads(capsys.readouterr().out) == {"a": [None, 1.5, {"b": [None]}]}
 
 

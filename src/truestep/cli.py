@@ -1,13 +1,10 @@
 """The command line: parses, calls, prints."""
 
 import contextlib
-import json
-import math
 import os
 import shlex
 import sys
 import traceback
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +19,8 @@ except ModuleNotFoundError as missing:
     sys.exit(f"truestep: {missing.name} is not installed. Run: pip install 'truestep[lab]'")
 
 from truestep.cli_nodes import add_commands
+from truestep.cli_paper import paper_app
+from truestep.terminal import DataDir, Debug, Json, complain, lab_installed, print_json
 
 __all__ = ["app", "main"]
 
@@ -36,18 +35,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Data sets: where they are, checksums, licences.")
 app.add_typer(data_app, name="data")
-
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
-DataDir = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="DIR",
-        help="Folder of local data sets; or set TRUESTEP_DATA.",
-        exists=True,
-        file_okay=False,
-    ),
-]
+app.add_typer(paper_app, name="paper")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -72,10 +60,10 @@ def main(arguments: list[str] | None = None) -> None:
         reason = _reason(error)
         if reason is None:
             raise
-        code = _complain(reason, getattr(error, "exit_code", 1))
+        code = complain(reason, getattr(error, "exit_code", 1))
     # Some versions of typer turn the exception into this code.
     if code == INTERRUPTED:
-        _complain("interrupted. What is done is kept: the same command goes on.")
+        complain("interrupted. What is done is kept: the same command goes on.")
     sys.exit(code)
 
 
@@ -152,7 +140,7 @@ def race(
         raise typer.BadParameter(f"{positional} and {task} are two tasks", param_hint="--task")
     learning_rates = _learning_rates(lr)
     batch_sizes = tuple(_number(item, int, "--batch-size") for item in _items(batch_size))
-    with _lab_installed():
+    with lab_installed():
         from truestep.lab import race as lab  # noqa: PLC0415 - torch takes seconds
         from truestep.lab.plan import Settings  # noqa: PLC0415
         from truestep.lab.report import table  # noqa: PLC0415
@@ -176,15 +164,15 @@ def race(
     failures = lab.describe_failures(outcome.failures)
     report = outcome.folder / "report.html"
     if as_json:
-        _print_json(outcome.data | {"folder": str(outcome.folder), "failures": failures})
+        print_json(outcome.data | {"folder": str(outcome.folder), "failures": failures})
     else:
         console = Console()
         console.print(table(outcome.table))
         console.print(f"Report: {report}", highlight=False, soft_wrap=True)
     for line in failures:
-        _complain(line)
+        complain(line)
     if debug and outcome.failures:
-        _complain(outcome.failures[0].trace)
+        complain(outcome.failures[0].trace)
     return 1 if failures else 0
 
 
@@ -207,7 +195,7 @@ def doctor(*, as_json: Json = False, debug: Debug = False) -> int:
         },
     }
     if as_json:
-        _print_json(parts | {"right": not wrong})
+        print_json(parts | {"right": not wrong})
     else:
         for title, rows in parts.items():
             table = Table(title, "", box=None, title_justify="left", padding=(0, 2, 0, 0))
@@ -215,7 +203,7 @@ def doctor(*, as_json: Json = False, debug: Debug = False) -> int:
                 table.add_row(name, value)
             Console().print(table, "", sep="\n")
     if wrong:
-        return _complain(
+        return complain(
             "counts are wrong on this machine. Report the output of truestep doctor --json"
         )
     return 0
@@ -225,14 +213,14 @@ def doctor(*, as_json: Json = False, debug: Debug = False) -> int:
 def data_list(data_dir: DataDir = None, as_json: Json = False, debug: Debug = False) -> None:
     """List the data sets, where they are on this machine, and their licences."""
     del debug  # main() looks for it
-    with _lab_installed():
+    with lab_installed():
         from rich.table import Table  # noqa: PLC0415
 
         from truestep.lab.datasets import data_table  # noqa: PLC0415
 
     rows = data_table(data_dir)
     if as_json:
-        _print_json(rows)
+        print_json(rows)
         return
     columns = ("name", "train", "test", "checksum", "licence", "where")
     table = Table(*columns, box=None)
@@ -252,7 +240,7 @@ def data_get(
 ) -> None:
     """Download a data set, unless it is here, and check it."""
     del debug  # main() looks for it
-    with _lab_installed():
+    with lab_installed():
         from truestep.lab.datasets import find_dataset, get  # noqa: PLC0415
 
     try:
@@ -261,7 +249,7 @@ def data_get(
         raise typer.BadParameter(str(error)) from error
     folder = get(name, data_dir)
     if as_json:
-        _print_json({"name": name, "folder": str(folder)})
+        print_json({"name": name, "folder": str(folder)})
     else:
         Console().print(str(folder), highlight=False, soft_wrap=True)
 
@@ -306,32 +294,6 @@ def _number(text: str, kind: type[Any], option: str) -> Any:
         raise typer.BadParameter(f"{text!r} is not {wanted}", param_hint=option) from None
 
 
-@contextlib.contextmanager
-def _lab_installed() -> Iterator[None]:
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise TruestepError(
-            f"{error.name} is not installed. Run: pip install 'truestep[lab]'"
-        ) from error
-
-
-def _print_json(data: Any) -> None:
-    json.dump(_finite(data), sys.stdout, indent=1, allow_nan=False)
-    sys.stdout.write("\n")
-
-
-def _finite(data: Any) -> Any:
-    """The same with None for nan and infinity, which JSON doesn't have."""
-    if isinstance(data, dict):
-        return {name: _finite(value) for name, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
-    if isinstance(data, float) and not math.isfinite(data):
-        return None
-    return data
-
-
 def _reason(error: Exception) -> str | None:
     """One line for the errors that users can do something about."""
     if isinstance(error, TruestepError):
@@ -347,9 +309,4 @@ def _reason(error: Exception) -> str | None:
     return None
 
 
-def _complain(reason: str, code: int = 1) -> int:
-    sys.stderr.write(f"truestep: {reason}\n")
-    return code
-
-
-add_commands(app, _lab_installed, _print_json)
+add_commands(app)

@@ -2,12 +2,14 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+
+from truestep.terminal import Debug, Json, lab_installed, print_json
 
 __all__ = ["add_commands"]
 
@@ -34,21 +36,13 @@ BatchSize = Annotated[
     int | None, typer.Option(metavar="N", min=1, help="Rows of --data at a time; 256 by default.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
-def add_commands(
-    app: typer.Typer,
-    installed: Callable[[], contextlib.AbstractContextManager[None]],
-    print_json: Callable[[Any], None],
-) -> None:
+def add_commands(app: typer.Typer) -> None:
     """Adds the two commands.
 
     Args:
         app: The command line.
-        installed: A context that says which package is missing.
-        print_json: Prints data on stdout.
     """
 
     @app.command()
@@ -70,7 +64,7 @@ def add_commands(
         too.
         """
         del debug  # main() looks for it
-        with installed():
+        with lab_installed():
             from truestep.lab import node_report  # noqa: PLC0415 - torch takes seconds
 
             saved = _load(model, data, batch_size, as_json=as_json)
@@ -105,7 +99,7 @@ def add_commands(
         same code; of an exported program it is one again.
         """
         del debug  # main() looks for it
-        with installed():
+        with lab_installed():
             from truestep.lab.node_report import compression_tables  # noqa: PLC0415
 
             saved = _load(model, data, batch_size, as_json=as_json)

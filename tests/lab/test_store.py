@@ -11,7 +11,7 @@ import pytest
 from synthetic import make_result
 
 from truestep import TruestepError
-from truestep.lab import store as store_module
+from truestep.lab import database
 from truestep.lab.store import RunKey, Store
 
 
@@ -179,10 +179,10 @@ def test_kill_9_in_the_middle_of_writing_loses_nothing_that_was_recorded(path):
 HALF = """
 store = Store(Path(path))
 store.add(make_result(seed=0))
-store._connection.execute("PRAGMA cache_size = 1")  # changed pages reach the file at once
-store._connection.execute("BEGIN IMMEDIATE")
-store._connection.execute("UPDATE runs SET status = 'half'")
-store._connection.execute(
+store._database._connection.execute("PRAGMA cache_size = 1")  # changed pages reach the file at once
+store._database._connection.execute("BEGIN IMMEDIATE")
+store._database._connection.execute("UPDATE runs SET status = 'half'")
+store._database._connection.execute(
     "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 500) "
     "INSERT INTO experiments SELECT i, hex(zeroblob(2000)), '' FROM n"
 )
@@ -203,12 +203,12 @@ def test_a_half_written_transaction_is_rolled_back(path):
 
 
 def test_a_lock_that_stays_is_named(path, monkeypatch):
-    monkeypatch.setattr(store_module, "BUSY_SECONDS", 0.0)
+    monkeypatch.setattr(database, "BUSY_SECONDS", 0.0)
     with Store(path) as store, Store(path) as other:
-        other._connection.execute("BEGIN IMMEDIATE")
+        other._database._connection.execute("BEGIN IMMEDIATE")
         with pytest.raises(TruestepError, match="another process has kept it locked"):
             store.add(make_result())
-        other._connection.execute("ROLLBACK")
+        other._database._connection.execute("ROLLBACK")
         assert store.add(make_result())
 
 
@@ -238,7 +238,7 @@ def test_another_programs_database_is_left_alone(path):
 def test_another_schema_version_is_refused(path):
     with Store(path) as store:
         store.add(make_result())
-        store._connection.execute("PRAGMA user_version = 7")
+        store._database._connection.execute("PRAGMA user_version = 7")
     before = path.read_bytes()
     with pytest.raises(TruestepError, match=r"\(schema 7; this one reads and writes schema 1\)"):
         Store(path)
@@ -274,8 +274,8 @@ def test_a_damaged_file_takes_its_journal_along(path):
     fill(path)
     with Store(path) as writer:
         damage(path)
-        writer._connection.execute("BEGIN IMMEDIATE")
-        writer._connection.execute("PRAGMA user_version = 1")
+        writer._database._connection.execute("BEGIN IMMEDIATE")
+        writer._database._connection.execute("PRAGMA user_version = 1")
         journal = path.with_name("results.db-journal")
         assert journal.exists()
         with pytest.raises(TruestepError, match=r"moved to"):
@@ -302,12 +302,12 @@ def test_damage_found_later_is_named(path):
 def test_a_full_disk_is_named_and_earlier_results_stay(path):
     with Store(path) as store:
         assert store.add(make_result(seed=0))
-        pages = store._pragma("page_count")
-        store._connection.execute(f"PRAGMA max_page_count = {pages}")
+        pages = store._database._pragma("page_count")
+        store._database._connection.execute(f"PRAGMA max_page_count = {pages}")
         with pytest.raises(TruestepError, match=r"record sgd.*seed 1.*disk is full.*free some"):
             store.add(make_result(seed=1, losses=(1.0,) * 5000))
         assert [key.seed for key in store.keys("e0")] == [0]
-        store._connection.execute("PRAGMA max_page_count = 1000000")
+        store._database._connection.execute("PRAGMA max_page_count = 1000000")
         assert store.add(make_result(seed=1, losses=(1.0,) * 5000))
         assert len(store.results("e0")) == 2
 
@@ -349,7 +349,7 @@ def test_a_path_that_cannot_be_opened_is_named(tmp_path):
 def test_a_read_only_store_can_be_read_and_says_why_it_takes_nothing(path):
     fill(path, runs=2)
     with Store(path) as store:
-        store._connection.execute("PRAGMA query_only = ON")
+        store._database._connection.execute("PRAGMA query_only = ON")
         with pytest.raises(TruestepError, match="can't be written"):
             store.add(make_result(seed=9))
         assert len(store.keys("e0")) == 2

@@ -36,6 +36,7 @@ __all__ = [
     "ghosts",
     "lay_out",
     "mark_lost",
+    "plain_axes",
     "ring",
     "set_log_x",
     "set_log_y",
@@ -143,7 +144,7 @@ def lay_out(places: Collection[Place], x: str, y: str) -> tuple[Figure, dict[Pla
     for row, name in enumerate(looks):
         for column, size in enumerate(sizes):
             axes = grid[row, column] if by_size else grid.flat[row]
-            _plain(axes)
+            plain_axes(axes)
             if by_size:
                 _name_row_and_column(axes, name, size, first=row == 0, last=size == sizes[-1])
             else:
@@ -180,7 +181,8 @@ def explain(figure: Figure, marks: Mapping[str, Mark]) -> None:
     )
 
 
-def _plain(axes: Axes) -> None:
+def plain_axes(axes: Axes) -> None:
+    """The look of every panel: two spines, faint horizontal lines, small labels."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set(color=FAINT)
     axes.tick_params(labelsize=SMALL, labelcolor=INK, color=FAINT, length=3)
@@ -279,7 +281,7 @@ def set_log_x(
     pad = (high / low) ** 0.06 if high > low else 1.5
     low, high = low / pad, high * pad
     decades = [10.0**k for k in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]
-    shown = sorted(ticks) or decades[:: math.ceil(len(decades) / 4)] or sorted(set(values))
+    shown = sorted(ticks) or decades[:: max(1, math.ceil(len(decades) / 4))] or sorted(set(values))
     for axes in panels:
         axes.set_xscale("log")
         axes.set_xlim(low, high)

@@ -1,24 +1,20 @@
 """The report of a race: one HTML file that needs nothing else, and its figures as PNG files."""
 
-import io
 import math
-import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from truestep.errors import TruestepError
 from truestep.lab import figures
 from truestep.lab.findings import findings, notes
-from truestep.lab.panels import FAINT, GRID, INK, PAPER, Style, styles
+from truestep.lab.panels import FAINT, GRID, INK, Style, styles
+from truestep.lab.pictures import inline_svg, png, write_file
 from truestep.lab.statistics import (
     at_reference,
     choose,
@@ -30,8 +26,6 @@ from truestep.lab.store import RunResult
 from truestep.lab.tables import columns, plain, sorted_rows, table
 
 __all__ = ["table", "write_report"]
-
-PNG_DOTS_PER_INCH = 200
 
 
 @dataclass(frozen=True)
@@ -78,7 +72,7 @@ def write_report(
         "versions": _versions(results),
     }
     # Before the page, which takes over the layout.
-    contents = {f"{drawing.name}.png": _png(drawing.figure) for drawing in drawings}
+    contents = {f"{drawing.name}.png": png(drawing.figure) for drawing in drawings}
     page = _page(
         task=task_info,
         seeds=_seeds(results),
@@ -86,14 +80,14 @@ def write_report(
         optimizers=list(dict.fromkeys(summary.index.get_level_values("optimizer"))),
         rows=sorted_rows(summary),
         columns=columns(summary, target),
-        drawings=[(drawing, _inline_svg(drawing)) for drawing in drawings],
+        drawings=[(drawing, inline_svg(drawing.name, drawing.figure)) for drawing in drawings],
         colours=_colours(styles(summary.index.get_level_values("optimizer"))),
         **said,
     )
     # Last, so that a new report never stands beside old figures.
     contents["report.html"] = page.encode()
     for name, content in contents.items():
-        _write(Path(folder) / name, content)
+        write_file(Path(folder) / name, content)
     return {
         "task": task_info,
         **said,
@@ -187,31 +181,6 @@ def _page(**content: Any) -> str:
     return environment.get_template("report.html").render(plain=plain, **content)
 
 
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=PNG_DOTS_PER_INCH)
-    # The layout stays as it is; finding it again for the page would take most of the time.
-    figure.set_layout_engine("none")
-    return buffer.getvalue()
-
-
-def _inline_svg(drawing: _Drawing) -> Markup:
-    """The figure as SVG that takes its colours from the page, light or dark."""
-    buffer = io.StringIO()
-    # The salt makes the names inside the same at every writing of the same figure.
-    with mpl.rc_context({"svg.hashsalt": drawing.name, "svg.fonttype": "path"}):
-        drawing.figure.savefig(buffer, format="svg", metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace(PAPER, "none")
-    # Names must be unique in a page of several figures.
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{drawing.name}-", svg)
-    svg = re.sub("#([0-9a-f]{6})", r"var(--c-\1)", svg)
-    svg = re.sub(
-        r'^<svg[^>]*viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img">', svg, count=1
-    )
-    return Markup(svg)  # noqa: S704 - matplotlib escapes what it writes
-
-
 def _colours(looks: Mapping[str, Style]) -> dict[str, tuple[str, str]]:
     """What each colour of a figure is on a light and on a dark page."""
     shared = {INK: "#e8e8e6", FAINT: "#4c4f54", GRID: "#2b2e33"}
@@ -246,20 +215,3 @@ def _plain_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
 def _plain_value(value: Any) -> Any:
     # JSON has no nan and no inf.
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write(path: Path, content: bytes) -> None:
-    # Beside its place, since a rename is atomic only within a file system.
-    half = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            half.write_bytes(content)
-            half.replace(path)
-        finally:
-            half.unlink(missing_ok=True)
-    except OSError as error:
-        raise TruestepError(
-            f"Can't write {path}: {error.strerror}. Every result is in the store; make space or "
-            "choose another folder, then give the same command again."
-        ) from error

@@ -1,26 +1,15 @@
 """Results of runs in one SQLite file that several processes share and that survives kill -9."""
 
 import json
-import os
-import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from truestep.errors import TruestepError
+from truestep.lab.database import Database, Layout, now
 
 __all__ = ["RunKey", "RunResult", "Store"]
 
-SCHEMA_VERSION = 1
-# "TRST": tells a store from any other program's SQLite file with the same user_version.
-APPLICATION_ID = 0x54525354
-# Longer than any transaction on a slow network disk, short enough to end in a message.
-BUSY_SECONDS = 60.0
-
-SCHEMA = (
+TABLES = (
     """CREATE TABLE experiments (
         hash TEXT PRIMARY KEY,
         description TEXT NOT NULL,
@@ -45,24 +34,8 @@ SCHEMA = (
         PRIMARY KEY (experiment, optimizer, lr, batch_size, seed, final)
     )""",
 )
-
-# By SQLite's error code: what happened and the way out.
-EXPLANATIONS = {
-    sqlite3.SQLITE_CORRUPT: "the file is damaged ({error}). Give the same command again: it moves "
-    "the file aside and starts a new one.",
-    sqlite3.SQLITE_NOTADB: "it is not a database. It was left as it is; choose another file or "
-    "folder for the results.",
-    sqlite3.SQLITE_FULL: "the disk is full. Every earlier result is safe; free some space and "
-    "give the same command again to go on.",
-    sqlite3.SQLITE_IOERR: "the disk fails to read or write it ({error}). Every earlier result is "
-    "safe; see that the disk has space and is well, and give the same command again to go on.",
-    sqlite3.SQLITE_BUSY: f"another process has kept it locked for {BUSY_SECONDS:.0f} s. End that "
-    "process, then give the same command again.",
-} | dict.fromkeys(
-    (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM),
-    "it can't be written ({error}). Choose a folder that you can write to.",
-)
-OTHER_EXPLANATION = "{error}. Choose another file or folder for the results."
+# "TRST": tells a store from any other program's SQLite file with the same user_version.
+LAYOUT = Layout("runs", application_id=0x54525354, version=1, tables=TABLES)
 
 
 @dataclass(frozen=True)
@@ -142,25 +115,8 @@ class Store:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = Path(path).absolute()
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise TruestepError(
-                f"The folder {self.path.parent} can't be made: {error.strerror}. "
-                "Choose a folder that you can write to."
-            ) from error
-        with self._explained("open"):
-            # No implicit transactions: each method says where its own begins and ends.
-            self._connection = sqlite3.connect(
-                self.path, timeout=BUSY_SECONDS, isolation_level=None
-            )
-        try:
-            with self._explained("open"):
-                self._check_or_create()
-        except BaseException:
-            self._connection.close()
-            raise
+        self._database = Database(path, LAYOUT)
+        self.path = self._database.path
 
     def experiment(self, hash: str, description: dict[str, Any]) -> None:
         """Records what an experiment's hash stands for; a later description replaces it.
@@ -172,12 +128,12 @@ class Store:
         Raises:
             TruestepError: The file can't be written.
         """
-        with self._explained(f"record experiment {hash} in"), self._transaction():
-            self._connection.execute(
-                "INSERT INTO experiments VALUES (?, ?, ?) "
-                "ON CONFLICT (hash) DO UPDATE SET description = excluded.description",
-                (hash, json.dumps(description), _now()),
-            )
+        self._database.write(
+            f"experiment {hash}",
+            "INSERT INTO experiments VALUES (?, ?, ?) "
+            "ON CONFLICT (hash) DO UPDATE SET description = excluded.description",
+            (hash, json.dumps(description), now()),
+        )
 
     def add(self, result: RunResult) -> bool:
         """Records a run, unless the store has it already: the first one stays.
@@ -204,17 +160,16 @@ class Store:
             result.optimizer_bytes,
             result.parameters,
             json.dumps(result.versions),
-            _now(),
+            now(),
         )
-        doing = f"record {key.optimizer} (lr {key.lr:g}, seed {key.seed}) in"
-        with self._explained(doing), self._transaction():
-            # INSERT OR IGNORE would also swallow a row with a missing value.
-            cursor = self._connection.execute(
-                "INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "
-                "ON CONFLICT (experiment, optimizer, lr, batch_size, seed, final) DO NOTHING",
-                row,
-            )
-            return cursor.rowcount == 1
+        # INSERT OR IGNORE would also swallow a row with a missing value.
+        added = self._database.write(
+            f"{key.optimizer} (lr {key.lr:g}, seed {key.seed})",
+            "INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "
+            "ON CONFLICT (experiment, optimizer, lr, batch_size, seed, final) DO NOTHING",
+            row,
+        )
+        return added == 1
 
     def keys(self, experiment: str) -> set[RunKey]:
         """The runs that the store has of an experiment.
@@ -222,12 +177,11 @@ class Store:
         Raises:
             TruestepError: The file can't be read.
         """
-        with self._explained("read"):
-            rows = self._connection.execute(
-                "SELECT experiment, optimizer, lr, batch_size, seed, final FROM runs "
-                "WHERE experiment = ?",
-                (experiment,),
-            ).fetchall()
+        rows = self._database.read(
+            "SELECT experiment, optimizer, lr, batch_size, seed, final FROM runs "
+            "WHERE experiment = ?",
+            (experiment,),
+        )
         return {_key(row) for row in rows}
 
     def results(self, experiment: str) -> list[RunResult]:
@@ -236,13 +190,12 @@ class Store:
         Raises:
             TruestepError: The file can't be read.
         """
-        with self._explained("read"):
-            rows = self._connection.execute(
-                "SELECT experiment, optimizer, lr, batch_size, seed, final, status, curve, best, "
-                "test, step_seconds, optimizer_bytes, parameters, versions FROM runs "
-                "WHERE experiment = ? ORDER BY optimizer, batch_size, lr, seed, final",
-                (experiment,),
-            ).fetchall()
+        rows = self._database.read(
+            "SELECT experiment, optimizer, lr, batch_size, seed, final, status, curve, best, "
+            "test, step_seconds, optimizer_bytes, parameters, versions FROM runs "
+            "WHERE experiment = ? ORDER BY optimizer, batch_size, lr, seed, final",
+            (experiment,),
+        )
         return [_result(row) for row in rows]
 
     def descriptions(self) -> dict[str, dict[str, Any]]:
@@ -251,131 +204,20 @@ class Store:
         Raises:
             TruestepError: The file can't be read.
         """
-        with self._explained("read"):
-            rows = self._connection.execute(
-                "SELECT hash, description FROM experiments ORDER BY created, hash"
-            ).fetchall()
+        rows = self._database.read(
+            "SELECT hash, description FROM experiments ORDER BY created, hash"
+        )
         return {hash_: json.loads(description) for hash_, description in rows}
 
     def close(self) -> None:
         """Closes the file; closing twice does nothing."""
-        self._connection.close()
+        self._database.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _check_or_create(self) -> None:
-        if not self._is_new():
-            self._check()
-            return
-        with self._transaction():
-            # Another process may have made the tables while this one waited for the lock.
-            if self._is_new():
-                for statement in SCHEMA:
-                    self._connection.execute(statement)
-                self._connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-                self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        self._check()
-
-    def _is_new(self) -> bool:
-        tables = self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-        return tables == 0 and self._pragma("application_id") == 0
-
-    def _check(self) -> None:
-        problem = self._pragma("quick_check(1)")
-        if problem != "ok":
-            # Python has no public way to make an error with SQLite's code.
-            raise _Damaged(str(problem))
-        if self._pragma("application_id") != APPLICATION_ID:
-            raise TruestepError(
-                f"{self.path} is a SQLite database, but not one of truestep's. "
-                "Choose another file or folder for the results."
-            )
-        version = self._pragma("user_version")
-        if version != SCHEMA_VERSION:
-            raise TruestepError(
-                f"{self.path} was written by another version of truestep (schema {version}; this "
-                f"one reads and writes schema {SCHEMA_VERSION}). Use that version, or choose "
-                "another file or folder for the results."
-            )
-
-    def _pragma(self, name: str) -> object:
-        value: object = self._connection.execute(f"PRAGMA {name}").fetchone()[0]
-        return value
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        # IMMEDIATE takes the write lock at the start, where waiting for it is possible.
-        self._connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._connection.execute("COMMIT")
-        except BaseException:
-            # SQLite has already rolled back after some errors, a full disk among them.
-            if self._connection.in_transaction:
-                self._connection.execute("ROLLBACK")
-            raise
-
-    @contextmanager
-    def _explained(self, doing: str) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise self._explain(doing, error) from error
-
-    def _explain(self, doing: str, error: sqlite3.Error) -> TruestepError:
-        # The low byte is the kind; the bytes above it only refine it.
-        kind = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        if isinstance(error, _Damaged):
-            kind = sqlite3.SQLITE_CORRUPT
-        if kind == sqlite3.SQLITE_CORRUPT and doing == "open":
-            return self._move_aside(error)
-        explanation = EXPLANATIONS.get(kind, OTHER_EXPLANATION).format(error=error)
-        return TruestepError(f"Can't {doing} {self.path}: {explanation}")
-
-    def _move_aside(self, reason: sqlite3.Error) -> TruestepError:
-        self._connection.close()
-        try:
-            aside = _reserve(self.path)
-            # Another writer's journal would, if that writer died, be played into the next file.
-            journal = self.path.with_name(f"{self.path.name}-journal")
-            if journal.exists():
-                journal.replace(aside.with_name(f"{aside.name}-journal"))
-            self.path.replace(aside)
-        except OSError as error:
-            return TruestepError(
-                f"{self.path} is damaged ({reason}) and can't be moved aside ({error.strerror}). "
-                "Move it yourself, or choose another file or folder for the results."
-            )
-        return TruestepError(
-            f"{self.path} is damaged ({reason}). It was moved to {aside}, from which "
-            f"`sqlite3 {aside.name} .recover` may save runs; give the same command again to "
-            "start a new file."
-        )
-
-
-class _Damaged(sqlite3.DatabaseError):
-    """SQLite's own check found the file damaged."""
-
-
-def _reserve(path: Path) -> Path:
-    number = 1
-    while True:
-        aside = path.with_name(f"{path.name}.corrupt-{number}")
-        try:
-            # Creating it exclusively keeps two processes from choosing the same name.
-            os.close(os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        except FileExistsError:
-            number += 1
-        else:
-            return aside
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def _key(row: tuple[Any, ...]) -> RunKey:

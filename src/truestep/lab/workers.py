@@ -6,12 +6,13 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, cast
+from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
 import torch
 
@@ -24,14 +25,30 @@ if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
     from multiprocessing.process import BaseProcess
 
-__all__ = ["Assignment", "Failure", "Here", "Workers", "one_line", "one_thread"]
+__all__ = ["Assignment", "Failure", "Here", "Loads", "Workers", "one_line", "one_thread"]
 
 SPAWN = multiprocessing.get_context("spawn")
+
+# What tells runs apart, and what they give, is the business of the one who hands them out.
+Key = Any
+Result = Any
+
+
+class Loads(Protocol):
+    """What a worker is given once, by pickling: it loads data and returns what makes a run."""
+
+    def load(self) -> Callable[[Key], Result]:
+        """Is called in the worker.
+
+        Raises:
+            TruestepError: There is nothing to run with.
+        """
+        ...
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A run that user code ended with an exception, or whose process died.
+    """A run that ended with an exception, such as of user code, or whose process died.
 
     Attributes:
         key: The run.
@@ -39,7 +56,7 @@ class Failure:
         trace: The whole traceback, "" if the process died.
     """
 
-    key: RunKey
+    key: Key
     reason: str
     trace: str = ""
 
@@ -47,9 +64,6 @@ class Failure:
 @dataclass(frozen=True)
 class Ready:
     """What a worker says when it has its task."""
-
-
-Message = RunResult | Failure | Ready
 
 
 @dataclass(frozen=True)
@@ -65,19 +79,30 @@ class Assignment:
         task = find_task(self.task)
         return task if self.epochs is None else replace(task, epochs=self.epochs)
 
+    def load(self) -> Callable[[RunKey], RunResult]:
+        """What makes a run of the task.
+
+        Raises:
+            TruestepError: The task's own code fails.
+        """
+        try:
+            task = self.find()
+            return partial(train, task, task.load(self.data_dir))
+        except Exception as error:
+            raise TruestepError(f"The task can't be loaded: {one_line(error)}") from error
+
 
 class Here:
     """Runs one after the other in this process, with the same results as a worker gives."""
 
     def __init__(self, task: Task, splits: Splits) -> None:
-        self._task = task
-        self._splits = splits
+        self._train = partial(train, task, splits)
 
     def run(self, keys: Iterable[RunKey]) -> Iterator[RunResult | Failure]:
         """Results and failures, each as its run ends."""
         for key in keys:
             with one_thread():
-                outcome = _attempt(self._task, self._splits, key)
+                outcome = _attempt(self._train, key)
             yield outcome
 
     def __enter__(self) -> Self:
@@ -98,13 +123,13 @@ class Workers:
         jobs: Number of processes, started as runs need them.
     """
 
-    def __init__(self, assignment: Assignment, jobs: int) -> None:
+    def __init__(self, assignment: Loads, jobs: int) -> None:
         self._assignment = assignment
         self._jobs = jobs
         self._processes: dict[Connection, SpawnProcess] = {}
         self._ready: set[Connection] = set()
 
-    def run(self, keys: Iterable[RunKey]) -> Iterator[RunResult | Failure]:
+    def run(self, keys: Iterable[Key]) -> Iterator[Result | Failure]:
         """Results and failures, each as its run ends; `keys` is asked when a worker is free.
 
         Raises:
@@ -112,8 +137,8 @@ class Workers:
         """
         waiting = iter(keys)
         free = list(self._processes)
-        busy: dict[Connection, RunKey] = {}
-        outcomes: list[RunResult | Failure] = []
+        busy: dict[Connection, Key] = {}
+        outcomes: list[Result | Failure] = []
         while True:
             # Work is handed out before its results are, so that nobody waits for the store.
             while len(busy) < self._jobs and (key := next(waiting, None)) is not None:
@@ -153,9 +178,9 @@ class Workers:
         self._processes[ours] = process
         return ours
 
-    def _receive(self, connection: Connection, key: RunKey) -> Message:
+    def _receive(self, connection: Connection, key: Key) -> Result | Ready:
         try:
-            message = cast("Message | TruestepError", connection.recv())
+            message = connection.recv()
         except (EOFError, ConnectionError) as error:
             process = self._processes.pop(connection)
             process.join()
@@ -190,21 +215,20 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _work(connection: Connection, assignment: Assignment) -> None:
-    """The life of a worker process: load the task, then run what the pipe brings."""
+def _work(connection: Connection, assignment: Loads) -> None:
+    """The life of a worker process: load what it needs, then run what the pipe brings."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # Standard output is for the race's own result, which may be JSON.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     torch.set_num_threads(1)
     try:
-        task = assignment.find()
-        splits = task.load(assignment.data_dir)
-    except Exception as error:  # noqa: BLE001 - a user's code may raise anything
-        connection.send(TruestepError(f"The task can't be loaded: {one_line(error)}"))
+        run = assignment.load()
+    except TruestepError as error:
+        connection.send(error)
         return
     connection.send(Ready())
     while True:
-        connection.send(_attempt(task, splits, connection.recv()))
+        connection.send(_attempt(run, connection.recv()))
 
 
 def _end_with_parent() -> None:
@@ -214,9 +238,9 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _attempt(task: Task, splits: Splits, key: RunKey) -> RunResult | Failure:
+def _attempt(run: Callable[[Key], Result], key: Key) -> Result | Failure:
     try:
-        return train(task, splits, key)
+        return run(key)
     except Exception as error:  # noqa: BLE001 - a user's code may raise anything
         return Failure(key, one_line(error), traceback.format_exc())
 

@@ -1,0 +1,182 @@
+"""Plans of the aSGD paper's experiments."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from truestep.lab.paper.images import MNIST_HIDDEN, Images
+from truestep.lab.paper.planned import Planned, at
+from truestep.lab.paper.points import Points
+from truestep.lab.paper.small import Panels, Trajectories
+
+__all__ = [
+    "ASGD_LRS",
+    "GROUPS",
+    "LR_GRIDS",
+    "SGD_LRS",
+    "STABILISED",
+    "backprop",
+    "mnist",
+    "stabilised",
+    "synthetic",
+    "trajectories",
+]
+
+GROUPS = (
+    ("circles", "asgd", 0.01),
+    ("circles", "sgd", 0.01),
+    ("spirals", "asgd", 0.05),
+    ("spirals", "sgd", 0.05),
+)
+# Where each optimizer's own best learning rate is looked for, besides the paper's.
+LR_GRIDS = {
+    ("circles", "asgd"): (0.005, 0.02, 0.03, 0.05, 0.1),
+    ("circles", "sgd"): (0.005, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3),
+    ("spirals", "asgd"): (0.005, 0.01, 0.02, 0.03, 0.1),
+    ("spirals", "sgd"): (0.02, 0.03, 0.1, 0.15, 0.2),
+}
+ASGD_LRS = (0.001, 0.003, 0.005, 0.01)
+SGD_LRS = (0.001, 0.003, 0.01, 0.03, 0.05, 0.07, 0.1)
+LEVEL_STEPS = 32_000  # 500 epochs of up to 64 steps
+
+
+def backprop(scale: str, seeds: int) -> list[Planned]:
+    """asgd-backprop: one unit of all starts."""
+    return [Planned(Panels(0.01, replicas=seeds, steps=at(scale, 50, 10_000, 10_000)))]
+
+
+def trajectories(scale: str, seeds: int) -> list[Planned]:
+    """asgd-trajectories: one unit of all starts, and one for each other start law."""
+    main = Trajectories(0.01, replicas=seeds, steps=at(scale, 50, 10_000, 10_000))
+    starts = ("he_uniform", "torch") if scale == "paper" else ()
+    return [
+        Planned(main),
+        *(Planned(replace(main, start=start), f"start: {start}") for start in starts),
+    ]
+
+
+def synthetic(scale: str, seeds: int) -> list[Planned]:
+    """asgd-synthetic: trainings in chunks, then variants and a grid of learning rates."""
+    steps = at(scale, 60, 10_000, 10_000)
+    chunk = min(at(scale, 4, 100, 500), seeds)
+    main = [
+        Planned(Points(data, name, lr, first, min(chunk, seeds - first), steps))
+        for first in range(0, seeds, chunk)
+        for data, name, lr in GROUPS
+    ]
+    if scale == "smoke":
+        return main
+    few = min(chunk, seeds)
+    groups = [Points(data, name, lr, 0, few, steps) for data, name, lr in GROUPS]
+    variants = [
+        Planned(replace(unit, **changes), label)
+        for label, only, changes in _SYNTHETIC_VARIANTS
+        for unit in groups
+        if unit.data == (only or unit.data)
+    ]
+    rates = [
+        Planned(Points(data, name, lr, 0, few, steps), "learning rate")
+        for (data, name), grid in LR_GRIDS.items()
+        for lr in grid
+    ]
+    first = 2 * len(GROUPS)
+    return main[:first] + variants + rates + main[first:]
+
+
+_SYNTHETIC_VARIANTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("start: he_uniform", "", {"start": "he_uniform"}),
+    ("start: glorot_normal", "", {"start": "glorot_normal"}),
+    ("start: torch", "", {"start": "torch"}),
+    ("eps: 2", "", {"eps": 2.0}),
+    ("eps: 10", "", {"eps": 10.0}),
+    ("own data", "", {"own_data": True}),
+    ("noise: 0.1", "circles", {"noise": 0.1}),
+    ("factor: 0.8", "circles", {"shape": 0.8}),
+    ("noise: 0.1 ", "spirals", {"noise": 0.1}),
+    ("degrees: 360", "spirals", {"shape": 360.0}),
+)
+
+
+def _mnist_unit(name: str, lr: float, seed: int, epochs: int, train: int = 0) -> Images:
+    return Images(
+        "mnist", MNIST_HIDDEN, "relu", "softmax", "cross_entropy", name, lr, 64, epochs, seed, train
+    )
+
+
+def mnist(scale: str, seeds: int) -> list[Planned]:
+    """asgd-mnist: Tables 1 and 2's cells, the search for their level, and variants."""
+    epochs = at(scale, 2, 20, 500)
+    train = at(scale, 640, 0, 0)
+    cells = [("asgd", lr) for lr in ASGD_LRS] + [("sgd", lr) for lr in SGD_LRS]
+    main = [
+        Planned(_mnist_unit(name, lr, seed, epochs, train))
+        for seed in range(seeds)
+        for name, lr in cells
+    ]
+    if scale != "paper":
+        return main
+    few = range(min(2, seeds))
+    some = (("asgd", 0.005), ("asgd", 0.01), ("sgd", 0.01), ("sgd", 0.03))
+    variants = [
+        Planned(replace(_mnist_unit(name, lr, seed, 200), **changes), label)
+        for label, changes in _MNIST_VARIANTS
+        for seed in few
+        for name, lr in some
+    ]
+    level = [
+        Planned(
+            replace(
+                _mnist_unit(name, lr, seed, LEVEL_STEPS // math.ceil(images / 64), images),
+                start=start,
+                measure=max(1, 20_000 // images),
+            ),
+            f"level: {images:,} images, start {start}",
+        )
+        for seed in few
+        for images, start in _LEVELS
+        for name, lr in cells
+    ]
+    first = len(few) * len(cells)
+    return main[:first] + level + variants + main[first:]
+
+
+_LEVELS = (
+    (5_000, "glorot_uniform"),
+    (10_000, "glorot_uniform"),
+    (20_000, "glorot_uniform"),
+    (10_000, "torch"),
+)
+# 200 epochs, of which the main protocol's curves are read up to the same epoch.
+_MNIST_VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("start: torch", {"start": "torch"}),
+    ("start: he_uniform", {"start": "he_uniform"}),
+    ("eps: 0", {"eps": 0.0}),
+    ("train: 60,000", {"train": 60_000}),
+    ("train: 10,000", {"train": 10_000}),
+)
+
+STABILISED: dict[str, tuple[str, float, dict[str, Any]]] = {
+    "alone": ("{}", 1.0, {}),
+    "cosine schedule": ("{}", 1.0, {"schedule": "cosine"}),
+    "momentum 0.9": ("momentum", 0.1, {}),
+    "dropout 0.2": ("{}", 1.0, {"dropout": 0.2}),
+    "LayerNorm": ("{}", 1.0, {"norm": "layer"}),
+    "BatchNorm": ("{}", 1.0, {"norm": "batch"}),
+}
+
+
+def stabilised(scale: str, seeds: int) -> list[Planned]:
+    """asgd-stabilised: each help with aSGD and with SGD."""
+    epochs = at(scale, 2, 20, 200)
+    train = at(scale, 640, 5_000, 10_000)
+    planned = []
+    for seed in range(seeds):
+        for help_, (name, factor, changes) in STABILISED.items():
+            for base, lr in (("asgd", 0.01), ("sgd", 0.03)):
+                optimizer = base if name == "{}" else _WITH_MOMENTUM[base]
+                unit = _mnist_unit(optimizer, lr * factor, seed, epochs, train)
+                planned.append(Planned(replace(unit, measure=2, **changes), f"help: {help_}"))
+    return planned
+
+
+_WITH_MOMENTUM = {"asgd": "asgd, momentum 0.9", "sgd": "momentum 0.9"}

@@ -1,0 +1,150 @@
+"""Verdicts by rule: what a claim predicts, as conditions, and what the data says of each."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from truestep.lab.paper.effects import Effect, holm
+
+__all__ = ["Claim", "Condition", "Finding", "Verdict", "judged"]
+
+Verdict = Literal["reproduced", "not reproduced", "only under ...", "not run"]
+# More conditions than this are counted rather than named.
+NAMED = 5
+
+State = Literal["holds", "fails", "open", "not run"]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A part of a claim that holds or doesn't.
+
+    Attributes:
+        under: What it is about, in a few words: ``"spirals"``; it ends "only under ...".
+        effect: Signed so that the claim predicts a number above `threshold`.
+        threshold: As above; the interval must lie above it. The p-value is against 0, and is
+            asked for only where the threshold is 0.
+    """
+
+    under: str
+    effect: Effect
+    threshold: float = 0.0
+
+    @property
+    def state(self) -> State:
+        """``"holds"``, ``"fails"`` (the interval lies below), ``"open"``, or ``"not run"`` (by two seeds)."""
+        effect = self.effect
+        if not (math.isfinite(effect.mean) and math.isfinite(effect.low)):
+            return "not run"
+        if self.threshold == 0:
+            return "holds" if effect.above else "fails" if effect.below else "open"
+        if effect.low > self.threshold:
+            return "holds"
+        return "fails" if effect.high < self.threshold else "open"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a paper says.
+
+    Attributes:
+        name: ``"A1"`` to ``"A8"``, ``"D1"`` to ``"D5"``.
+        text: The claim.
+        paper: The paper's figure.
+        protocol: How it is looked at here.
+        criterion: When it counts as reproduced.
+    """
+
+    name: str
+    text: str
+    paper: str
+    protocol: str
+    criterion: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A row of the ledger.
+
+    Attributes:
+        claim: The claim.
+        verdict: As its conditions say.
+        reason: Which conditions hold, in words.
+        ours: Our figure, with interval and n.
+        conditions: With p-values corrected by Holm's method within the claim.
+        matched: The same with each optimizer at its own best learning rate, in words.
+        matched_effect: Its main number, where there is one.
+    """
+
+    claim: Claim
+    verdict: Verdict
+    reason: str
+    ours: str
+    conditions: Sequence[Condition]
+    matched: str
+    matched_effect: Effect | None = field(default=None)
+
+    @property
+    def holding(self) -> list[str]:
+        """The conditions that hold."""
+        return [condition.under for condition in self.conditions if condition.state == "holds"]
+
+
+def judged(
+    claim: Claim,
+    conditions: Sequence[Condition],
+    ours: str,
+    matched: str = "not run",
+    matched_effect: Effect | None = None,
+) -> Finding:
+    """Corrects the conditions' p-values together and gives the verdict.
+
+    All hold: reproduced. None holds: not reproduced. Some: only under those that do. A condition
+    that has no interval is left out and told; without any there is nothing to say.
+
+    Args:
+        claim: The claim.
+        conditions: All its parts.
+        ours: Our figure.
+        matched: The counterpart at matched learning rates, in words.
+        matched_effect: Its main number.
+    """
+    effects = holm([condition.effect for condition in conditions])
+    corrected = [
+        Condition(condition.under, effect, condition.threshold)
+        for condition, effect in zip(conditions, effects, strict=True)
+    ]
+    groups: dict[State, list[str]] = {"holds": [], "fails": [], "open": [], "not run": []}
+    for condition in corrected:
+        groups[condition.state].append(condition.under)
+    known = len(corrected) - len(groups["not run"])
+    verdict: Verdict
+    if known == 0:
+        verdict = "not run"
+    elif len(groups["holds"]) == known:
+        verdict = "reproduced"
+    elif groups["holds"]:
+        verdict = "only under ..."
+    else:
+        verdict = "not reproduced"
+    words = {
+        "holds": "holds: ",
+        "fails": "the opposite: ",
+        "open": "no clear difference: ",
+        "not run": "fewer than two seeds: ",
+    }
+    if not any(condition.effect.n for condition in corrected):
+        return Finding(claim, verdict, "", "not run", corrected, matched, matched_effect)
+    reason = "; ".join(
+        words[state] + _listed(names, len(corrected)) for state, names in groups.items() if names
+    )
+    return Finding(claim, verdict, reason, ours, corrected, matched, matched_effect)
+
+
+def _listed(names: Sequence[str], total: int) -> str:
+    if len(names) == total > 1:
+        return f"all {total} conditions"
+    if len(names) <= NAMED:
+        return ", ".join(names)
+    return f"{len(names)} of {total} conditions ({', '.join(names[:NAMED])}, ...)"

@@ -1,0 +1,61 @@
+"""What the commands share: options, errors in one line, JSON."""
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from truestep.errors import TruestepError
+
+__all__ = ["DataDir", "Debug", "Json", "complain", "lab_installed", "print_json"]
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
+DataDir = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Folder of local data sets; or set TRUESTEP_DATA.",
+        exists=True,
+        file_okay=False,
+    ),
+]
+
+
+@contextlib.contextmanager
+def lab_installed() -> Iterator[None]:
+    """Says how to install what a command of the lab can't import."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise TruestepError(
+            f"{error.name} is not installed. Run: pip install 'truestep[lab]'"
+        ) from error
+
+
+def print_json(data: Any) -> None:
+    """Prints plain data; what is not finite as null, which is all that JSON has for it."""
+    json.dump(_finite(data), sys.stdout, indent=1, allow_nan=False)
+    sys.stdout.write("\n")
+
+
+def _finite(data: Any) -> Any:
+    """The same with None for nan and infinity, which JSON doesn't have."""
+    if isinstance(data, dict):
+        return {name: _finite(value) for name, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    if isinstance(data, float) and not math.isfinite(data):
+        return None
+    return data
+
+
+def complain(reason: str, code: int = 1) -> int:
+    """Prints one line on stderr and gives the exit code back."""
+    sys.stderr.write(f"truestep: {reason}\n")
+    return code

@@ -1,0 +1,314 @@
+import json
+import os
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from papers_made_up import COMMAND, VERSIONS, fill
+from papers_made_up import record as made_up_record
+
+from truestep import TruestepError, cli
+from truestep.lab.paper import page as page_module
+from truestep.lab.paper.claims import CLAIMS
+from truestep.lab.paper.evidence import gather
+from truestep.lab.paper.experiments import EXPERIMENTS
+from truestep.lab.paper.page import write_report
+from truestep.lab.paper.store import UnitStore
+
+CHROMIUM = Path("/usr/bin/chromium")
+FIGURES = {
+    *(f"asgd-figure-{name}" for name in ("1", "2", "3", "4", "5", "6", "7", "8a", "8b")),
+    *(f"dasgd-figure-{name}" for name in ("3", "4", "5a", "5b", "5c")),
+    "asgd-stabilised",
+    "dasgd-premise",
+    "dasgd-momentum",
+}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    path = tmp_path_factory.mktemp("papers") / "papers.db"
+    with UnitStore(path) as units:
+        fill(units, "smoke", gain=0.01)
+        # A setting of Table 1's level, so that its figure and table are drawn too.
+        for item in EXPERIMENTS["asgd-mnist"].units("paper", 2):
+            if item.variant.startswith("level: 10,000") or not item.variant:
+                units.add(made_up_record(item.unit, 0.01))
+    return path
+
+
+@pytest.fixture(scope="module")
+def written(store, tmp_path_factory):
+    """The data, the page and the Markdown of one report."""
+    out = tmp_path_factory.mktemp("report") / "made for it" / "both.html"
+    with UnitStore(store) as units:
+        data = write_report(gather(units), out)
+    return data, out.read_text(), out.with_suffix(".md").read_text(), out
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.addresses, self.ids, self.open, self.text = [], [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.open.append(tag)
+        for name, value in attrs:
+            if name in {"src", "href", "xlink:href", "srcset"}:
+                self.addresses.append((tag, value))
+            if name == "id":
+                self.ids.append(value)
+
+    def handle_endtag(self, tag):
+        while self.open and self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if not {"style", "script", "svg"} & set(self.open):
+            self.text += data
+
+
+def test_the_page_needs_nothing_else_and_its_names_are_unique(written):
+    _, text, *_ = written
+    page = Page(text)
+    assert {value for _, value in page.addresses if not value.startswith("#")} == {"data:,"}
+    assert not re.search(r"url\((?!#)|@import|fetch\(", text)
+    assert len(page.ids) == len(set(page.ids))
+    references = {value[1:] for _, value in page.addresses if value.startswith("#")}
+    references |= set(re.findall(r"url\(#([^)]+)\)", text))
+    assert references <= set(page.ids)
+
+
+def test_every_figure_is_there_in_colours_of_the_page(written):
+    _, text, *_ = written
+    svgs = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
+    assert len(svgs) == len(FIGURES) + 1
+    for svg in svgs:
+        assert not re.search(r"[:\"'\s]#[0-9a-f]{6}", svg)
+    used = set(re.findall(r"var\((--[a-z0-9-]+)\)", text))
+    for block in re.findall(r":root \{(.*?)\}", text, flags=re.DOTALL):
+        assert used <= set(re.findall(r"(--[a-z0-9-]+):", block))
+
+
+def test_markdown_says_the_same_and_its_pictures_are_there(written):
+    data, text, markdown, out = written
+    for finding in data["ledger"]:
+        assert f"| {finding['claim']} | **{finding['verdict']}** |" in markdown
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", markdown)
+    assert {Path(picture).stem for picture in pictures} >= FIGURES
+    for picture in pictures:
+        assert (out.parent / picture).read_bytes().startswith(b"\x89PNG")
+    # Every row of a table has as many cells as its head.
+    for block in re.findall(r"(?:^\|.*\n)+", markdown, flags=re.MULTILINE):
+        widths = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
+        assert len(widths) == 1, block[:200]
+    seen = " ".join(Page(text).text.split())
+    for finding in data["ledger"]:
+        assert finding["ours"] in seen
+
+
+def test_what_users_wrote_is_escaped(written):
+    _, text, *_ = written
+    assert "mnist &lt;made up&gt;" in text
+    assert COMMAND.replace("<", "&lt;").replace(">", "&gt;") in text
+    for version in VERSIONS.values():
+        assert version in text
+
+
+def test_the_data_are_plain_and_complete(written):
+    data, *_ = written
+    assert [row["claim"] for row in data["ledger"]] == list(CLAIMS)
+    a1 = data["ledger"][0]
+    assert len(a1["conditions"]) == 12
+    assert {"mean", "low", "high", "p", "corrected", "size", "n", "state"} <= set(
+        a1["conditions"][0]
+    )
+    json.dumps(data)
+
+
+def test_tables_have_the_papers_number_and_the_difference(written):
+    _, text, *_ = written
+    assert "0.5783 ± 0.1189" in text
+    assert "Table 1, at the lowest test loss of each training, as in the paper" in text
+    assert "Table 2, at the lowest validation loss of each training" in text
+
+
+def test_writing_twice_gives_the_same_files(tmp_path):
+    with UnitStore(tmp_path / "papers.db") as units:
+        fill(units, "smoke", names=["asgd-trajectories"])
+        evidence = gather(units)
+    pages = [tmp_path / place / "report.html" for place in ("first", "second")]
+    for out in pages:
+        write_report(evidence, out)
+    for suffix in (".html", ".md"):
+        first, second = (out.with_suffix(suffix).read_bytes() for out in pages)
+        assert first == second
+
+
+def test_what_was_not_run_says_how_to_run_it(tmp_path):
+    with UnitStore(tmp_path / "papers.db") as units:
+        fill(units, "smoke", names=["asgd-trajectories"])
+        write_report(gather(units), tmp_path / "report.html")
+    seen = " ".join(Page((tmp_path / "report.html").read_text()).text.split())
+    assert "Not run. Run: truestep paper run dasgd-batch --scale small" in seen
+    assert "not run" in seen
+
+
+def test_an_empty_store_is_an_error(tmp_path):
+    with (
+        UnitStore(tmp_path / "papers.db") as units,
+        pytest.raises(TruestepError, match="truestep paper run asgd-synthetic"),
+    ):
+        write_report(gather(units), tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("light", "dark"), [("222222", "#d1d1d1"), ("ececec", "#292929"), ("0072b2", None)]
+)
+def test_dark_colours_stand_out_from_a_dark_page(light, dark):
+    found = page_module._dark(light)
+    assert re.fullmatch("#[0-9a-f]{6}", found)
+    if dark:
+        assert found == dark
+    else:
+        assert max(int(found[k : k + 2], 16) for k in (1, 3, 5)) > 0xC0
+
+
+# The command line.
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["paper", *map(str, arguments)])
+        out, err = capsys.readouterr()
+        # A command that returns nothing has ended well.
+        return ended.value.code or 0, out, err
+
+    return run
+
+
+def test_experiments_are_listed(call, store, tmp_path):
+    code, out, _ = call("list", "--json", "--store", store)
+    rows = {row["name"]: row for row in json.loads(out)}
+    assert code == 0
+    assert rows.keys() == EXPERIMENTS.keys()
+    assert {row["artefacts"].split()[0] for row in rows.values()} == {"aSGD", "DA-SGD"}
+    assert all(row["scales"][0]["done"] == row["scales"][0]["units"] for row in rows.values())
+    code, out, _ = call("list")
+    assert code == 0
+    assert all(name in out for name in EXPERIMENTS)
+    assert max(map(len, out.splitlines())) <= 80
+    assert not list(tmp_path.iterdir()), "listing makes nothing"
+
+
+def test_run_and_report_from_the_command_line(call, tmp_path):
+    code, out, err = call(
+        *("run", "asgd-trajectories", "--scale", "smoke", "--store", "p.db", "--jobs", 1)
+    )
+    assert code == 0, err
+    assert "asgd-trajectories: 1 units in p.db" in out
+    with UnitStore(tmp_path / "p.db") as units:
+        (record,) = units.records(units.keys()).values()
+    # Where a machine keeps its files says nothing about a unit.
+    assert record.command == "truestep paper run asgd-trajectories --scale smoke --jobs 1"
+    code, out, _ = call("report", "--store", "p.db", "--out", "page.html", "--json")
+    assert code == 0
+    assert json.loads(out)["files"] == ["page.html", "page.md", "page-figures"]
+    assert (tmp_path / "page.html").is_file()
+    code, out, _ = call("report", "--store", "p.db")
+    assert code == 0
+    assert "Report: report.html" in out
+    assert "A8 " in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "complaint"),
+    [
+        (("run", "asgd-mnits"), 2, "Perhaps asgd-mnist is meant"),
+        (("run", "asgd-mnist", "--scale", "huge"), 2, "none of smoke, small, paper"),
+        (("run", "asgd-mnist", "--seeds", "0"), 2, "impossible"),
+        (("run", "asgd-mnist", "--option", "strat=torch"), 2, "Perhaps start is meant"),
+        (("run", "asgd-mnist", "--option", "noise=1"), 2, "has no option noise"),
+        (("report",), 1, "There is no store results/papers/papers.db"),
+        (("report", "--store", "notes.txt"), 1, "not a database"),
+        (("list", "--store", "notes.txt"), 1, "not a database"),
+    ],
+)
+def test_wrong_usage_is_one_line(call, tmp_path, arguments, code, complaint):
+    (tmp_path / "notes.txt").write_text("my own notes " * 100)
+    found, out, err = call(*arguments)
+    assert (found, out) == (code, "")
+    assert complaint in err
+    assert err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_unit_that_fails_is_told_and_ends_with_1(call):
+    code, _, err = call(
+        *("run", "asgd-synthetic", "--scale", "smoke", "--seeds", 2, "--option", "start=nonsense"),
+        *("--store", "p.db", "--jobs", 1, "--quiet"),
+    )
+    assert code == 1
+    assert (
+        err.count("truestep: points failed (data circles, optimizer asgd, lr 0.01, first 0)") == 1
+    )
+    assert "choose one of torch" in err
+
+
+# The browser.
+
+
+@pytest.mark.skipif(not CHROMIUM.is_file(), reason=f"needs Debian's chromium at {CHROMIUM}")
+@pytest.mark.parametrize(
+    ("width", "height", "scheme"), [(390, 844, "dark"), (1280, 900, "light")], ids=["phone", "desk"]
+)
+def test_a_browser_shows_the_page(written, width, height, scheme):
+    api = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
+    *_, out = written
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+        messages = []
+        page.on("console", lambda message: messages.append(message.text))
+        page.on("pageerror", lambda error: messages.append(str(error)))
+        page.goto(out.as_uri())
+        assert messages == []
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (background == "rgb(255, 255, 255)") == (scheme == "light")
+        # Every figure has a size, and what is drawn has a colour of this page.
+        sizes = page.evaluate(
+            "[...document.querySelectorAll('figure svg')].map(svg => svg.getBoundingClientRect().height)"
+        )
+        assert len(sizes) == len(FIGURES) + 1
+        assert min(sizes) > 100
+        # A click on a head sorts, another one turns it round.
+        summary = page.locator("details summary")
+        summary.click()
+        head = page.locator("details table th button", has_text="mean").first
+        values = []
+        for _ in range(2):
+            head.click()
+            values.append(
+                page.evaluate(
+                    "[...document.querySelectorAll('details tbody tr')]"
+                    ".map(row => Number(row.cells[2].dataset.value)).filter(x => !isNaN(x))"
+                )
+            )
+        assert values[0] == sorted(values[0])
+        assert values[1] == sorted(values[1], reverse=True)
+        assert messages == []
+        browser.close()
+
+
+def test_the_browser_of_the_test_is_the_one_that_is_installed():
+    found = shutil.which("chromium")
+    assert found is None or os.path.realpath(found) == os.path.realpath(CHROMIUM)
