@@ -232,8 +232,12 @@ def test_what_the_ensemble_cannot_train_has_a_reason(change, reason):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda part: Split(part.inputs.double(), part.targets), "not float32"),
-        (lambda part: Split(part.inputs[:, None], part.targets), "not float32 .samples, features."),
+        (lambda part: Split(part.inputs.double(), part.targets), "not dense float32"),
+        (lambda part: Split(part.inputs.to_sparse(), part.targets), "not dense float32"),
+        (
+            lambda part: Split(part.inputs[:, None], part.targets),
+            "not dense float32 .samples, features.",
+        ),
         (lambda part: Split(part.inputs, part.targets.float()), "not classes"),
         (lambda part: Split(part.inputs, part.targets - 100), "go from -100 to"),
         (lambda part: Split(part.inputs / 0, part.targets), "not finite"),

@@ -83,7 +83,7 @@ class Ensembles:
         self._threads = threads
         self._network = network_of(task, splits)
         parts = {
-            name: ensemble.Split(part.inputs.numpy(), part.targets.numpy())
+            name: ensemble.Split(part.inputs, part.targets)
             for name, part in (
                 ("train", splits.train),
                 ("validation", splits.validation),
@@ -386,8 +386,9 @@ def _check_parameters(model: nn.Module, linear: list[nn.Linear]) -> None:
 def _check_data(
     inputs: torch.Tensor, targets: torch.Tensor, widths: tuple[int, ...], loss: str
 ) -> None:
-    if inputs.dtype != torch.float32 or inputs.dim() != 2 or not inputs.is_cpu:  # noqa: PLR2004
-        raise TruestepError("inputs are not float32 [samples, features]")
+    dense = all(part.layout is torch.strided and part.is_cpu for part in (inputs, targets))
+    if inputs.dtype != torch.float32 or inputs.dim() != 2 or not dense:  # noqa: PLR2004
+        raise TruestepError("inputs are not dense float32 [samples, features] on the CPU")
     if loss == "mean_squared_error":
         if targets.dtype != torch.float32 or targets.shape != (len(inputs), widths[-1]):
             raise TruestepError("targets are not float32 [samples, outputs]")
