@@ -170,3 +170,47 @@ def test_what_is_held_goes_with_the_backward_pass():
         torch.autograd.grad(model(x).sum(), model.weight)
         assert counter.counts() == {}
         assert not counter._records._gathered
+
+
+def test_counts_outlive_a_gradient_that_a_hook_has_used_up():
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(5, 3)
+    counter = truestep.SampleCounter(model)
+    model(x).sum().backward()
+    expected = counter.counts()
+    model.zero_grad()
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    for _ in range(2):
+        model(x).sum().backward()
+        found = counter.counts()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+class Fails(nn.Linear):
+    def forward(self, x):
+        x.register_hook(self.fail)
+        return super().forward(x)
+
+    def fail(self, gradient):
+        if self.failing:
+            raise RuntimeError("a hook failed")
+
+
+def test_inputs_filled_anew_after_a_backward_pass_that_raised_are_no_error():
+    model, x = nn.Sequential(nn.Linear(3, 4), Fails(4, 4), nn.Linear(4, 2)), torch.randn(5, 3)
+    counter = truestep.SampleCounter(
+        model, rules=truestep.RULES | {Fails: truestep.RULES[nn.Linear]}
+    )
+    for failing in (False, True, False):
+        model[1].failing = failing
+        model.zero_grad()
+        loss = model(x.requires_grad_()).sum()
+        if failing:
+            with pytest.raises(RuntimeError, match="a hook failed"):
+                loss.backward()
+        else:
+            loss.backward()
+            assert counter.batch_size == 5
+            assert counter.counts()["0.bias"].eq(5).all()
+        with torch.no_grad():
+            x.add_(1)
