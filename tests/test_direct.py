@@ -24,7 +24,7 @@ def uses(monkeypatch):
     return found
 
 
-def trained(short, held, monkeypatch, batches, *, penalty=False, accumulate=1):
+def trained(short, held, monkeypatch, batches, *, unit="sample", penalty=False, accumulate=1):
     """Counts, batch sizes and weights of a small model after some steps."""
     with monkeypatch.context() as patch:
         if not short:
@@ -35,7 +35,7 @@ def trained(short, held, monkeypatch, batches, *, penalty=False, accumulate=1):
         model = nn.Sequential(
             nn.Linear(3, 4), nn.ReLU(), shared, nn.ReLU(), shared, nn.Linear(4, 2)
         )
-        counter = truestep.SampleCounter(model)
+        counter = truestep.SampleCounter(model, unit=unit)
         optimizer = truestep.AdaptiveBatchSGD(model.parameters(), lr=0.1, counter=counter)
         found = []
         for number, batch in enumerate(batches):
@@ -54,9 +54,10 @@ def trained(short, held, monkeypatch, batches, *, penalty=False, accumulate=1):
 @pytest.mark.parametrize("held", [0, records.MOST_GATHERED])
 @pytest.mark.parametrize("penalty", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_both_ways_lead_to_the_same(held, penalty, accumulate, monkeypatch, uses):
+@pytest.mark.parametrize("unit", ["sample", "position"])
+def test_both_ways_lead_to_the_same(held, penalty, accumulate, unit, monkeypatch, uses):
     batches = [torch.randn(size, 3) for size in (5, 70, 64, 130, 1, 7)]
-    options = {"penalty": penalty, "accumulate": accumulate}
+    options = {"penalty": penalty, "accumulate": accumulate, "unit": unit}
     one, other = (trained(short, held, monkeypatch, batches, **options) for short in (True, False))
     # All calls but the first, which is compared with the autograd graph.
     assert len(uses) == 4 * (len(batches) - 1)
