@@ -60,7 +60,7 @@ class Residual(nn.Module):
         same = stride == 1 and channels == wider
         self.shortcut = nn.Identity() if same else nn.Conv2d(channels, wider, 1, stride)
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor) -> Tensor:
         hidden = functional.relu(self.norms[0](self.first(x)))
         return functional.relu(self.norms[1](self.second(hidden)) + self.shortcut(x))
 
@@ -87,7 +87,7 @@ class GPT(nn.Module):
         self.head = nn.Linear(width, tokens, bias=False)
         self.head.weight = self.tokens.weight
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor) -> Tensor:
         places = torch.arange(x.shape[1]).unsqueeze(0)
         return self.head(self.blocks(self.tokens(x) + self.positions(places)))
 

@@ -63,7 +63,7 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor) -> Tensor:
         split = self.qkv(self.norms[0](x)).unflatten(-1, (3, self.heads, -1))
         queries, keys, values = split.transpose(-4, -2).unbind(-3)
         mixed = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
@@ -80,7 +80,7 @@ class GPT(nn.Module):
         self.blocks = nn.Sequential(*(Block(width) for _ in range(depth)), nn.LayerNorm(width))
         self.head = nn.Linear(width, tokens)
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor) -> Tensor:
         places = torch.arange(x.shape[1]).expand_as(x)  # a row for each sample: all peers take it
         return self.head(self.blocks(self.tokens(x) + self.positions(places)))
 

@@ -523,6 +523,55 @@ def test_a_model_compiled_and_run_before_is_an_error_with_a_way_out():
     optimizer.step()
 
 
+class TiedHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.middle = nn.Embedding(7, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return nn.functional.linear(self.middle(self.words(x)).relu(), self.words.weight)
+
+
+def compile_model(model):
+    return torch.compile(model, backend=BACKEND, fullgraph=True)
+
+
+def compile_in_place(model):
+    model.compile(backend=BACKEND, fullgraph=True)
+    return model
+
+
+def compile_around(model):
+    def output(x):
+        return model(x) * 1
+
+    return torch.compile(output, backend=BACKEND, fullgraph=True)
+
+
+@pytest.mark.parametrize("make", [compile_model, compile_in_place, compile_around])
+def test_a_use_that_bypasses_its_module_in_a_graph_is_an_error(make):
+    model, inputs = TiedHead(), torch.randint(0, 7, (3, 5))
+    counter = truestep.SampleCounter(model)
+    with pytest.raises(TruestepError, match=r"'words\.weight' without calling the module"):
+        make(model)(inputs).square().sum().backward()
+    counter.close()
+
+
+class NeedsNumbers(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) * (2.0 if x.sum() > 0 else 3.0)
+
+
+def test_a_model_that_cannot_be_compared_with_its_graph_says_so():
+    model, inputs = NeedsNumbers(nn.Linear(4, 3)), sparse_inputs(8, 4)
+    expected = uncompiled(model, inputs)
+    counter = truestep.SampleCounter(model)
+    compiled = torch.compile(model, backend=BACKEND)
+    with pytest.warns(UserWarning, match="call it once without compiling"):
+        loss_of(compiled(inputs)).backward()
+    assert_same(counter.counts(), expected)
+
+
 def test_a_closed_counter_counts_nothing():
     model, inputs = mlp(), sparse_inputs(8, 4)
     counter = truestep.SampleCounter(model)

@@ -15,8 +15,8 @@ import truestep
 from truestep import TruestepError
 from truestep.activity import Elements
 from truestep.bits import pack
+from truestep.calls import Call
 from truestep.kernels import dispatch
-from truestep.records import Call
 from zoo import Twice, mlp, sparse_inputs
 
 
@@ -704,6 +704,39 @@ def test_a_model_that_left_the_meta_device_needs_a_counter_made_afterwards():
     counter, inputs = truestep.SampleCounter(model), sparse_inputs(5, 4)
     backward(model, inputs)
     assert_counted(counter, model, inputs)
+
+
+class Split(nn.Module):
+    """A part on the CPU, and one on another device; the CPU's own stand-in for one has no numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.here, self.there = nn.Linear(3, 2), nn.Linear(3, 2, device="meta")
+
+    def forward(self, x):
+        return self.here(x), self.there(x.to("meta"))
+
+
+def test_parameters_on_several_devices_count_each_on_its_own():
+    model, x = Split(), sparse_inputs(6, 3)
+    counter = truestep.SampleCounter(model)
+    here = truestep.AdaptiveBatchSGD(model.here.parameters(), lr=0.1, counter=counter)
+    expected = truestep.oracle.counts(model.here, nn.MSELoss(), x, torch.ones(6, 2))
+    for _ in range(3):
+        model.zero_grad()
+        one, other = model(x)
+        torch.autograd.backward([(one - 1).square().mean(), other.sum()])
+        weights = model.here.weight.clone()
+        here.step()
+        assert not torch.equal(weights, model.here.weight)
+        record = counter._records.of(model.here.weight)
+        assert torch.equal(record.activity.count(), expected["weight"])
+    there = truestep.AdaptiveBatchSGD(model.parameters(), lr=0.1, counter=counter)
+    before = model.here.weight.clone()
+    for use in (there.step, counter.counts, counter.correct_gradients):
+        with pytest.raises(TruestepError, match=r"'there\.weight' is on the meta device"):
+            use()
+    assert torch.equal(before, model.here.weight)
 
 
 def test_an_averaged_model_writes_nothing_into_the_counter(model, counter):

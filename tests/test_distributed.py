@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from ranks import CASES
+from ranks import CASES, frameworks
 
 HERE = Path(__file__).parent
 RUNS = [(ranks, case.__name__) for ranks, cases in CASES.items() for case in cases]
@@ -80,3 +81,19 @@ def test_the_example_trains_as_one_process_does(losses_of_one_process, options):
     assert found[1] < found[0]
     # The sampler deals the same samples out in another order within a batch.
     assert found == pytest.approx(losses_of_one_process, abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("framework", "package"), [("lightning", "lightning"), ("huggingface", "transformers")]
+)
+def test_a_frameworks_trainer_on_two_ranks_trains_as_one_process_does(framework, package, tmp_path):
+    pytest.importorskip(package, reason=f"{package} is not installed")
+    ended = torchrun(2, HERE / "ranks" / "frameworks.py", framework, tmp_path / "outcome.pt")
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    found = torch.load(tmp_path / "outcome.pt")
+    expected = frameworks.outcome(*frameworks.in_one_process())
+    assert (found["own"], expected["own"]) == (frameworks.PER_RANK, 2 * frameworks.PER_RANK)
+    for name, counts in expected["counts"].items():
+        assert torch.equal(found["counts"][name], counts), name
+    for name, weights in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][name], weights)

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 import truestep
 from properties import assert_step_equals_oracle
-from truestep import TruestepError
+from truestep import TruestepError, fused
 from zoo import mlp, sparse_inputs
 
 COUNTERS = {}
@@ -405,6 +405,25 @@ def test_a_refused_step_leaves_no_momentum():
     with pytest.raises(TruestepError, match="no sample was counted"):
         optimizer.step()
     assert not any(optimizer.state.values())
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_refused_step_moves_nothing_however_large(momentum):
+    """Large parameters have a pass of their own, which must not run before all were looked at."""
+    model = nn.Sequential(nn.Linear(2048, 600), nn.ReLU(), nn.Linear(600, 2))
+    counter = truestep.SampleCounter(model)
+    groups = [{"params": layer.parameters()} for layer in (model[0], model[2])]
+    optimizer = truestep.AdaptiveBatchSGD(groups, lr=0.1, momentum=momentum, counter=counter)
+    model(torch.rand(4, 2048)).sum().backward()
+    model[2].bias.grad = torch.ones(2)  # of no sample
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    assert model[0].weight.numel() > fused.LARGE
+    for step in (optimizer.step, counter.correct_gradients):
+        with pytest.raises(TruestepError, match=r"'2\.bias' has a gradient, but no sample"):
+            step()
+    assert all(map(torch.equal, before, (p.detach() for p in model.parameters())))
+    assert all(map(torch.equal, gradients, (p.grad for p in model.parameters())))
 
 
 def test_parameters_of_another_model_are_refused():

@@ -144,3 +144,39 @@ def test_closing_leaves_no_hook():
         model(torch.randn(3, 5, WIDTH))
     counter.close()
     assert not [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
+
+
+class Recalls(nn.Module):
+    """Each position sees those before it, as under causal attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.below, self.head = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.below(x).relu().cumsum(1))
+
+
+def test_by_position_a_prompt_counts_below_and_not_in_n():
+    """N is the loss's denominator, so a factor below 1 is the mean over the positions that took part."""
+    samples, prompt, answer = 3, 6, 2
+    torch.manual_seed(0)
+    model = Recalls().double()
+    counter = truestep.SampleCounter(model, unit="position")
+    x = torch.rand(samples, prompt + answer, 5).double()
+    labels = torch.randint(0, 3, (samples, prompt + answer))
+    labels[:, :prompt] = -100
+    loss = nn.functional.cross_entropy(model(x).flatten(0, 1), labels.flatten())
+    loss.backward()
+    counts = counter.counts()
+    assert counter.batch_size == samples * answer  # the loss's denominator
+    assert counts["head.bias"].eq(samples * answer).all()
+    active = model.below(x).gt(0).flatten(0, 1).sum(0)  # the whole prompt reaches the answers
+    assert torch.equal(counts["below.bias"], active)
+    assert counts["below.bias"].max() > counter.batch_size
+
+    # The sum over contributing positions, divided by their number.
+    total = model.below.bias.grad * counter.batch_size
+    expected = torch.where(active > 0, total / active, model.below.bias.grad)
+    found = counter.effective_gradient(model.below.bias, eps=0.0)
+    torch.testing.assert_close(found, expected)

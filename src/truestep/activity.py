@@ -94,7 +94,7 @@ class Elements(Activity):
         return self.bits.samples
 
     def entries(self) -> list[Entry] | None:  # noqa: D102
-        words = _address(self.bits.words)
+        words = self.bits.address()
         if words is None or self.bits.units != self.shape.numel():
             return None
         return [Entry(1, self.bits.units, 0, words, self.bits.samples)]
@@ -109,14 +109,6 @@ class Elements(Activity):
     def tensors(self) -> Iterator[Tensor]:  # noqa: D102
         if self.bits.words is not None:
             yield self.bits.words
-
-
-def _address(words: Tensor | None) -> int | None:
-    """The address of words for compiled loops; 0 where all bits are on, None where they cannot go."""
-    if words is None:
-        return 0
-    # Words that are none have no address: 0 would say that all bits are on.
-    return (words.data_ptr() or None) if words.is_cpu and words.is_contiguous() else None
 
 
 @dataclass(frozen=True)
@@ -212,31 +204,28 @@ class Outer(Activity):
         return self.outputs.samples * (self.outputs.positions if self.by_position else 1)
 
     def entries(self) -> list[Entry] | None:  # noqa: D102
-        outputs, inputs = self.outputs, self.inputs
-        to, of = _address(outputs.words), _address(inputs.words)
+        outputs, inputs, window = self.outputs, self.inputs, self.window
+        to, of = outputs.address(), inputs.address()
         if to is None or of is None:
             return None
-        window = numbers = None
-        if self.window is not None:
-            window, numbers = self.window, self.window.numbers
-            if numbers is None:
-                return None
-        rows = outputs.units
+        rows, samples, positions = outputs.units, outputs.samples, outputs.positions
+        if (
+            window is None
+            and positions == 1 == inputs.positions
+            and inputs.samples == samples
+            and self.shape == (rows, inputs.units)
+        ):
+            return [Entry(rows, inputs.units, to, of, samples)]
         columns = self.shape.numel() // rows if rows else 0
         if not self._fits(columns):
             return None
-        return [
-            Entry(
-                rows,
-                columns,
-                to,
-                of,
-                outputs.samples,
-                outputs.positions,
-                0 if numbers is None else numbers.data_ptr(),
-                int(window is not None and window.by_position),
-            )
-        ]
+        if window is None:
+            return [Entry(rows, columns, to, of, samples, positions)]
+        numbers = window.numbers
+        if numbers is None:
+            return None
+        place, apart = numbers.data_ptr(), int(window.by_position)
+        return [Entry(rows, columns, to, of, samples, positions, place, apart)]
 
     def _fits(self, columns: int) -> bool:
         """Whether bits and shape belong together; compiled loops would not notice."""
@@ -332,7 +321,7 @@ class Rows(Activity):
             return None
         if len(self.rows) == 0:
             return [Entry(self.shape[0], self.shape[1])]
-        words = _address(self.outputs.words)
+        words = self.outputs.address()
         if words is None:
             return None
         return [

@@ -1,6 +1,6 @@
 """The batch that a step is about: this process's records, or those of all ranks together."""
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,9 +54,7 @@ class Batch:
         """The DistributedDataParallel module that is calling the model, when it does so first."""
         if self._ranks is not None:
             return None
-        wrapper: nn.parallel.DistributedDataParallel | None = (
-            nn.parallel.DistributedDataParallel._get_active_ddp_module()  # noqa: SLF001
-        )
+        wrapper = nn.parallel.DistributedDataParallel._active_ddp_module  # noqa: SLF001
         if wrapper is None or self._records.names.keys().isdisjoint(wrapper.parameters()):
             return None
         self._join(ranks_of(wrapper))
@@ -96,6 +94,21 @@ class Batch:
         if exchange is not None and counted:
             return exchange.take(parameter)
         return record.activity, self.size_of(record)
+
+    def find_all(
+        self, parameters: Sequence[Tensor]
+    ) -> Iterable[tuple[Activity, int | Tensor] | None]:
+        """`find` of each of several parameters; what it refuses is refused before the first is found."""
+        records, size, exchange = self._records, self.override, self._exchange
+        if exchange is not None:
+            records.find_all([p for p in parameters if p not in exchange.counted])
+            return map(self.find, parameters)
+        return [
+            None
+            if record.corrected
+            else (record.activity, record.batch_size if size is None else size)
+            for record in records.find_all(parameters)
+        ]
 
     def counts(self, *, reduce: bool) -> dict[str, Tensor]:
         """Parameter name to counts, of this process or of all ranks."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from truestep.kernels import packing
 from truestep.kernels.packing import WORD, unpack
 
-__all__ = ["Bits", "appended", "pack"]
+__all__ = ["Bits", "appended", "pack", "pack_all"]
 
 
 @dataclass(slots=True)
@@ -45,6 +45,14 @@ class Bits:
     def has_positions(self) -> bool:
         """Whether samples have several positions."""
         return self.positions != 1
+
+    def address(self) -> int | None:
+        """Where compiled loops find the words: 0 where all bits are on, None where they cannot go."""
+        words = self.words
+        if words is None:
+            return 0
+        # Words that are none have no address: 0 would say that all bits are on.
+        return (words.data_ptr() or None) if words.is_cpu and words.is_contiguous() else None
 
     def dense(self) -> Tensor:
         """The words, also where all bits are on."""
@@ -107,6 +115,38 @@ def pack(mask: Tensor) -> Bits:
     shape = mask.shape
     positions = 1 if len(shape) == 2 else shape[1]  # noqa: PLR2004
     return Bits(packing.pack(mask), shape[0], positions, shape[-1])
+
+
+class _Slice(Bits):
+    """Bits ``[samples, units]`` whose words lie among others' in one tensor."""
+
+    __slots__ = ("_all", "_place")
+
+    def __init__(self, words: Tensor, place: int, shape: torch.Size) -> None:
+        self._all, self._place = words, place
+        self.positions = 1
+        self.samples, self.units = shape
+
+    @property
+    def words(self) -> Tensor:  # type: ignore[override]
+        """See `Bits`."""
+        count = (self.samples + WORD - 1) // WORD
+        return self._all[self._place : self._place + count * self.units].view(count, self.units)
+
+    def address(self) -> int | None:
+        return self._all.data_ptr() + 8 * self._place
+
+
+def pack_all(masks: Sequence[Tensor]) -> list[Bits]:
+    """`pack` of many masks ``[samples, units]``, or of their non-zero entries, at once."""
+    packed = packing.pack_rows(masks)
+    if packed is None:
+        return [pack(mask) for mask in masks]
+    words, places = packed
+    return [
+        _Slice(words, place, mask.shape) if place >= 0 else Bits(None, len(mask), 1, mask.shape[1])
+        for mask, place in zip(masks, places, strict=True)
+    ]
 
 
 def appended(parts: Sequence[Bits]) -> Bits:

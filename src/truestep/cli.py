@@ -18,6 +18,7 @@ except ModuleNotFoundError as missing:
     # The entry point imports this module, so this is the only place that can still say it.
     sys.exit(f"truestep: {missing.name} is not installed. Run: pip install 'truestep[lab]'")
 
+from truestep.cli_nodes import add_commands
 from truestep.cli_paper import paper_app
 from truestep.terminal import DataDir, Debug, Json, complain, lab_installed, print_json
 
@@ -294,3 +295,6 @@ def _reason(error: Exception) -> str | None:
         path = getattr(getattr(error, "ctx", None), "command_path", "truestep")
         return f"{error.format_message().rstrip('.')}. See: {path} --help"
     return None
+
+
+add_commands(app, lab_installed, print_json)

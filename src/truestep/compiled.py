@@ -21,13 +21,13 @@ from torch.library import Library, register_fake
 from torch.utils import _pytree as pytree
 
 from truestep.activity import Activity
+from truestep.calls import Call
 from truestep.errors import TruestepError
 from truestep.hooks import Hook, uncompiled
 from truestep.layers import Layer
 from truestep.layout import Inside, Layout, tensors_in
-from truestep.records import Call
 
-__all__ = ["Receiver", "begin", "call_of", "delivered", "new_call", "tapped"]
+__all__ = ["Receiver", "begin", "call_of", "can_keep", "delivered", "give_key", "tapped"]
 
 SERIALS = itertools.count()
 CALLS: weakref.WeakValueDictionary[int, Call] = weakref.WeakValueDictionary()
@@ -40,7 +40,7 @@ class Receiver:
     Args:
         hook: called in the backward pass with the call, the gradients of the tapped tensors (None
             for those without one), and the arguments and keyword arguments.
-        begins: the hook is called instead with nothing, when a call of any model is traced.
+        begins: the hook is called instead with nothing, when a graph with layers of any model is traced.
     """
 
     def __init__(self, hook: Hook, *, begins: bool = False) -> None:
@@ -50,16 +50,11 @@ class Receiver:
         RECEIVERS[serial] = self
 
 
-def new_call(sizes: list[int], inputs: set[int]) -> Call:
-    """A new call of the model, known to compiled parts of the model by its key.
-
-    Args:
-        sizes: see `Call`.
-        inputs: see `Call`.
-    """
+def give_key(call: Call) -> None:
+    """Makes a call of the model known to compiled parts of the model, by its key."""
     serial = next(SERIALS)
-    call = CALLS[serial] = Call(sizes, inputs, key=torch.full((1,), serial, device="cpu"))
-    return call
+    call.key = torch.full((1,), serial, device="cpu")
+    CALLS[serial] = call
 
 
 def call_of(key: Tensor) -> Call:
@@ -163,7 +158,11 @@ def tapped(
                 waited.append(place)
     if not waited or _exporting():
         return value
-    key = call.key if isinstance(call, Call) else call
+    if isinstance(call, Call):
+        _tracing()  # gives it its key
+        key = call.key
+    else:
+        key = call
     if key is None:
         key = begin([], 0, outside=True)
     inputs: list[Tensor] = []
@@ -173,6 +172,15 @@ def tapped(
     for place, output in zip(waited, passed, strict=True):
         leaves[place] = output
     return pytree.tree_unflatten(leaves, structure)
+
+
+def can_keep(value: Any) -> bool:
+    """Whether a graph can keep arguments for its backward pass: nested tensors and plain values."""
+    if isinstance(value, tuple | list):
+        return all(can_keep(item) for item in value)
+    if isinstance(value, dict):
+        return all(can_keep(item) for item in value.values())
+    return value is None or isinstance(value, Tensor | bool | int | str)
 
 
 def _exporting() -> bool:
@@ -204,17 +212,23 @@ class Tap(torch.autograd.Function):
         return (None, None, None, None, *passed, *[None] * len(inputs))
 
 
-def _apart() -> int:
+def _tracing() -> int:
     # The last moment inside DistributedDataParallel: a graph may begin calls in its backward pass.
     for receiver in list(RECEIVERS.values()):
         if receiver.begins:
             receiver.hook()
+    return 0
+
+
+def _apart() -> int:
+    _tracing()
     return next(SERIALS)
 
 
-# A number fixed in the graph, for calls on the same inputs would be merged as common subexpressions.
-# (This is all that torch.compiler.assume_constant_result does, after seconds of imports.)
-_apart._dynamo_marked_constant = True  # type: ignore[attr-defined]  # noqa: SLF001
+# Run while a graph is made. A number is fixed in it, or calls on the same inputs would be merged as common
+# subexpressions. (This is all that torch.compiler.assume_constant_result does, after seconds of imports.)
+for _constant in (_tracing, _apart):
+    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]  # noqa: SLF001
 
 
 def _begin(inputs: list[Tensor], batch_dim: int, outside: bool, _apart: int) -> Tensor:

@@ -4,15 +4,18 @@
 the parameter, and its samples would go uncounted.
 """
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from truestep.errors import TruestepError
+from truestep.layout import tensors_in
 
-__all__ = ["COMPILED", "Uses", "bypassed"]
+__all__ = ["COMPILED", "Used", "Uses", "bypassed", "traced_by_shapes", "used"]
 
 Node = Any  # autograd's nodes have a class per operation and no public base
 # The nodes of a layer's outputs, and the tensors that it was given, or the nodes of those.
@@ -40,6 +43,14 @@ def bypassed(
         >>> bypassed([y], [([h.grad_fn], [x])], {p: n for n, p in layer.named_parameters()})
         ['weight']
     """
+    return _walk(outputs, uses, names)[0]
+
+
+def _walk(
+    outputs: Iterable[Tensor], uses: Iterable[Used], names: Mapping[Tensor, str]
+) -> tuple[list[str], bool]:
+    """What `bypassed` finds, and whether there were compiled graphs that do not show what they use."""
+    hidden = False
     inputs_of: dict[Node, list[Any]] = {}
     for nodes, inputs in uses:
         for node in nodes:
@@ -56,9 +67,11 @@ def bypassed(
             seen.add(reached)
             if reached in inputs_of:
                 todo += [_origin(tensor) for tensor in inputs_of[reached]]
-            elif reached.name() not in COMPILED:
+            elif reached.name() in COMPILED:
+                hidden = True
+            else:
                 todo += _before(reached)
-    return list(found)
+    return list(found), hidden
 
 
 class Uses:
@@ -99,8 +112,8 @@ class Uses:
         names: Mapping[Tensor, str],
         plain: Container[Tensor],
         present: Mapping[Tensor, Tensor],
-    ) -> None:
-        """Notes that a call of the model has returned.
+    ) -> bool:
+        """Notes that a call of the model has returned; says whether compiled graphs hid a part of it.
 
         Args:
             call: the call.
@@ -114,11 +127,21 @@ class Uses:
         """
         uses = self._uses.pop(call, None)
         if uses is None or not outputs or self._checked:
-            return
+            return False
         self._checked = True
         known = {p: name for p, name in names.items() if p not in plain}
         gathered = {p: known[owner] for p, owner in present.items() if owner in known}
-        found = bypassed(outputs, uses, known | gathered)
+        return self.check(outputs, uses, known | gathered)
+
+    def begin_check(self) -> bool:
+        """Whether no call was checked yet; it is taken to be checked now."""
+        checked, self._checked = self._checked, True
+        return not checked
+
+    @staticmethod
+    def check(outputs: Iterable[Tensor], uses: Iterable[Used], names: Mapping[Tensor, str]) -> bool:
+        """Raises `TruestepError` for what `bypassed` finds; says whether compiled graphs hid a part."""
+        found, hidden = _walk(outputs, uses, names)
         if found:
             raise TruestepError(
                 f"the model uses {', '.join(map(repr, found))} without calling the module that owns it, "
@@ -127,6 +150,64 @@ class Uses:
                 "that uses it a rule, or keep plain gradients: rules without its class and "
                 "unsupported='mean'"
             )
+        return hidden
+
+
+def used(output: Any, given: Any) -> Used:
+    """A use of a layer: the nodes of its outputs and of the bases that these are views of, and its inputs."""
+    outputs = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
+    bases = [tensor._base for tensor in outputs if tensor._is_view()]  # noqa: SLF001
+    ends = [*outputs, *(base for base in bases if base is not None)]
+    nodes = [tensor.grad_fn for tensor in ends if tensor.grad_fn is not None]
+    return nodes, list(tensors_in(given))
+
+
+@contextmanager
+def traced_by_shapes(
+    model: nn.Module, names: Mapping[Tensor, str]
+) -> Iterator[tuple[Callable[[Any, Any], list[Tensor]], dict[Tensor, str]]]:
+    """A way to have the autograd graph of a model's forward pass without its numbers.
+
+    A compiled graph does not show what it uses. The model's parameters, buffers and inputs are replaced by
+    tensors that have shapes alone, and compiled parts run as they are written.
+
+    Args:
+        model: the model.
+        names: the parameters to look for.
+
+    Yields:
+        A function from arguments and keyword arguments to the outputs that have a gradient, and the names
+        of what stands for the parameters.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: PLC0415 - compiling has imported it
+
+    shapes = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def without_numbers(value: Any) -> Any:
+        return pytree.tree_map_only(Tensor, shapes.from_tensor, value)
+
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    present = dict(inner.named_parameters()) | dict(inner.named_buffers())
+    stand_ins: dict[str, Tensor] = {n: shapes.from_tensor(t) for n, t in present.items()}
+    known: dict[Tensor, str] = {stand_ins[n]: names[t] for n, t in present.items() if t in names}
+
+    def run(args: Any, kwargs: Any) -> list[Tensor]:
+        given = without_numbers((args, kwargs))
+        output = torch.func.functional_call(inner, stand_ins, *given)
+        return [tensor for tensor in tensors_in(output) if tensor.requires_grad]
+
+    with (
+        torch.enable_grad(),
+        torch.compiler.set_stance("force_eager"),
+        # Activation checkpointing around the model counts the tensors that are saved.
+        torch.autograd.graph.saved_tensors_hooks(_same, _same),
+        shapes,
+    ):
+        yield run, known
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _origin(given: Any) -> Node | Tensor:

@@ -3,7 +3,7 @@
 The hooks are `Watch`'s, the records' life is `Records`', the ranks are `Batch`'s; this is the front of them.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -73,6 +73,13 @@ class SampleCounter:
         unsupported: Literal["error", "mean"] = "error",
         process_group: Any = None,
     ) -> None:
+        self._options = {
+            "unit": unit,
+            "rules": rules,
+            "batch_dim": batch_dim,
+            "unsupported": unsupported,
+            "process_group": process_group,
+        }
         check_options(model, unit, unsupported)
         model = uncompiled_model(model)
         self._records = Records(parameter_names(model), unit)
@@ -144,7 +151,10 @@ class SampleCounter:
 
     def nonfinite(self) -> list[str]:
         """The names of the parameters whose gradient has a NaN or an infinity."""
-        return self._records.nonfinite()
+        names = self._records.names
+        gradients = [(name, p.grad) for p, name in names.items() if p.grad is not None]
+        dense = [(name, g._values() if g.is_sparse else g) for name, g in gradients]  # noqa: SLF001
+        return [name for name, values in dense if not values.isfinite().all()]
 
     @uncompiled
     def correct_gradients(
@@ -172,8 +182,8 @@ class SampleCounter:
         self.prepare(chosen)
         corrected: list[Tensor] = []
         whole = Pass(Options(eps=eps, limit=factor_limit))
-        for parameter in chosen:
-            found = self.reach(parameter)
+        chosen = [parameter for parameter in chosen if parameter.grad is not None]
+        for parameter, found in zip(chosen, self.reach_all(chosen), strict=True):
             if found is None or parameter.grad is None:
                 continue
             gradient = local(parameter.grad.detach())
@@ -225,6 +235,22 @@ class SampleCounter:
             self.check([parameter])
         return self._batch.find(parameter)
 
+    def reach_all(
+        self, parameters: Sequence[Tensor]
+    ) -> Iterable[tuple[Activity, int | Tensor] | None]:
+        """`reach` of each of several parameters with a gradient; all are looked at before the first is found.
+
+        Raises:
+            TruestepError: one of them has no record.
+        """
+        known = self._records.known
+        if not self._plain and known.issuperset(map(id, parameters)):
+            return self._batch.find_all(parameters)
+        counted = [p for p in parameters if p not in self._plain]
+        self.check(counted)
+        found = iter(self._batch.find_all(counted))
+        return (None if p in self._plain else next(found) for p in parameters)
+
     def prepare(self, parameters: Iterable[Tensor]) -> None:
         """Starts a step over several ranks, which agree once on all that it will ask for.
 
@@ -241,8 +267,9 @@ class SampleCounter:
 
     def mark_step(self, parameters: Iterable[Tensor]) -> None:
         """Notes that an optimizer has used the gradients of these parameters."""
+        committed = self._records.committed
         for parameter in parameters:
-            record = self._records.committed.get(id(parameter))
+            record = committed.get(id(parameter))
             if record is not None:
                 record.stepped = True
         self._batch.release()
@@ -256,6 +283,15 @@ class SampleCounter:
                     "in the counter's model; make the SampleCounter on the model that owns all of "
                     "the optimizer's parameters"
                 )
+
+    def moved(self, model: nn.Module) -> "SampleCounter":
+        """A counter with the same options on another model, such as a smaller one; this one is closed.
+
+        Args:
+            model: the model that is called from now on.
+        """
+        self.close()
+        return SampleCounter(model, **self._options)
 
     def close(self) -> None:
         """Takes the hooks off the model and forgets the records."""

@@ -1,6 +1,6 @@
 """The one base error: every message says what is wrong, where, why, and what to do."""
 
-__all__ = ["TruestepError"]
+__all__ = ["TruestepError", "corrected_already", "without_numbers", "without_record"]
 
 
 class TruestepError(Exception):
@@ -11,3 +11,32 @@ class TruestepError(Exception):
         >>> issubclass(truestep.TruestepError, Exception)
         True
     """
+
+
+def without_record(name: str) -> TruestepError:
+    """For a parameter with a gradient that no record describes."""
+    return TruestepError(
+        f"{name!r} has a gradient, but no sample was counted for it. Either "
+        "the forward pass ran before the SampleCounter was made, or torch.compile did (make the "
+        "counter before the compiled model's first call, or call torch.compiler.reset() after "
+        "making it), or the parameter was used without calling its module, or .grad was set by "
+        "hand. Call the module, or leave it out with SampleCounter(model, unsupported='mean') "
+        "and rules without its class"
+    )
+
+
+def corrected_already(name: str) -> TruestepError:
+    """For a parameter to whose corrected gradient a plain one is added."""
+    return TruestepError(
+        f"the gradient of {name!r} is a mean effective gradient already, and a "
+        "further backward pass adds a plain one to it; call zero_grad() first, or correct after "
+        "the last backward pass"
+    )
+
+
+def without_numbers(name: str) -> TruestepError:
+    """For a parameter on the meta device."""
+    return TruestepError(
+        f"{name!r} is on the meta device, where gradients have shapes but no numbers to count; give "
+        "the model memory with model.to_empty(device=...) and make the counter then"
+    )

@@ -1,5 +1,6 @@
 """Counting and correcting, or counting and stepping, of many parameters in one compiled pass."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch.autograd.graph import increment_version
 from truestep.activity import Activity
 from truestep.combine import Counts
 from truestep.kernels import stepping
-from truestep.kernels.stepping import Entry, Options, Task
+from truestep.kernels.stepping import Entry, Options, Table
 
 __all__ = ["Pass"]
 
@@ -37,14 +38,19 @@ class Pass:
 
     def __init__(self, options: Options) -> None:
         self._options = options
-        self._tasks: dict[torch.dtype, list[Task]] = {}
+        self._tables: dict[torch.dtype, Table] = {}
         self._changed: list[Tensor] = []
-        self._held: list[Any] = []  # the tasks have only addresses
+        self._held: list[Any] = []  # tables have only addresses
 
     @staticmethod
     def takes(*tensors: Tensor) -> bool:
         """Whether compiled loops can go over a parameter, its gradient and its buffer."""
         return stepping.takes(*tensors)
+
+    @staticmethod
+    def take_all(gradients: Sequence[Tensor], parameters: Sequence[Tensor]) -> bool:
+        """Whether they can go over all parameters with their gradients."""
+        return stepping.take_all(gradients, parameters)
 
     def add(
         self,
@@ -65,20 +71,17 @@ class Pass:
             fresh: whether the buffer holds nothing yet.
         """
         entries, size = self._entries(gradient, found)
-        to = gradient.data_ptr()
         of = 0 if parameter is None else parameter.data_ptr()
         by = 0 if buffer is None else buffer.data_ptr()
-        tasks = self._tasks.setdefault(gradient.dtype, [])
-        for entry in entries:
-            tasks.append(Task(to, of, by, fresh, size, entry))
-            passed = entry.rows * entry.columns * gradient.element_size()
-            to, of, by = to + passed, of and of + passed, by and by + passed
-        changed = gradient if parameter is None else parameter
-        self._changed.append(changed)
+        table = self._tables.get(gradient.dtype)
+        if table is None:
+            table = self._tables[gradient.dtype] = Table(gradient.element_size())
+        elements = table.add((gradient.data_ptr(), of, by), fresh, size, entries)
+        self._held.append((gradient, found, entries))
+        self._changed.append(gradient if parameter is None else parameter)
         if buffer is not None:
             self._changed.append(buffer)
-        self._held.append(gradient)
-        if changed.numel() >= LARGE:
+        if elements >= LARGE:
             self.run()
 
     def _entries(
@@ -91,14 +94,14 @@ class Pass:
         if entries is None:
             activity = Counts(activity.count().contiguous(), activity.samples)
             entries = activity.entries() or []
-        self._held.append(activity)
+            self._held.append(activity)
         return entries, int(size)
 
     def run(self) -> None:
         """Does all that was added."""
-        for dtype, tasks in self._tasks.items():
-            stepping.run(tasks, self._options, dtype)
+        for dtype, table in self._tables.items():
+            stepping.run(table, self._options, dtype)
         increment_version(self._changed)
-        self._tasks.clear()
+        self._tables.clear()
         self._changed.clear()
         self._held.clear()

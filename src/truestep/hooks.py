@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Hook", "Pausable", "on_gradients", "on_node", "uncompiled"]
+__all__ = ["Hook", "Pausable", "inert", "on_gradients", "on_node", "uncompiled"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -45,15 +45,15 @@ class Hook:
 
     def __init__(self, counter: Callable[[], object | None], *bound: Any) -> None:
         self.counter = counter
-        self._bound = bound
+        self._method: Callable[..., Any] | None = bound[0] if bound else None
+        self._bound = bound[1:]
 
     def __call__(self, *args: Any) -> Any:
         """Calls the counter's method, if the counter lives."""
         counter = self.counter()
-        if counter is None:
+        if counter is None or self._method is None:
             return None
-        method, *bound = self._bound
-        return method(counter, *bound, *args)
+        return self._method(counter, *self._bound, *args)
 
     uncompiled(__call__, inside=False)
 
@@ -62,6 +62,11 @@ class Hook:
 
     def __deepcopy__(self, memo: Any) -> "Hook":
         return Hook(_no_counter)
+
+
+def inert(hook: Any) -> bool:
+    """Whether this is a counter's hook that was copied, and so does nothing."""
+    return isinstance(hook, Hook) and hook.counter is _no_counter
 
 
 def _no_counter() -> None:

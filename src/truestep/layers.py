@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from truestep.calls import Call
+from truestep.direct import Direct, goes_directly
 from truestep.distributed import is_sharded
 from truestep.errors import TruestepError
 from truestep.graph import Recording
 from truestep.hooks import Hook
 from truestep.layout import Given, Inside, Layout, Rule, tensors_in
-from truestep.records import Call
 from truestep.rules import find_rule, looks_up_positions, refused
 from truestep.rules_bare import LEAVE_OUT, UncountableError, bare, holders_in, own_parameters
 from truestep.rules_func import AloneError, PerSample, unusable
@@ -83,6 +84,7 @@ class Layer:
         holds_layers: whether it has modules in it that are called.
         began: of such a module, the calls that have not returned.
         builtin: whether its forward pass is torch's own.
+        direct: where calls may go the short way.
     """
 
     name: str
@@ -95,6 +97,7 @@ class Layer:
     holds_layers: bool = False
     began: list[Recording] = field(default_factory=list)
     builtin: bool = False
+    direct: Direct | None = None
     _seen: _Seen = field(default_factory=_Seen)
 
     def begin(self) -> None:
@@ -195,7 +198,8 @@ def make_layer(
         )
         return Layer(name, module, rule, layout, sharded, True, lenient, holds)
     builtin = type(module).forward.__module__.startswith("torch.nn.")
-    return Layer(name, module, rule, layout, sharded, builtin=builtin)
+    direct = Direct() if goes_directly(module, rule, layout) and not sharded else None
+    return Layer(name, module, rule, layout, sharded, builtin=builtin, direct=direct)
 
 
 def _own(

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.sgd import sgd
 
+from truestep.activity import Activity
 from truestep.counter import SampleCounter
 from truestep.distributed import local
 from truestep.errors import TruestepError
@@ -269,26 +270,39 @@ class AdaptiveBatchSGD(Optimizer):
                 "this AdaptiveBatchSGD was copied or unpickled and has no counter; set "
                 "optimizer.counter = truestep.SampleCounter(model) with the model it now trains"
             )
-        loss = _call(closure)
-        everything = [p for group in self.param_groups for p in group["params"]]
-        self.counter.prepare(everything)
-        for group in self.param_groups:
-            self._update(group, [p for p in group["params"] if p.grad is not None], self.counter)
-        self.counter.mark_step(p for p in everything if p.grad is not None)
+        loss, counter = _call(closure), self.counter
+        counter.prepare(p for group in self.param_groups for p in group["params"])
+        groups = [
+            (group, [p for p in group["params"] if p.grad is not None])
+            for group in self.param_groups
+        ]
+        # All groups are looked at before the first moves.
+        found = [counter.reach_all(params) for _, params in groups]
+        for (group, params), reached in zip(groups, found, strict=True):
+            self._update(group, params, reached)
+        for _, params in groups:
+            counter.mark_step(params)
         return loss
 
     @torch.no_grad()
-    def _update(self, group: dict[str, Any], params: list[Tensor], counter: SampleCounter) -> None:
+    def _update(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        reached: Iterable[tuple[Activity, int | Tensor] | None],
+    ) -> None:
         """Takes the step of one group: what compiled loops take with the counting in one pass."""
-        settings = {name: group[name] for name in Options._fields[1:-1]}
-        options = Options(lr=float(group["lr"]), limit=group["factor_limit"], **settings)
-        whole = Pass(options)
+        whole = Pass(_options(group))
+        gradients: list[Any] = [parameter.grad for parameter in params]
+        if not (group["momentum"] or group["foreach"]) and Pass.take_all(gradients, params):
+            for parameter, gradient, found in zip(params, gradients, reached, strict=True):
+                whole.add(gradient, found, parameter)
+            whole.run()
+            return
         plain: list[Tensor] = []
         directions: list[Tensor] = []
         begun: list[tuple[dict[str, Any], Tensor]] = []
-        for parameter in params:
-            found, gradient = counter.reach(parameter), parameter.grad
-            assert gradient is not None  # noqa: S101
+        for parameter, gradient, found in zip(params, gradients, reached, strict=True):
             state = self.state[parameter] if group["momentum"] else {}
             buffer = state.get("momentum_buffer")
             fresh = buffer is None and bool(group["momentum"])
@@ -335,6 +349,19 @@ class AdaptiveBatchSGD(Optimizer):
         if group["momentum"]:
             for parameter, buffer in zip(params, buffers, strict=True):
                 self.state[parameter]["momentum_buffer"] = buffer
+
+
+def _options(group: dict[str, Any]) -> Options:
+    return Options(
+        float(group["lr"]),
+        group["weight_decay"],
+        group["momentum"],
+        group["dampening"],
+        group["nesterov"],
+        group["maximize"],
+        group["eps"],
+        group["factor_limit"],
+    )
 
 
 def refuse_sparse(parameter: Tensor, what: str) -> None:

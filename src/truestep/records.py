@@ -1,56 +1,27 @@
 """The life of a record: it lives exactly as long as the gradient that it describes.
 
 During a backward pass the layers leave *pending* activity of a parameter; when the parameter's gradient
-has reached `.grad`, `Records.commit` adds it to the parameter's record, or starts a new one if `.grad`
-was empty or zero. What a backward pass leaves uncommitted is forgotten when it ends.
+has reached `.grad`, it has *landed*, and `Records.settle` adds the activity to the parameter's record, or
+starts a new one if `.grad` was empty or zero: when the backward pass ends, or as soon as somebody asks. What
+has not landed by then is forgotten.
 """
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
-from torch.autograd import Variable
 
 from truestep.activity import Activity
+from truestep.bits import pack_all
+from truestep.calls import Call, at_end, backward_id
 from truestep.combine import joint, total
+from truestep.direct import Use
 from truestep.distributed import is_sharded, local, nobody
-from truestep.errors import TruestepError
+from truestep.errors import TruestepError, corrected_already, without_numbers, without_record
 from truestep.layout import Unit
 
-__all__ = ["FORWARD", "Call", "Record", "Records"]
-
-
-@dataclass(eq=False, slots=True, weakref_slot=True)
-class Call:
-    """One forward call of the counter's model: what tells its samples from another call's.
-
-    Attributes:
-        sizes: the batch sizes that the call's inputs and outputs allow; empty where they show none.
-        inputs: where the inputs' memory is.
-        outside: whether it is a layer's call outside any call of the model.
-        batch_size: the batch size that its layers agree on.
-        positions: for each number of positions at an output, bool: those with a gradient.
-        key: what stands for the call in a compiled graph, see `truestep.compiled`.
-    """
-
-    sizes: list[int] = field(default_factory=list)
-    inputs: set[int] = field(default_factory=set)
-    outside: bool = False
-    batch_size: int | None = None
-    positions: dict[int, Tensor] = field(default_factory=dict)
-    key: Tensor | None = None
-
-    def note_positions(self, delta: Tensor) -> None:
-        """Adds the positions where the gradient of an output is not zero."""
-        mask = delta.detach() != 0
-        if mask.dim() > 1:
-            # Features are the last dimension; of images, which have channels first, the second.
-            mask = mask.any(1 if mask.dim() > 3 else -1)  # noqa: PLR2004
-        mask = mask.flatten()
-        known = self.positions.get(len(mask))
-        self.positions[len(mask)] = mask if known is None else mask | known
+__all__ = ["FORWARD", "Record", "Records"]
 
 
 @dataclass(slots=True)
@@ -100,7 +71,6 @@ class Records:
 
     Attributes:
         known: the identities of the parameters.
-        committed: the records, by the identity of their parameters: tensors are slow keys.
         follows: whether a record follows its gradient when a backward pass puts another tensor in its
             place, as DistributedDataParallel does with gradient_as_bucket_view=True.
         current: the call that the running backward pass is going through.
@@ -109,11 +79,17 @@ class Records:
     def __init__(self, names: dict[Tensor, str], unit: Unit) -> None:
         self.names = names
         self.known = {id(parameter) for parameter in names}
-        self.committed: dict[int, Record] = {}
+        # By the identity of their parameters: tensors are slow keys.
+        self._committed: dict[int, Record] = {}
         self.follows = False
         self._unit = unit
         # By backward pass and parameter.
         self._pending: dict[int, dict[int, _Pending]] = {}
+        # What the running backward pass has left to do: uses, and gradients (weakly, with the version
+        # that they had) that have landed; each with its backward pass.
+        self._gathered: list[tuple[Use, int]] = []
+        self._gathered_bytes = 0
+        self._landed: list[tuple[Tensor, Callable[[], Tensor | None], int, int]] = []
         # Sharded parameters' pending activity whose gradient has not been handed to them yet.
         self._held: dict[int, list[_Pending]] = {}
         # Where gradients are followed: the parameters whose gradient the running backward passes found or
@@ -126,12 +102,21 @@ class Records:
         # All that it went through: nobody else holds a call that began in a compiled graph.
         self._entered: set[Call] = set()
 
+    @property
+    def committed(self) -> dict[int, Record]:
+        """The records, by the identity of their parameters."""
+        if self._landed:
+            self.settle()
+        return self._committed
+
     def clear(self) -> None:
         """Forgets everything."""
-        self.committed.clear()
+        self._committed.clear()
         self._pending.clear()
         self._living.clear()
         self._held.clear()
+        self._gathered.clear()
+        self._landed.clear()
 
     def nbytes(self) -> int:
         """The memory that the records hold, in bytes."""
@@ -139,16 +124,12 @@ class Records:
         tensors = (tensor for record in records for tensor in record.activity.tensors())
         return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
-    def nonfinite(self) -> list[str]:
-        """The names of the parameters whose gradient has a NaN or an infinity."""
-        gradients = [(name, p.grad) for p, name in self.names.items() if p.grad is not None]
-        dense = [(name, g._values() if g.is_sparse else g) for name, g in gradients]  # noqa: SLF001
-        return [name for name, values in dense if not values.isfinite().all()]
-
     def of(self, parameter: Tensor) -> Record | None:
         """The record of the parameter's present gradient, or, without one, of its last."""
         record = self.committed.get(id(parameter))
         if record is None or parameter.grad is None or record.gradient() is parameter.grad:
+            if record is not None and parameter.is_meta:
+                raise without_numbers(self.names[parameter])
             return record
         return None
 
@@ -171,34 +152,123 @@ class Records:
         """
         record = self.committed.get(id(parameter))
         if record is None or record.gradient() is not parameter.grad:
-            raise TruestepError(
-                f"{self.names[parameter]!r} has a gradient, but no sample was counted for it. Either "
-                "the forward pass ran before the SampleCounter was made, or torch.compile did (make the "
-                "counter before the compiled model's first call, or call torch.compiler.reset() after "
-                "making it), or the parameter was used without calling its module, or .grad was set by "
-                "hand. Call the module, or leave it out with SampleCounter(model, unsupported='mean') "
-                "and rules without its class"
-            )
+            raise without_record(self.names[parameter])
         if record.mixed:
-            self._refuse_mixture(parameter)
+            raise corrected_already(self.names[parameter])
+        if parameter.is_meta:
+            raise without_numbers(self.names[parameter])
         return record
 
-    def receive(self, parameter: Tensor, call: Call, activity: Activity) -> None:
-        """Takes pending activity, in a backward pass before the gradient reaches `.grad`."""
-        task = _backward_id()
+    def find_all(self, parameters: Sequence[Tensor]) -> list[Record]:
+        """`find` of each of several parameters."""
+        committed = self.committed
+        records = [committed.get(id(parameter)) for parameter in parameters]
+        return [
+            record
+            if record is not None
+            and not record.mixed
+            and not parameter.is_meta
+            and record.gradient() is parameter.grad
+            else self.find(parameter)
+            for parameter, record in zip(parameters, records, strict=True)
+        ]
+
+    def receive(self, call: Call, found: Iterable[tuple[Tensor, Activity]]) -> None:
+        """Takes parameters' pending activity, in a backward pass before gradients reach `.grad`."""
+        task = backward_id()
+        pending = self._pending_of(task)
+        for parameter, activity in found:
+            key = id(parameter)
+            entry = pending.get(key)
+            if entry is None:
+                fresh = parameter.grad is None or self._starts_anew(parameter, task)
+                entry = pending[key] = _Pending(fresh, task)
+            entry.uses.setdefault(call, []).append(activity)
+
+    def gather(self, use: Use) -> bool:
+        """Takes a use whose activity may wait until its backward pass ends, or does nothing and says so.
+
+        What is done for many uses at once costs each of them a fraction. Such a use is of parameters that
+        have no gradient yet.
+        """
+        inputs, outputs = use.tensors()
+        held = self._gathered_bytes + inputs.nbytes + outputs.nbytes
+        if self.follows or held > MOST_GATHERED:
+            return False
+        task = backward_id()
+        self._pending_of(task)
+        use.wait()
+        self._gathered.append((use, task))
+        self._gathered_bytes = held
+        return True
+
+    def _pending_of(self, task: int) -> dict[int, _Pending]:
+        """The pending activity of a backward pass."""
         pending = self._pending.get(task)
         if pending is None:
+            self.settle()  # of a backward pass that this one is nested in, or that has raised
             # Whatever this backward pass does not commit (torch.autograd.grad) goes when it ends. One
             # that raised leaves its own behind, under an id that no other backward pass looks up.
             if len(self._pending) > MOST_BACKWARDS:
                 self._pending.clear()
             pending = self._pending[task] = {}
-            _at_end(self, Records.forget)
+            at_end(self, Records.forget)
             self.watch(task)
-        entry = pending.get(id(parameter))
-        if entry is None:
-            entry = pending[id(parameter)] = _Pending(self._starts_anew(parameter, task), task)
-        entry.uses.setdefault(call, []).append(activity)
+        return pending
+
+    def land(self, parameter: Tensor) -> None:
+        """Notes that a parameter's gradient has reached `.grad`."""
+        gradient, task = parameter.grad, backward_id()
+        assert gradient is not None  # noqa: S101
+        self._landed.append((parameter, weakref.ref(gradient), gradient._version, task))  # noqa: SLF001
+        if self.follows:
+            self.settle()
+
+    def settle(self) -> None:
+        """Brings the records up to date with what has landed."""
+        whole = self._packed() if self._gathered else {}
+        landed, self._landed = self._landed, []
+        for parameter, reference, version, task in landed:
+            key, gradient = id(parameter), reference()
+            if gradient is None:
+                continue
+            single = whole.pop((task, key), None)
+            if single is None:
+                self._commit(parameter, gradient, version, task)
+                continue
+            # One use of a parameter that had no gradient: what most records are made of.
+            call, activity, samples = single
+            latest = call, task if self._outermost is None else self._outermost
+            self._committed[key] = Record(
+                activity, samples, reference, version, latest, [activity], None
+            )
+        for (task, key), (
+            call,
+            activity,
+            _,
+        ) in whole.items():  # asked for before the pass has ended
+            self._pending[task][key] = _Pending(True, task, {call: [activity]})
+
+    def _packed(self) -> dict[tuple[int, int], tuple[Call, Activity, int]]:
+        """The activity of gathered uses by backward pass and parameter; of further uses it is pending."""
+        gathered, self._gathered, self._gathered_bytes = self._gathered, [], 0
+        bits = iter(pack_all([tensor for use, _ in gathered for tensor in use.tensors_after()]))
+        found: dict[tuple[int, int], tuple[Call, Activity, int]] = {}
+        for use, task in gathered:
+            inputs, outputs = next(bits), next(bits)
+            pending = self._pending.get(task, {})
+            call, pairs = use.deliver(inputs, outputs)
+            for parameter, activity in pairs:
+                key = id(parameter)
+                if not pending and (task, key) not in found and self._unit == "sample":
+                    found[task, key] = call, activity, outputs.samples
+                    continue
+                entry = pending.setdefault(key, _Pending(True, task))
+                earlier = found.pop((task, key), None)
+                if earlier is not None:
+                    entry.uses[earlier[0]] = [earlier[1]]
+                entry.uses.setdefault(call, []).append(activity)
+        return found
 
     def hold(self, parameter: Tensor) -> None:
         """Keeps pending activity until `fully_shard` hands the parameter the gradient.
@@ -206,22 +276,20 @@ class Records:
         That may be after further backward passes (`set_requires_gradient_sync(False)`), which
         accumulate the gradient elsewhere.
         """
-        entry = self._pending.get(_backward_id(), {}).pop(id(parameter), None)
+        entry = self._pending.get(backward_id(), {}).pop(id(parameter), None)
         if entry is not None:
             self._held.setdefault(id(parameter), []).append(entry)
 
-    def commit(self, parameter: Tensor) -> None:
+    def _commit(self, parameter: Tensor, gradient: Tensor, version: int, task: int) -> None:
         """Makes the pending activity part of the record, once the gradient has reached `.grad`."""
-        gradient, record = parameter.grad, self.committed.get(id(parameter))
-        assert gradient is not None  # noqa: S101
-        task = _backward_id()
-        pending = self._pending.get(task)
-        entry = None if pending is None else pending.pop(id(parameter), None)
-        entries = self._held.pop(id(parameter), []) if entry is None else [entry]
+        key = id(parameter)
+        pending, record = self._pending.get(task), self._committed.get(key)
+        entry = None if pending is None else pending.pop(key, None)
+        entries = self._held.pop(key, []) if entry is None else [entry]
         if not entries:
             # A gradient from elsewhere. If more than it changed .grad since a step, it was zeroed.
-            if record is not None and record.stepped and _version(gradient) > record.version + 1:
-                del self.committed[id(parameter)]
+            if record is not None and record.stepped and version > record.version + 1:
+                del self._committed[key]
             return
         sharded = is_sharded(gradient)
         replaced = sharded and record is not None and record.gradient() is not gradient
@@ -234,10 +302,10 @@ class Records:
             record = self._extended(parameter, record, entry)
         assert record is not None  # noqa: S101
         record.mixed = mixed
-        record.gradient, record.version = weakref.ref(gradient), _version(gradient)
+        record.gradient, record.version = weakref.ref(gradient), version
         if sharded:
             record.nonzero = local(gradient).any()
-        self.committed[id(parameter)] = record
+        self._committed[key] = record
         if task in self._living:
             self._living[task][parameter] = True
 
@@ -275,9 +343,9 @@ class Records:
         """Notes that the backward pass has come to the output of a call."""
         self.current = call
         self._entered.add(call)
-        if self._outermost is None or self._outermost != _backward_id():
-            self._outermost = _backward_id()
-            _at_end(self, Records.leave)
+        if self._outermost is None or self._outermost != backward_id():
+            self._outermost = backward_id()
+            at_end(self, Records.leave)
 
     def leave(self, _task: int) -> None:
         """Notes the end of the backward pass."""
@@ -286,15 +354,16 @@ class Records:
 
     def forget(self, task: int) -> None:
         """Drops what a backward pass has left pending."""
+        self.settle()
         self._pending.pop(task, None)
         if task in self._living:
             # DistributedDataParallel finishes in such a callback too: come after it.
-            _at_end(self, Records.follow, task)
+            at_end(self, Records.follow, task)
 
     def watch(self, task: int) -> None:
         """Notes which gradients have a record, before a pass that `follow` ends may replace them."""
         if self.follows:
-            found = {p: (p.grad, self.committed.get(id(p))) for p in self.names}
+            found = {p: (p.grad, self._committed.get(id(p))) for p in self.names}
             self._living[task] = {
                 p: _version(gradient) == record.version
                 for p, (gradient, record) in found.items()
@@ -304,14 +373,14 @@ class Records:
     def follow(self, task: int) -> None:
         """Binds records to the tensors that have been put in place of their gradients since `watch`."""
         for parameter, unchanged in self._living.pop(task, {}).items():
-            record = self.committed.get(id(parameter))
+            record = self._committed.get(id(parameter))
             if record is not None and parameter.grad is not None:
                 record.gradient = weakref.ref(parameter.grad)
                 record.version = _version(parameter.grad) if unchanged else -1
 
     def _starts_anew(self, parameter: Tensor, task: int) -> bool:
         """Whether a gradient about to be accumulated is the first of a new batch."""
-        gradient, record = parameter.grad, self.committed.get(id(parameter))
+        gradient, record = parameter.grad, self._committed.get(id(parameter))
         if gradient is None or record is None or record.gradient() is not gradient:
             return True
         # After a step the content is looked at: `.grad.data.zero_()` leaves the version as it is.
@@ -321,15 +390,8 @@ class Records:
         if _zeroed(gradient, record):
             return True
         if record.corrected and not record.stepped:
-            self._refuse_mixture(parameter)
+            raise corrected_already(self.names[parameter])
         return False
-
-    def _refuse_mixture(self, parameter: Tensor) -> None:
-        raise TruestepError(
-            f"the gradient of {self.names[parameter]!r} is a mean effective gradient already, and a "
-            "further backward pass adds a plain one to it; call zero_grad() first, or correct after "
-            "the last backward pass"
-        )
 
     def _joint(self, call: Call, uses: list[Activity]) -> tuple[Activity, int | Tensor]:
         """One call's activity and its N."""
@@ -349,12 +411,11 @@ class Records:
 # Stands for a forward pass where others stand for backward passes.
 FORWARD = -1
 
+# Bytes of small inputs and output gradients that a backward pass may hold until it ends.
+MOST_GATHERED = 1 << 22
+
 # Backward passes can nest (activation checkpointing), though not this deep.
 MOST_BACKWARDS = 64
-
-
-def _backward_id() -> int:
-    return torch._C._current_graph_task_id()  # noqa: SLF001
 
 
 def _zeroed(gradient: Tensor, record: Record) -> bool:
@@ -372,20 +433,6 @@ def _nothing() -> None:
 
 def _version(tensor: Tensor) -> int:
     return tensor._version  # noqa: SLF001
-
-
-def _at_end(
-    records: Records, method: Callable[[Records, int], None], task: int | None = None
-) -> None:
-    """Calls a method with the backward pass's id when that backward pass ends."""
-    task, reference = _backward_id() if task is None else task, weakref.ref(records)
-
-    def call() -> None:
-        living = reference()
-        if living is not None:
-            method(living, task)
-
-    Variable._execution_engine.queue_callback(call)  # noqa: SLF001
 
 
 def _same_samples(uses: list[Activity]) -> Iterator[list[Activity]]:

@@ -20,7 +20,14 @@ from truestep.kernels import boosting
 from truestep.optim import PREVIOUS, refuse_sparse
 from truestep.update import boosted
 
-__all__ = ["Handle", "Transform", "attach", "directional_boost", "mean_effective_gradient"]
+__all__ = [
+    "Handle",
+    "Transform",
+    "attach",
+    "directional_boost",
+    "mean_effective_gradient",
+    "transform_names",
+]
 
 Transform = Callable[[Optimizer], Callable[[], None] | None]
 
@@ -208,6 +215,17 @@ def directional_boost() -> Transform:
         return remember
 
     return directional_boost
+
+
+def transform_names(optimizer: Optimizer) -> list[str]:
+    """The names of the transforms attached to an optimizer, in order.
+
+    Args:
+        optimizer: any.
+    """
+    groups = optimizer.param_groups
+    mark = groups[0].get(MARK) if groups else None
+    return mark.split("+") if mark else []
 
 
 def _boost(gradients: list[Tensor], previous: list[Tensor]) -> None:

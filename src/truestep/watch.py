@@ -5,7 +5,7 @@ node of the layer's output lets it turn the output gradient into activity, and a
 commits the activity when the gradient has reached `.grad`. What becomes of it is `Records`' matter.
 """
 
-import sys
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from truestep import compiled
 from truestep.activity import Activity
 from truestep.batch import Batch
+from truestep.calls import Call
 from truestep.combine import Shared
 from truestep.compiled import Receiver
-from truestep.consumers import Uses
+from truestep.consumers import Used, Uses, traced_by_shapes, used
+from truestep.direct import Use
+from truestep.errors import TruestepError
 from truestep.hooks import Hook, Pausable, on_gradients, on_node, uncompiled
 from truestep.layers import (
     Layer,
@@ -32,7 +35,7 @@ from truestep.layers import (
     sizes_of,
 )
 from truestep.layout import Layout, Rule, Unit, tensors_in
-from truestep.records import FORWARD, Call, Records
+from truestep.records import FORWARD, Records
 
 __all__ = ["Watch"]
 
@@ -68,13 +71,17 @@ class Watch:
         self._handles: list[Any] = []
         # A call that began in a compiled graph is here by its key.
         self._calls: list[Call | Tensor | None] = []
+        self._traced = False
         self._hooked: dict[Tensor, Tensor] = {}
         self._uses = Uses()
+        self._model = weakref.ref(model)
+        # While the model runs for the sake of its graph alone: the uses of its layers.
+        self._probed: list[Used] | None = None
         self._looks_up = any(isinstance(layer.module, nn.Embedding) for layer in layers)
         hook = partial(Hook, self._reference)
         if isinstance(model, nn.parallel.DistributedDataParallel):
             self._follow(model)
-        begins = Receiver(hook(Watch._find_wrapper), begins=True)
+        begins = Receiver(hook(Watch._on_traced), begins=True)
         self._handles.append(
             model.register_forward_pre_hook(
                 hook(Watch._on_call, begins), with_kwargs=True, prepend=True
@@ -90,7 +97,9 @@ class Watch:
         taps = Receiver(hook(Watch._on_delivered_output))
         # After the layers' hooks: the model may be a layer itself.
         self._handles.append(
-            model.register_forward_hook(hook(Watch._on_return, taps), always_call=True)
+            model.register_forward_hook(
+                hook(Watch._on_return, taps), with_kwargs=True, always_call=True
+            )
         )
 
     def _hook(self, layer: Layer) -> Pausable:
@@ -121,6 +130,8 @@ class Watch:
     # A call of the model begins.
 
     def _on_call(self, _begins: Receiver, _module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._probed is not None:
+            return
         if not torch.is_grad_enabled():
             self._calls.append(None)
             for outer, handle in self._fused:
@@ -138,11 +149,19 @@ class Watch:
         if self._looks_up:
             places = {tensor.untyped_storage().data_ptr() for tensor in inputs}
         sizes = list(sizes_of(inputs, self._batch_dim))
-        # Only a compiled part of the model asks for a call by its key.
-        may_compile = "torch._dynamo" in sys.modules
-        call = compiled.new_call(sizes, places) if may_compile else Call(sizes, places)
+        call = Call(sizes, places)
+        if self._traced:
+            compiled.give_key(call)
         self._calls.append(call)
         self._uses.begin(call)
+
+    def _on_traced(self) -> None:
+        """Notes that a graph is being made: only compiled parts of a model ask for a call by its key."""
+        self._traced = True
+        for call in self._calls:
+            if isinstance(call, Call) and call.key is None:
+                compiled.give_key(call)
+        self._find_wrapper()
 
     def _find_wrapper(self) -> None:
         wrapper = self._batch.new_wrapper()
@@ -163,12 +182,19 @@ class Watch:
     # A layer is called, and returns.
 
     def _on_begin(self, layer: Layer, *_: Any) -> None:
-        layer.begin()
+        if self._probed is None:
+            layer.begin()
 
     def _on_layer(
         self, layer: Layer, taps: Receiver, module: nn.Module, args: Any, kwargs: Any, output: Any
     ) -> Any:
-        if not torch.is_grad_enabled():
+        if self._probed is not None:
+            self._probed.append(used(output, (args, kwargs)))
+            return None
+        direct = layer.direct is not None and not torch.compiler.is_compiling()
+        if (
+            direct and self._goes_directly(layer, module, args, output)
+        ) or not torch.is_grad_enabled():
             return None
         rule = layer.rule_of_call()
         outputs = [output] if isinstance(output, Tensor) else list(tensors_in(output))
@@ -184,6 +210,19 @@ class Watch:
             call = Call(outside=True) if call is None else compiled.call_of(call)
         self._use(layer, call, rule, args, kwargs, outputs)
         return None
+
+    def _goes_directly(self, layer: Layer, module: nn.Module, args: Any, output: Any) -> bool:
+        """Lets a use wait for its gradient the short way, or says that it cannot."""
+        call, direct = self._calls[-1] if self._calls else None, layer.direct
+        if (
+            not isinstance(call, Call)
+            or direct is None
+            or self._uses.counts(call)
+            or not direct.takes(module, args, output)
+        ):
+            return False
+        output.grad_fn.register_prehook(Use(self._reference, layer, call, args[0]))
+        return True
 
     def _use(
         self, layer: Layer, call: Call, rule: Rule, args: Any, kwargs: Any, outputs: list[Tensor]
@@ -235,7 +274,7 @@ class Watch:
         trained = layer.trained(self._records.names)
         for owner, parameter in trained:
             if owner not in self._hooked:
-                hook = Hook(self._reference, Watch._on_accumulated)
+                hook = Hook(weakref.ref(self._records), Records.land)
                 self._handles.append(owner.register_post_accumulate_grad_hook(hook))
                 self._hooked[owner] = owner
             if parameter not in self._hooked:
@@ -243,12 +282,19 @@ class Watch:
                 hook = Hook(self._reference, Watch._on_gathered, owner)
                 self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
                 self._hooked[parameter] = owner
+        if layer.direct is not None:
+            layer.direct.know(layer.module)
         return bool(trained)
 
-    def _on_return(self, taps: Receiver, _module: nn.Module, _args: Any, output: Any) -> Any:
+    def _on_return(
+        self, taps: Receiver, _module: nn.Module, args: Any, kwargs: Any, output: Any
+    ) -> Any:
+        if self._probed is not None:
+            return None
         call = self._calls.pop() if self._calls else None
         if torch.compiler.is_compiling():
-            return None if call is None else compiled.tapped(output, taps, call, ((), {}))
+            given = (args, kwargs) if compiled.can_keep((args, kwargs)) else (None, None)
+            return None if call is None else compiled.tapped(output, taps, call, given)
         if call is None:
             for _, handle in self._fused:
                 handle.resume()
@@ -261,8 +307,32 @@ class Watch:
             # register_hook crashes on an old one.
             tensor.grad_fn  # noqa: B018
             tensor.register_hook(Hook(self._reference, Watch._on_output_gradient, call))
-        self._uses.end(call, outputs, self._records.names, self._plain, self._hooked)
+        known = self._records.names, self._plain, self._hooked
+        if self._uses.counts(call) and self._uses.end(call, outputs, *known):
+            self._check_by_shapes(args, kwargs)
         return None
+
+    def _check_by_shapes(self, args: Any, kwargs: Any) -> None:
+        """Holds the uses of layers against the graph of a forward pass without numbers."""
+        model = self._model()
+        if model is None or not self._handles:  # none once it is closed
+            return
+        known = {p: name for p, name in self._records.names.items() if p not in self._plain}
+        self._probed = []
+        try:
+            with traced_by_shapes(model, known) as (run, names):
+                self._uses.check(run(args, kwargs), self._probed, names)
+        except TruestepError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever a model does that needs its numbers
+            warnings.warn(
+                "whether the compiled model uses parameters without calling their modules could not be "
+                f"told, since it does not run without numbers ({type(error).__name__}: {error}); "
+                "call it once without compiling after the SampleCounter is made",
+                stacklevel=2,
+            )
+        finally:
+            self._probed = None
 
     # In the backward pass.
 
@@ -282,6 +352,7 @@ class Watch:
         """Takes what a layer's rule makes of the gradients of its outputs."""
         if torch.is_grad_enabled():  # create_graph=True
             deltas = tuple(delta if delta is None else delta.detach() for delta in deltas)
+        pairs: list[tuple[Tensor, Activity]] = []
         for name, found in activity(*deltas).items():
             parameter = layer.present(name)
             if layer.sharded:
@@ -289,22 +360,30 @@ class Watch:
             if found.shape != parameter.shape:
                 check_shape(layer, name, found.shape, parameter)
             if layout.batch_dim is None:
-                shared = Shared(found, batch_of(layer, call))
-                self._records.receive(parameter, call, shared)
+                pairs.append((parameter, Shared(found, batch_of(layer, call))))
                 continue
             if self._unit == "sample" and call.batch_size != found.samples:
                 check_batch(layer, call, found.samples)
-            self._records.receive(parameter, call, found)
+            pairs.append((parameter, found))
+        self._records.receive(call, pairs)
+
+    def on_rows(self, use: Use, layer: Layer, call: Call, samples: int) -> None:
+        """Takes what a layer's use finds on rows of a batch, now or when the backward pass ends."""
+        if self._unit == "sample" and call.batch_size != samples:
+            check_batch(layer, call, samples)
+        if not (use.is_first() and self._records.gather(use)):
+            self._records.receive(*use.deliver_now())
 
     def _on_gathered(self, owner: Tensor, _parameter: Tensor) -> None:
         self._records.hold(owner)
 
-    def _on_accumulated(self, parameter: Tensor) -> None:
-        self._records.commit(parameter)
-
     # The same, delivered by a compiled graph.
 
-    def _on_delivered_output(self, call: Call, deltas: list[Tensor | None], *_: Any) -> None:
+    def _on_delivered_output(
+        self, call: Call, deltas: list[Tensor | None], args: Any, kwargs: Any
+    ) -> None:
+        if args is not None and self._uses.begin_check():
+            self._check_by_shapes(args, kwargs)
         call.sizes.extend(sizes_of(deltas, self._batch_dim))
         for delta in deltas:
             # A compiled graph gives zeros to outputs that the loss does not depend on.

@@ -28,6 +28,8 @@ __all__ = ["Compiled"]
 WIDE = 64
 LINE = 64
 PAD = 16
+# At least so many samples are measured at once.
+CHUNK = 64
 # The loops write four numbers at a time, behind the end of short rows as well.
 SLACK = 16
 
@@ -107,8 +109,8 @@ class Compiled:
     def _tables(self) -> tuple[NDArray[np.int64], Any, int, int]:
         """Layers, sizes, bytes of scratch and numbers of a replica's padded parameters."""
         job = self.job
-        network, width = job.network, _up(job.batch_size, PAD)
-        wide = network.widths[0] >= WIDE
+        network, width = job.network, _up(max(job.batch_size, CHUNK), PAD)
+        thin, wide = self._thin, self._wide
         row, word_count = 4 * width, -(-width // 64)
         scratch = parameters = 0
 
@@ -122,7 +124,7 @@ class Compiled:
         inputs_at = take(0 if wide else network.widths[0] * row)
         layers = []
         for number, (inputs, outputs) in enumerate(network.layers):
-            stride = _up(inputs, PAD) if number == 0 and wide else inputs
+            stride = _up(inputs, PAD) if thin or (number == 0 and wide) else inputs
             weight, bias = parameters, parameters + outputs * stride
             parameters = _up(bias + outputs, PAD)
             values = take(outputs * row)
@@ -139,11 +141,14 @@ class Compiled:
             delta=take(tall),
             other=take(tall),
             gradient=take(4 * (largest + SLACK)),
-            counts=take(8 * _up(longest, PAD)),
+            counts=take(4 * _up(longest, PAD)),
             bias_gradient=take(4 * widest),
             delta_bits=take(8 * word_count * widest),
             identity=take(4 * self._longest),
+            lines=take(4 * PAD * _up(longest, PAD) if thin else 0),
             wide=int(wide),
+            thin=int(thin),
+            one=int(job.batch_size == 1 and not job.full),
             activation=ACTIVATIONS.index(network.activation),
             output=OUTPUTS.index(network.output),
             loss=LOSSES.index(network.loss),
@@ -151,11 +156,21 @@ class Compiled:
         return np.array(layers, np.int64), sizes, scratch, parameters
 
     @property
+    def _thin(self) -> bool:
+        """Whether vectors run along inputs rather than along the few samples of a batch."""
+        return self.job.batch_size < PAD
+
+    @property
+    def _wide(self) -> bool:
+        """Whether inputs are read where their samples lie."""
+        return self._thin or self.job.network.widths[0] >= WIDE
+
+    @property
     def _longest(self) -> int:
         """The length of the identity index: every sample, and every unit."""
         job = self.job
         samples = max(split.samples for split in job.data.splits.values())
-        return max(*job.network.widths, samples, _up(job.batch_size, PAD))
+        return max(*job.network.widths, samples, _up(max(job.batch_size, CHUNK), PAD))
 
     @property
     def _sizes(self) -> Any:
@@ -184,7 +199,7 @@ class Compiled:
         arrays = {}
         for name, split in self.job.data.splits.items():
             sets, samples, features = split.inputs.shape
-            stride = _up(features, PAD) if features >= WIDE else features
+            stride = _up(features, PAD) if self._wide else features
             padded = _aligned(4 * sets * samples * stride).view(np.float32)
             padded = padded.reshape(sets, samples, stride)
             padded[..., :features] = split.inputs

@@ -4,13 +4,14 @@ import functools
 import hashlib
 import importlib.util
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["PLAIN", "compiled_loops", "installed", "loops", "machine_code"]
+__all__ = ["PLAIN", "all_plain", "compiled_loops", "installed", "loops", "machine_code"]
 
 # numpy has no bfloat16: loops that take 16-bit floats read their bits.
 DTYPES = {torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.bool}
@@ -38,6 +39,22 @@ def compiled_loops(tensor: Tensor) -> bool:
         and installed()
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # noqa: SLF001
     )
+
+
+def all_plain(tensors: Iterable[Tensor]) -> bool:
+    """Whether compiled loops can read the numbers of all tensors, which lie without gaps."""
+    for tensor in tensors:
+        if not (
+            tensor.is_cpu
+            and type(tensor) in PLAIN
+            and tensor.dtype in DTYPES
+            and tensor.layout is torch.strided
+            and tensor.is_contiguous()
+            # Zeros that autograd makes up have no memory; neither have tensors without elements.
+            and tensor.data_ptr()
+        ):
+            return False
+    return installed() and torch._C._functorch.peek_interpreter_stack() is None  # noqa: SLF001
 
 
 @functools.cache

@@ -6,13 +6,14 @@ Bits run along samples, and along the positions of each: row ``s * positions + p
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from truestep.kernels.dispatch import compiled_loops, loops
+from truestep.kernels.dispatch import all_plain, compiled_loops, loops
 
-__all__ = ["WORD", "join", "pack", "unpack"]
+__all__ = ["WORD", "join", "pack", "pack_rows", "unpack"]
 
 WORD = 64
 # The bits that tell a number of so many bytes from zero: all but a float's sign.
@@ -53,6 +54,34 @@ def pack(values: Tensor) -> Tensor | None:
     else:
         return pack(values.contiguous())
     return None if full else words
+
+
+def pack_rows(tensors: Sequence[Tensor]) -> tuple[Tensor, list[int]] | None:
+    """`pack` of many tensors ``[samples, units]`` at once, or None where it has to be one by one.
+
+    Args:
+        tensors: of bools or numbers.
+
+    Returns:
+        int64 words, one tensor's after the other's, and for each tensor its first word's place, or -1
+        where all bits are on.
+    """
+    if not all_plain(tensors):
+        return None
+    shapes = [tensor.shape for tensor in tensors]
+    places, total = [], 0
+    for samples, units in shapes:
+        places.append(total)
+        total += (samples + WORD - 1) // WORD * units
+    words, pack_units = torch.empty(total, dtype=torch.int64), loops().pack_units
+    start = words.data_ptr()
+    for index, tensor in enumerate(tensors):
+        (samples, units), size = shapes[index], tensor.element_size()
+        geometry = size, MAGNITUDE[size], samples, 1, units, units * size, 0
+        count, to = (samples + WORD - 1) // WORD, start + 8 * places[index]
+        if pack_units(0, count, tensor.data_ptr(), *geometry, to):
+            places[index] = -1
+    return words, places
 
 
 def pack_torch(values: Tensor) -> Tensor:

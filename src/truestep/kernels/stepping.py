@@ -1,17 +1,19 @@
 """From activity to counts, corrected gradients or whole steps, in one compiled pass over the parameters."""
 
+import functools
 from array import array
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from truestep.kernels.dispatch import PLAIN, compiled_loops, loops
+from truestep.kernels.dispatch import PLAIN, all_plain, compiled_loops, loops
 from truestep.kernels.threads import spread
 
-__all__ = ["Entry", "Options", "Task", "count", "run", "takes"]
+__all__ = ["Entry", "Options", "Table", "count", "run", "take_all", "takes"]
 
 REAL = {torch.float32: np.float32, torch.float64: np.float64}
 
@@ -50,24 +52,49 @@ class Entry(NamedTuple):
     counts: int = 0
 
 
-class Task(NamedTuple):
-    """One parameter's part in a pass.
+class Table:
+    """What one pass has to do, for parameters of one dtype; addresses hold nothing alive.
 
-    Attributes:
-        gradient: address.
-        parameter: address; 0 to correct the gradient in place instead.
-        buffer: address of the momentum buffer, or 0.
-        fresh: 1 if the buffer holds nothing yet.
-        batch_size: N.
-        entry: the activity.
+    Args:
+        size: bytes of an element.
     """
 
-    gradient: int
-    parameter: int
-    buffer: int
-    fresh: int
-    batch_size: int
-    entry: Entry
+    __slots__ = ("length", "numbers", "size", "work")
+
+    def __init__(self, size: int) -> None:
+        self.numbers = array("q")
+        self.length = 0  # elements
+        self.work = 0.0  # about how many nanoseconds one core takes
+        self.size = size
+
+    def add(
+        self,
+        addresses: tuple[int, int, int],
+        fresh: int,
+        batch_size: int,
+        entries: Sequence[Entry],
+    ) -> int:
+        """Adds a parameter and returns how many elements it has.
+
+        Args:
+            addresses: of the gradient; of the parameter, 0 to correct the gradient in place instead; of
+                the momentum buffer, or 0.
+            fresh: 1 if the buffer holds nothing yet.
+            batch_size: N.
+            entries: the activity.
+        """
+        gradient, parameter, buffer = addresses
+        before = self.length
+        for entry in entries:
+            elements, samples = entry[0] * entry[1], entry[4]
+            if elements:
+                self.numbers.extend((gradient, parameter, buffer, fresh, batch_size, *entry))
+                self.length += elements
+                self.work += elements * (0.5 + (0.4 if entry[5] > 1 else 0.003) * samples)
+                passed = elements * self.size
+                gradient += passed
+                parameter, buffer = parameter and parameter + passed, buffer and buffer + passed
+        return self.length - before
 
 
 class Options(NamedTuple):
@@ -83,7 +110,16 @@ class Options(NamedTuple):
     limit: float | None = None
 
 
-FIELDS = len(Task._fields) - 1 + len(Entry._fields)
+FIELDS = 5 + len(Entry._fields)
+
+
+def take_all(gradients: Sequence[Tensor], parameters: Sequence[Tensor]) -> bool:
+    """Whether `takes` holds for each gradient with its parameter."""
+    for gradient, parameter in zip(gradients, parameters, strict=True):
+        dtype = gradient.dtype
+        if dtype not in REAL or dtype is not parameter.dtype or gradient.shape != parameter.shape:
+            return False
+    return all_plain(gradients) and all_plain(parameters)
 
 
 def takes(first: Tensor, *others: Tensor) -> bool:
@@ -104,37 +140,25 @@ def takes(first: Tensor, *others: Tensor) -> bool:
     )
 
 
-def _work(entry: Entry) -> float:
-    """About how many nanoseconds one core takes."""
-    each = 0.4 * entry.samples if entry.positions > 1 else 0.003 * entry.samples
-    return entry.rows * entry.columns * (0.5 + each)
-
-
-def run(tasks: Sequence[Task], options: Options, dtype: torch.dtype) -> None:
+def run(table: Table, options: Options, dtype: torch.dtype) -> None:
     """Takes a step, or corrects gradients, g N / (m + eps), for all parameters in one call.
 
     Args:
-        tasks: one or more for each parameter.
+        table: of one line or more for each parameter.
         options: see `Options`.
         dtype: of parameters, gradients and buffers.
     """
-    table, length, work = array("q"), 0, 0.0
-    for task in tasks:
-        entry = task.entry
-        elements = entry.rows * entry.columns
-        if elements:
-            table.extend(task[:-1])
-            table.extend(entry)
-            length += elements
-            work += _work(entry)
-    if not length:
-        return
+    if table.length:
+        address, size = table.numbers.buffer_info()
+        lines, shared = size // FIELDS, _shared(options, dtype)
+        spread(loops().step, table.length, table.work, address, lines, shared)
+
+
+@functools.lru_cache(maxsize=64)
+def _shared(options: Options, dtype: torch.dtype) -> NDArray[Any]:
     limit = np.inf if options.limit is None else options.limit
     kept = 1 - options.dampening
-    numbers = (*options[:3], kept, *options[4:-1], limit)
-    shared = np.array(numbers, REAL[dtype])
-    fields = np.frombuffer(table, np.int64).reshape(-1, FIELDS)
-    spread(loops().step, length, work, fields, shared)
+    return np.array((*options[:3], kept, *options[4:-1], limit), REAL[dtype])
 
 
 def count(entries: Sequence[Entry], counts: Tensor) -> None:
@@ -146,8 +170,9 @@ def count(entries: Sequence[Entry], counts: Tensor) -> None:
     """
     options, place = np.ones(8, np.float32), counts.data_ptr()
     for entry in entries:
-        if not entry.rows * entry.columns:
-            continue
-        table = np.array([(0, 0, 0, 0, 0, *entry)], np.int64)
-        spread(loops().count, entry.rows, _work(entry), table, options, place)
-        place += 8 * entry.rows * entry.columns
+        table = Table(8)
+        elements = table.add((0, 0, 0), 0, 0, [entry])
+        if elements:
+            address, _ = table.numbers.buffer_info()
+            spread(loops().count, entry.rows, table.work, address, options, place)
+            place += 8 * elements

@@ -5,13 +5,14 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from truestep.kernels.loops.descent import correct, count, descend
+from truestep.kernels.loops.descent import correct, count, descend, factor
 from truestep.kernels.loops.memory import count_bits
-from truestep.kernels.loops.network import pack_rows, pack_samples, through_activation
+from truestep.kernels.loops.network import lay_rows, pack_rows, pack_samples, through_activation
 from truestep.kernels.loops.tables import (
     ADAPTIVE,
     BIAS,
     INPUT_BITS,
+    INPUTS,
     OUTPUTS,
     PAD,
     STRIDE,
@@ -20,6 +21,7 @@ from truestep.kernels.loops.tables import (
     VALUES,
     WEIGHT,
     X_ROW,
+    indices,
     numbers,
     words,
 )
@@ -55,6 +57,13 @@ def backward(
     delta, other = scratch + sizes.delta, scratch + sizes.other
     gradient, identity = scratch + sizes.gradient, scratch + sizes.identity
     delta_bits, word_count = scratch + sizes.delta_bits, (padded + 63) // 64
+    thin, one = sizes.thin != 0, sizes.one != 0
+    # Of a single sample, a layer's gradients by its sums are one row.
+    delta_row, extent = (np.int64(4), np.int64(1)) if one else (row, padded)
+    if one:
+        spread = numbers(delta, plan.layers[-1, OUTPUTS] * sizes.width)
+        for unit in range(plan.layers[-1, OUTPUTS]):
+            spread[unit] = spread[unit * sizes.width]
     recorded = place >= 0 and options.with_batch_sizes != 0
     counting = settings[ADAPTIVE] != 0 or recorded
     nothing = records.batch_sizes[:0].reshape(0)
@@ -63,35 +72,41 @@ def backward(
     for back in range(len(plan.layers)):
         layer = len(plan.layers) - 1 - back
         line = plan.layers[layer]
-        units, columns = line[OUTPUTS], line[STRIDE]
-        wide = layer == 0 and sizes.wide != 0
+        units, inputs, columns = line[OUTPUTS], line[INPUTS], line[STRIDE]
         below = scratch + (sizes.samples if layer == 0 else plan.layers[layer - 1, VALUES])
         input_bits = scratch + line[INPUT_BITS]
+        # Inputs as rows of samples: those that lie so, and those of thin batches.
+        by_rows = thin or (layer == 0 and sizes.wide != 0)
+        lines, line_row, line_index = x, x_row, index
+        if layer > 0 and thin:
+            lines, line_row, line_index = below, np.int64(0), identity
+            if not one:
+                lines, line_row = scratch + sizes.lines, columns * 4
+                lay_rows(below, row, inputs, n, lines, columns)
         if counting:
-            pack_rows(delta, units, row, padded, delta_bits)
-            if wide:
-                pack_samples(x, x_row, index, n, columns, input_bits)
+            if one:
+                pack_samples(delta, 0, identity, 1, units, delta_bits)
+            else:
+                pack_rows(delta, units, row, padded, delta_bits)
+            if by_rows:
+                pack_samples(lines, line_row, line_index, n, columns, input_bits)
             else:
                 pack_rows(below, columns, row, padded, input_bits)
         bias_gradient = numbers(scratch + sizes.bias_gradient, units)
         for unit in range(units):
-            bias_gradient[unit] = _sum(numbers(delta + unit * row, padded))
+            bias_gradient[unit] = _sum(numbers(delta + unit * delta_row, extent))
         if layer > 0:
-            outer(
-                columns,
-                padded // LANES,
-                units,
-                weights + line[WEIGHT],
-                4,
-                columns * 4,
-                delta,
-                row,
-                identity,
-                other,
-                row,
-            )
-            sums = scratch + plan.layers[layer - 1, SUMS]
-            through_activation(sizes.activation, columns, row, padded, other, below, sums)
+            weight, sums = weights + line[WEIGHT], scratch + plan.layers[layer - 1, SUMS]
+            if one:
+                vectors = columns // LANES
+                outer(1, vectors, units, delta, 0, 4, weight, columns * 4, identity, other, 0)
+                through_activation(sizes.activation, 1, 0, inputs, other, below, sums)
+            else:
+                vectors, step_down = padded // LANES, columns * 4
+                outer(
+                    inputs, vectors, units, weight, 4, step_down, delta, row, identity, other, row
+                )
+                through_activation(sizes.activation, inputs, row, padded, other, below, sums)
         group = max(4, min(units, GROUP // columns))
         unit = 0
         while unit <= units:
@@ -102,16 +117,26 @@ def backward(
             direction = bias_gradient
             if not is_bias:
                 direction = numbers(gradient, length)
-                top = delta + unit * row
-                if wide:
-                    vectors = columns // LANES
-                    outer(rows, vectors, n, top, row, 4, x, x_row, index, gradient, columns * 4)
+                top = delta + unit * delta_row
+                if by_rows:
+                    outer(
+                        rows,
+                        columns // LANES,
+                        n,
+                        top,
+                        delta_row,
+                        4,
+                        lines,
+                        line_row,
+                        line_index,
+                        gradient,
+                        columns * 4,
+                    )
                 else:
-                    vectors = padded // LANES
                     inner(
                         rows,
                         columns,
-                        vectors,
+                        padded // LANES,
                         top,
                         row,
                         below,
@@ -174,8 +199,16 @@ def _count_and_correct(
     They are kept where `kept` has places.
     """
     length = len(gradient) // rows
-    counts = words(counts_at, length)
+    counts = indices(counts_at, length)
+    if n == 1 and len(kept) == 0:
+        # Each gradient is the sample's own: counted once, or 0.
+        scale = factor(np.float32(1), n, settings)
+        for k in range(len(gradient)):
+            gradient[k] *= scale
+        return
     for row in range(rows):
+        if unit < units and len(kept) == 0 and _idle(delta_bits, unit + row, units, word_count):
+            continue
         if unit == units:
             _count_outputs(delta_bits, word_count, counts)
         else:
@@ -197,12 +230,21 @@ def _sum(line: Any) -> Any:
 
 
 @njit(cache=True, nogil=True)
+def _idle(delta_bits: Any, unit: Any, units: Any, word_count: Any) -> Any:
+    """Whether no sample reaches a unit: its gradients are 0."""
+    together = np.int64(0)
+    for word in range(word_count):
+        together |= words(delta_bits + 8 * (word * units + unit), 1)[0]
+    return together == 0
+
+
+@njit(cache=True, nogil=True)
 def _count_outputs(delta_bits: Any, word_count: Any, counts: Any) -> None:
     counts[:] = 0
     for word in range(word_count):
         on = words(delta_bits + 8 * word * len(counts), len(counts))
         for unit in range(len(counts)):
-            counts[unit] += count_bits(on[unit])
+            counts[unit] += np.int32(count_bits(on[unit]))
 
 
 @njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc"})

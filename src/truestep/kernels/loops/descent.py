@@ -29,7 +29,7 @@ from truestep.kernels.loops.tables import (
     words,
 )
 
-__all__ = ["correct", "count", "descend"]
+__all__ = ["correct", "count", "descend", "factor"]
 
 F = np.float32
 
@@ -44,14 +44,24 @@ def count(outputs: Any, inputs: Any, unit: Any, units: Any, word_count: Any, cou
         unit: the row.
         units: how many rows there are.
         word_count: how many words.
-        counts: int64 ``[columns]``.
+        counts: int32 ``[columns]``.
     """
-    counts[:] = 0
-    for word in range(word_count):
+    columns = len(counts)
+    on, line = words(outputs + 8 * unit, 1)[0], words(inputs, columns)
+    for column in range(columns):
+        counts[column] = count_bits(on & line[column])
+    for word in range(1, word_count):
         on = words(outputs + 8 * (word * units + unit), 1)[0]
-        line = words(inputs + 8 * word * len(counts), len(counts))
-        for column in range(len(counts)):
-            counts[column] += count_bits(on & line[column])
+        line = words(inputs + 8 * word * columns, columns)
+        for column in range(columns):
+            counts[column] += np.int32(count_bits(on & line[column]))
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def factor(adaptive: Any, batch_size: Any, settings: Any) -> Any:
+    """``N / (m + eps)``, at most the limit; `adaptive` is m, in float32."""
+    eps, limit = F(settings[ADAPTIVE_EPS]), F(settings[FACTOR_LIMIT])
+    return min(F(batch_size) / (adaptive + eps), limit)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -59,8 +69,8 @@ def correct(gradient: Any, counts: Any, batch_size: Any, settings: Any) -> None:
     """``g * N / (m + eps)`` where m > 0: the mean effective gradient."""
     size, eps, limit = F(batch_size), F(settings[ADAPTIVE_EPS]), F(settings[FACTOR_LIMIT])
     for k in range(len(gradient)):
-        factor = min(size / (F(counts[k]) + eps), limit)
-        gradient[k] = gradient[k] * factor if counts[k] > 0 else gradient[k]
+        scale = min(size / (F(counts[k]) + eps), limit)
+        gradient[k] = gradient[k] * scale if counts[k] > 0 else gradient[k]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

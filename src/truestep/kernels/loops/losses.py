@@ -180,7 +180,7 @@ def _binary_cross_entropy(z: Any, t: Any, delta: Any) -> Any:
     total = 0.0
     for s in range(len(z)):
         power = exp(-abs(z[s]))
-        larger = max(F(0), z[s])
+        larger = F(0) if z[s] <= F(0) else z[s]  # noqa: FURB136 - max hides what is not a number
         total += log(F(1) + power) + larger - t[s] * z[s]
         delta[s] = (F(1) if z[s] >= F(0) else power) / (F(1) + power) - t[s]
     return total

@@ -30,12 +30,21 @@ from truestep.kernels.loops.tables import (
 )
 from truestep.kernels.loops.tiles import LANES, inner, outer
 
-__all__ = ["active_units", "forward", "pack_rows", "pack_samples", "through_activation"]
+__all__ = [
+    "active_units",
+    "forward",
+    "forward_one",
+    "lay_rows",
+    "pack_rows",
+    "pack_samples",
+    "through_activation",
+]
 
 F = np.float32
 SLOPE = F(0.01)
 HALF_ROOT, DENSITY = F(0.70710678118654752), F(0.39894228040143268)
 MAGNITUDE = 0x7FFFFFFF
+_NO_BIAS = np.zeros(1, F)
 
 
 @njit(cache=True, nogil=True)
@@ -97,6 +106,58 @@ def forward(
 
 
 @njit(cache=True, nogil=True)
+def forward_one(layers: Any, sizes: Any, scratch: Any, weights: Any, sample: Any) -> None:
+    """`forward` of a single sample: each layer's outputs are one row, but for the last ones.
+
+    Args:
+        layers: as of `forward`.
+        sizes: as of `forward`.
+        scratch: as of `forward`.
+        weights: as of `forward`.
+        sample: address of its inputs, padded to whole vectors.
+    """
+    below, last = sample, len(layers) - 1
+    for layer in range(last + 1):
+        units, stride = layers[layer, OUTPUTS], layers[layer, STRIDE]
+        weight, values = weights + layers[layer, WEIGHT], scratch + layers[layer, VALUES]
+        identity = scratch + sizes.identity
+        inner(1, units, stride // LANES, below, 0, weight, stride * 4, identity, values, 0)
+        line = numbers(values, (units + PAD - 1) // PAD * PAD)
+        bias = numbers(weights + layers[layer, BIAS], units)
+        for unit in range(units):
+            line[unit] += bias[unit]
+        line[units:] = 0
+        if layer < last:
+            _activate(
+                sizes.activation, 1, 0, units, values, scratch + layers[layer, SUMS], _NO_BIAS
+            )
+        below = values
+    spread = numbers(below, layers[last, OUTPUTS] * sizes.width)
+    for back in range(layers[last, OUTPUTS]):
+        unit = layers[last, OUTPUTS] - 1 - back
+        spread[unit * sizes.width] = spread[unit]
+
+
+@njit(cache=True, nogil=True)
+def lay_rows(values: Any, row: Any, units: Any, n: Any, lines: Any, columns: Any) -> None:
+    """``[unit, sample]`` as ``[sample, unit]``, padded with zeros.
+
+    Args:
+        values: address of the numbers.
+        row: bytes from one unit to the next.
+        units: how many there are.
+        n: how many samples.
+        lines: address of where they go.
+        columns: numbers in a row there.
+    """
+    for sample in range(n):
+        line = numbers(lines + sample * columns * 4, columns)
+        for unit in range(units):
+            line[unit] = numbers(values + unit * row + sample * 4, 1)[0]
+        line[units:] = 0
+
+
+@njit(cache=True, nogil=True)
 def _transpose(
     x: Any, x_row: Any, index: Any, n: Any, features: Any, to: Any, row: Any, padded: Any
 ) -> None:
@@ -119,7 +180,8 @@ def _activate(
         if kind == RELU:
             for s in range(padded):
                 z = line[s] + bias
-                line[s] = max(F(0), z)
+                # max(0, z) would hide what is not a number.
+                line[s] = F(0) if z <= F(0) else z  # noqa: FURB136
         elif kind == LEAKY_RELU:
             for s in range(padded):
                 z = line[s] + bias

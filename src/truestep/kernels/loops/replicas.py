@@ -7,7 +7,7 @@ from numba import njit
 
 from truestep.kernels.loops.backward import backward
 from truestep.kernels.loops.losses import score
-from truestep.kernels.loops.network import active_units, forward
+from truestep.kernels.loops.network import active_units, forward, forward_one
 from truestep.kernels.loops.tables import (
     BATCH_LOSS,
     BEST,
@@ -34,6 +34,7 @@ from truestep.kernels.loops.tables import (
     X_ROW,
     X_STEP,
     X,
+    indices,
 )
 
 __all__ = ["train"]
@@ -116,16 +117,12 @@ def train(
                 else:
                     place = (step - order_start) // a_pass * samples + batch * size
                     index = order[replica, place:].ctypes.data
-                forward(
-                    plan.layers,
-                    plan.sizes,
-                    scratch,
-                    weights,
-                    x,
-                    plan.splits[TRAIN, X_ROW],
-                    index,
-                    n,
-                )
+                if plan.sizes.one != 0:
+                    sample = x + indices(index, 1)[0] * plan.splits[TRAIN, X_ROW]
+                    forward_one(plan.layers, plan.sizes, scratch, weights, sample)
+                else:
+                    row = plan.splits[TRAIN, X_ROW]
+                    forward(plan.layers, plan.sizes, scratch, weights, x, row, index, n)
                 total, right = score(
                     plan.layers, plan.sizes, scratch, labels, targets, index, n, True
                 )

@@ -19,6 +19,7 @@ __all__ = ["count", "step"]
 GRADIENT, PARAMETER, BUFFER, FRESH, BATCH_SIZE = range(5)
 ROWS, COLUMNS, OUTPUTS, INPUTS, SAMPLES, POSITIONS = range(5, 11)
 WINDOW, APART, ENTRIES, LOOKED_UP, OWNERS, BY_ENTRY, COUNTS = range(11, 18)
+FIELDS = 18
 
 # How many elements with one factor are gone through at once.
 STRETCH = 1024
@@ -44,12 +45,12 @@ def _count_samples(outputs: Any, inputs: Any, row: Any, group: Any, counts: Any)
     counts[:] = 0
     words, columns = outputs.shape[1], len(counts)
     for sample in range(outputs.shape[0]):
-        word = 0
+        word, image = 0, sample % inputs.shape[0]
         while word + 4 <= words:
             a, b = outputs[sample, word, row], outputs[sample, word + 1, row]
             c, d = outputs[sample, word + 2, row], outputs[sample, word + 3, row]
-            p, q = inputs[sample, word, group], inputs[sample, word + 1, group]
-            r, s = inputs[sample, word + 2, group], inputs[sample, word + 3, group]
+            p, q = inputs[image, word, group], inputs[image, word + 1, group]
+            r, s = inputs[image, word + 2, group], inputs[image, word + 3, group]
             for column in range(columns):
                 counts[column] += (
                     count_bits(a & p[column])
@@ -59,7 +60,7 @@ def _count_samples(outputs: Any, inputs: Any, row: Any, group: Any, counts: Any)
                 )
             word += 4
         while word < words:
-            a, p = outputs[sample, word, row], inputs[sample, word, group]
+            a, p = outputs[sample, word, row], inputs[image, word, group]
             for column in range(columns):
                 counts[column] += count_bits(a & p[column])
             word += 1
@@ -74,15 +75,15 @@ def _count_joined(
     counts[:] = 0
     columns = len(counts)
     for sample in range(outputs.shape[0]):
-        seen, missing = False, columns
+        seen, missing, image = False, columns, sample % inputs.shape[0]
         for word in range(outputs.shape[1]):
             output = outputs[sample, word, row]
             if output == 0:
                 continue
-            if not ready[sample, word]:
-                unfold(packed, sample, word, window, _flat(inputs, sample, word))
-                ready[sample, word] = True
-            source = inputs[sample, word, group]
+            if not ready[image, word]:
+                unfold(packed, image, word, window, _flat(inputs, image, word))
+                ready[image, word] = True
+            source = inputs[image, word, group]
             missing = 0
             if seen:
                 for column in range(columns):
@@ -93,7 +94,7 @@ def _count_joined(
                     hits[column] = output & source[column]
                     missing += hits[column] == 0
             seen = True
-            if missing <= silent[sample, group]:
+            if missing <= silent[image, group]:
                 break
         if missing == 0:
             for column in range(columns):
@@ -179,6 +180,7 @@ def _operands(entry: Any, everything: Any) -> Any:
     A window's inputs are unfolded word by word as they are needed, since the first few mostly suffice:
     with them come bool ``[samples, words]``, whether they are there, what to unfold, and how many inputs
     of a sample are never on, ``[samples, groups]``: when all others were seen, no more need be looked at.
+    Where all its inputs are on, one image stands for those of all samples.
     """
     samples, positions = entry[SAMPLES], entry[POSITIONS]
     # A window's inputs are unfolded sample by sample, even where its kernel has a single position.
@@ -195,6 +197,7 @@ def _operands(entry: Any, everything: Any) -> Any:
         return outputs, (inputs, ready, nothing, silent)
     groups, taps = sizes(entry[WINDOW])
     pixels, channels = positions_seen(entry[WINDOW])
+    samples = 1 if entry[INPUTS] == 0 else samples
     count = (samples * pixels + 63) // 64
     if entry[INPUTS] == 0:
         source = np.full(count * channels, np.uint64(0xFFFFFFFFFFFFFFFF))
@@ -275,6 +278,7 @@ def _linear(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> No
                 _count_samples(outputs, view[0], row, group, counts)
         elif known != group:
             _count_columns(view[0], group, joined, counts)
+            counts *= outputs.shape[0] // view[0].shape[0]
         if by_row or not by_column or known != group:
             if taps > 1:
                 channels_first(counts, taps, ordered)
@@ -381,15 +385,17 @@ def _counted(entry: Any, first: Any, last: Any, options: Any) -> None:
 
 
 @njit(cache=True, nogil=True)
-def step(start: Any, stop: Any, table: Any, options: Any) -> None:
+def step(start: Any, stop: Any, address: Any, lines: Any, options: Any) -> None:
     """Corrects gradients, or takes a step, for the elements `start` to `stop` of all parameters.
 
     Args:
         start: first element; the row that it lies in goes to whoever has the row's first one.
         stop: the element after the last.
-        table: int64 ``[parameters, fields]``.
+        address: of the table, int64 ``[lines, fields]``.
+        lines: how many.
         options: learning rate and so on, of the parameters' dtype.
     """
+    table = carray(pointer(address), (lines, FIELDS), np.int64)
     nothing = np.empty((0, 0), np.int64)
     before = 0
     for index in range(len(table)):
@@ -408,9 +414,9 @@ def step(start: Any, stop: Any, table: Any, options: Any) -> None:
 
 
 @njit(cache=True, nogil=True)
-def count(start: Any, stop: Any, table: Any, options: Any, address: Any) -> None:
-    """Writes rows `start` to `stop` of the counts of a table's one parameter to int64 zeros ``[J, K]``."""
-    entry = table[0]
+def count(start: Any, stop: Any, line: Any, options: Any, address: Any) -> None:
+    """Writes rows `start` to `stop` of the counts of a table's one line to int64 zeros ``[J, K]``."""
+    entry = carray(pointer(line), (FIELDS,), np.int64)
     counted = carray(pointer(address), (entry[ROWS], entry[COLUMNS]), np.int64)
     if entry[LOOKED_UP] != 0:
         _table(entry, start, stop, options, counted)

@@ -115,7 +115,7 @@ class Options(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What a thread's memory holds and where: bytes from its beginning, but for width and the last four.
+    """What a thread's memory holds and where: bytes from its beginning, but for width and the last six.
 
     Attributes:
         width: numbers in a row of ``[unit, sample]``.
@@ -128,7 +128,10 @@ class Sizes(NamedTuple):
         bias_gradient: of a layer.
         delta_bits: which of the numbers at delta are not zero.
         identity: int32, 0, 1, 2, ...
+        lines: a layer's inputs as ``[sample, input]``, where batches are thin.
         wide: whether inputs are read where their samples lie.
+        thin: whether a batch has fewer samples than a vector, so that vectors run along inputs.
+        one: whether a batch is a single sample, so that a layer's numbers are one row.
         activation: of the hidden layers.
         output: the output function.
         loss: the loss.
@@ -144,7 +147,10 @@ class Sizes(NamedTuple):
     bias_gradient: int
     delta_bits: int
     identity: int
+    lines: int
     wide: int
+    thin: int
+    one: int
     activation: int
     output: int
     loss: int

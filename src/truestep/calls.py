@@ -1,0 +1,62 @@
+"""What tells one forward call of the model, and one backward pass, from another."""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import Variable
+
+__all__ = ["Call", "at_end", "backward_id"]
+
+Owner = TypeVar("Owner")
+
+
+@dataclass(eq=False, slots=True, weakref_slot=True)
+class Call:
+    """One forward call of the counter's model: what tells its samples from another call's.
+
+    Attributes:
+        sizes: the batch sizes that the call's inputs and outputs allow; empty where they show none.
+        inputs: where the inputs' memory is.
+        outside: whether it is a layer's call outside any call of the model.
+        batch_size: the batch size that its layers agree on.
+        positions: for each number of positions at an output, bool: those with a gradient.
+        key: what stands for the call in a compiled graph, see `truestep.compiled`.
+    """
+
+    sizes: list[int] = field(default_factory=list)
+    inputs: set[int] = field(default_factory=set)
+    outside: bool = False
+    batch_size: int | None = None
+    positions: dict[int, Tensor] = field(default_factory=dict)
+    key: Tensor | None = None
+
+    def note_positions(self, delta: Tensor) -> None:
+        """Adds the positions where the gradient of an output is not zero."""
+        mask = delta.detach() != 0
+        if mask.dim() > 1:
+            # Features are the last dimension; of images, which have channels first, the second.
+            mask = mask.any(1 if mask.dim() > 3 else -1)  # noqa: PLR2004
+        mask = mask.flatten()
+        known = self.positions.get(len(mask))
+        self.positions[len(mask)] = mask if known is None else mask | known
+
+
+def backward_id() -> int:
+    """The number of the running backward pass; -1 where none runs."""
+    return torch._C._current_graph_task_id()  # noqa: SLF001
+
+
+def at_end(owner: Owner, method: Callable[[Owner, int], None], task: int | None = None) -> None:
+    """Calls a method with the backward pass's id when that backward pass ends."""
+    task, reference = backward_id() if task is None else task, weakref.ref(owner)
+
+    def call() -> None:
+        living = reference()
+        if living is not None:
+            method(living, task)
+
+    Variable._execution_engine.queue_callback(call)  # noqa: SLF001

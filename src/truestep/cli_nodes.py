@@ -1,0 +1,204 @@
+"""`truestep nodes` and `truestep compress`: parses, calls, prints."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sized
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from truestep.terminal import Debug, Json
+
+__all__ = ["add_commands"]
+
+Model = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL",
+        help="A Python file with `model` and `loader`, or an exported program (.pt2).",
+        show_default=False,
+        exists=True,
+        dir_okay=False,
+    ),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Inputs instead of the file's loader: .npy, .pt, or a Python file with `loader`.",
+        exists=True,
+        dir_okay=False,
+    ),
+]
+BatchSize = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Rows of --data at a time; 256 by default.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
+
+
+def add_commands(
+    app: typer.Typer,
+    installed: Callable[[], contextlib.AbstractContextManager[None]],
+    print_json: Callable[[Any], None],
+) -> None:
+    """Adds the two commands.
+
+    Args:
+        app: The command line.
+        installed: A context that says which package is missing.
+        print_json: Prints data on stdout.
+    """
+
+    @app.command()
+    def nodes(
+        model: Model,
+        *,
+        data: Data = None,
+        batch_size: BatchSize = None,
+        figure: Annotated[
+            Path | None, typer.Option(metavar="FILE", help="Draw a heat map, .png or .svg.")
+        ] = None,
+        as_json: Json = False,
+        quiet: Quiet = False,
+        debug: Debug = False,
+    ) -> None:
+        """Find the dummy nodes of a saved model: units that data never or always switch on.
+
+        The model is put in evaluation mode. Constant units and multiples of other units are found
+        too.
+        """
+        del debug  # main() looks for it
+        with installed():
+            from truestep.lab import node_report  # noqa: PLC0415 - torch takes seconds
+
+            saved = _load(model, data, batch_size, as_json=as_json)
+            found = _find(saved, quiet=quiet)
+            if figure is not None:
+                node_report.heat_map(node_report.unit_frame(found)).savefig(figure, dpi=150)
+            if as_json:
+                print_json(found.to_dict())
+                return
+            _print_nodes(found)
+
+    @app.command()
+    def compress(
+        model: Model,
+        *,
+        out: Annotated[
+            Path,
+            typer.Option(
+                metavar="FILE",
+                help="The small model: .pt for a Python file's, .pt2 for an exported program.",
+            ),
+        ],
+        data: Data = None,
+        batch_size: BatchSize = None,
+        as_json: Json = False,
+        quiet: Quiet = False,
+        debug: Debug = False,
+    ) -> None:
+        """Take the redundant units out of a saved model, with the same output on the data.
+
+        FILE is what `truestep.shrink_to(model, torch.load(FILE))` takes, with a model built by the
+        same code; of an exported program it is one again.
+        """
+        del debug  # main() looks for it
+        with installed():
+            from truestep.lab.node_report import compression_tables  # noqa: PLC0415
+
+            saved = _load(model, data, batch_size, as_json=as_json)
+            if (out.suffix == ".pt2") != saved.exported:
+                wanted = ".pt2" if saved.exported else ".pt"
+                raise typer.BadParameter(
+                    f"{out} should end in {wanted} for this model", param_hint="--out"
+                )
+            report = _compress(saved, out, quiet=quiet)
+            if as_json:
+                print_json(report.to_dict() | {"file": str(out)})
+                return
+            console = Console()
+            for table in compression_tables(report):
+                console.print(table, "", sep="\n")
+            console.print(
+                f"Largest difference of outputs: {report.difference:.3g}, at outputs up to "
+                f"{report.largest:.3g}, on {report.compared:,} samples.\nSaved: {out}",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
+def _load(model: Path, data: Path | None, batch_size: int | None, *, as_json: bool) -> Any:
+    from truestep.lab.saved_models import load_saved  # noqa: PLC0415
+
+    # What a user's own code prints must not end up in the JSON.
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        saved = load_saved(model, data, batch_size)
+    if not saved.exported:
+        saved.model.eval()
+    return saved
+
+
+def _find(saved: Any, *, quiet: bool) -> Any:
+    from truestep import find_dummy_nodes  # noqa: PLC0415
+
+    loader = _Shown(saved.loader, "looking at units", quiet=quiet)
+    return find_dummy_nodes(saved.model, loader, forward=saved.forward)
+
+
+def _print_nodes(found: Any) -> None:
+    from truestep.lab.node_report import node_table  # noqa: PLC0415
+
+    console = Console()
+    console.print(node_table(found))
+    console.print()
+    if found.layers:
+        bound = max(layer.bound() for layer in found.layers)
+        console.print(
+            f"{found.samples:,} samples. A unit that none of them turned on may still be turned on by "
+            f"others: by at most {bound:.2g} of them, at 95 % confidence.",
+            highlight=False,
+        )
+    for line in found.skipped:
+        console.print(f"Not looked at: {line}.", highlight=False)
+
+
+def _compress(saved: Any, out: Path, *, quiet: bool) -> Any:
+    import torch  # noqa: PLC0415
+
+    from truestep import compress, find_dummy_nodes  # noqa: PLC0415
+
+    loader = _Shown(saved.loader, "looking at units", quiet=quiet)
+    found = find_dummy_nodes(saved.model, loader, forward=saved.forward)
+    loader.title = "comparing outputs"
+    example = next(iter(saved.loader))
+    small, report = compress(saved.model, found, example)
+    if saved.exported:
+        inputs = example[0] if isinstance(example, list | tuple) else example
+        shapes = ({0: torch.export.Dim.AUTO},) if saved.free else None
+        torch.export.save(torch.export.export(small, (inputs,), dynamic_shapes=shapes), out)
+    else:
+        torch.save(report.checkpoint(small), out)
+    return report
+
+
+class _Shown:
+    """Batches with a progress bar each time they are gone through."""
+
+    def __init__(self, loader: Iterable[Any], title: str, *, quiet: bool) -> None:
+        self.title = title
+        self._loader, self._quiet = loader, quiet
+
+    def __iter__(self) -> Iterator[Any]:
+        from rich.progress import track  # noqa: PLC0415
+
+        total = len(self._loader) if isinstance(self._loader, Sized) else None
+        yield from track(
+            self._loader,
+            self.title,
+            total=total,
+            console=Console(stderr=True, quiet=self._quiet),
+            disable=self._quiet,
+            transient=True,
+        )

@@ -1,0 +1,142 @@
+"""The short way of the layer that most models are made of: a plain `nn.Linear`, called on rows of a batch.
+
+It leads to the very records of the long way by rule, layout and `Watch`. What it leaves out is what this
+layer is known not to need: positions, views, several outputs, gathered parameters. It packs the input late,
+in the backward pass, where the weight's gradient reads it again anyway; until then autograd holds it and
+guards it against changes. A small model's step is made of such calls and feels each of them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from truestep.activity import Activity, Elements, Outer
+from truestep.bits import Bits, pack
+from truestep.calls import Call
+from truestep.errors import TruestepError
+from truestep.hooks import uncompiled
+from truestep.layout import Layout, Rule
+from truestep.rules import linear
+
+__all__ = ["Direct", "Use", "goes_directly"]
+
+# What `nn.Linear` adds to the autograd graph for rows, with and without a bias.
+PRODUCTS = {"AddmmBackward0", "MmBackward0"}
+
+
+def goes_directly(module: nn.Module, rule: Rule, layout: Layout) -> bool:
+    """Whether a layer's usual calls can go the short way."""
+    return type(module) is nn.Linear and rule is linear and layout.batch_dim == 0
+
+
+class Direct:
+    """A layer's parameters as they were in a call that went the long way, which gave them their hooks."""
+
+    __slots__ = ("bias", "weight")
+
+    def __init__(self) -> None:
+        self.weight: Any = None
+        self.bias: Any = None
+
+    def know(self, module: nn.Module) -> None:
+        """Notes the parameters, which have their hooks now."""
+        self.weight, self.bias = module.weight, module.bias
+
+    def takes(self, module: nn.Module, args: Any, output: Any) -> bool:
+        """Whether nothing about a call is unusual."""
+        held = module._parameters  # noqa: SLF001
+        weight, bias = held.get("weight"), held.get("bias")
+        return (
+            weight is self.weight
+            and bias is self.bias
+            and weight is not None
+            and weight.requires_grad
+            and (bias is None or bias.requires_grad)
+            and type(output) is Tensor
+            and (node := output.grad_fn) is not None
+            and node.name() in PRODUCTS
+            and len(args) == 1
+            and args[0].dtype is output.dtype  # autocast keeps a copy of its own
+            # Activation checkpointing would not hold the input.
+            and torch._C._autograd._top_saved_tensors_default_hooks(True) is None  # noqa: SLF001
+        )
+
+
+class Use:
+    """Waits at the node of a layer's output for its gradient; what it holds of the input is bits after that.
+
+    Args:
+        watch: gives who is told, or None once it is gone.
+        layer: the layer.
+        call: of the model.
+        given: the layer's input.
+    """
+
+    __slots__ = ("_bias", "_call", "_delta", "_given", "_layer", "_versions", "_watch", "_weight")
+
+    def __init__(self, watch: Callable[[], Any], layer: Any, call: Call, given: Tensor) -> None:
+        self._watch, self._layer, self._call = watch, layer, call
+        self._given: Tensor | Bits = given
+        self._delta: Tensor | None = None
+        self._versions = 0
+        self._weight, self._bias = layer.direct.weight, layer.direct.bias
+
+    def __call__(self, gradients: Any) -> None:
+        """Takes the gradient of the output."""
+        watch, delta = self._watch(), gradients[0]
+        if watch is not None and delta is not None:
+            self._delta = delta
+            watch.on_rows(self, self._layer, self._call, delta.shape[0])
+
+    uncompiled(__call__, inside=False)
+
+    def is_first(self) -> bool:
+        """Whether neither a gradient nor bits are there of an earlier backward pass."""
+        return (
+            self._weight.grad is None
+            and (self._bias is None or self._bias.grad is None)
+            and isinstance(self._given, Tensor)
+        )
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """What is to be packed in the first backward pass: input and output gradient."""
+        return self._given, self._delta  # type: ignore[return-value]
+
+    def wait(self) -> None:
+        """Notes that both are kept for a while."""
+        self._versions = _versions(*self.tensors())
+
+    def tensors_after(self) -> tuple[Tensor, Tensor]:
+        """`tensors` after `wait`.
+
+        Raises:
+            TruestepError: they have changed since.
+        """
+        given, delta = self.tensors()
+        if _versions(given, delta) != self._versions:
+            raise TruestepError(
+                f"the input of {self._layer.name!r} or the gradient of its output was changed in place "
+                "during the backward pass; let hooks on gradients return new tensors"
+            )
+        return given, delta
+
+    def deliver(self, inputs: Bits, outputs: Bits) -> tuple[Call, list[tuple[Tensor, Activity]]]:
+        """The call of the model, and the parameters with their activity."""
+        self._given, self._delta = inputs, None
+        weight, bias = self._weight, self._bias
+        found: list[tuple[Tensor, Activity]] = [(weight, Outer(weight.shape, outputs, inputs))]
+        if bias is not None:
+            found.append((bias, Elements(bias.shape, outputs)))
+        return self._call, found
+
+    def deliver_now(self) -> tuple[Call, list[tuple[Tensor, Activity]]]:
+        """`deliver`, after packing."""
+        given, delta = self._given, self._delta
+        assert delta is not None  # noqa: S101
+        return self.deliver(pack(given) if isinstance(given, Tensor) else given, pack(delta))
+
+
+def _versions(given: Tensor, delta: Tensor) -> int:
+    return given._version + delta._version  # noqa: SLF001

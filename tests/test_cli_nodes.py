@@ -1,0 +1,117 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import saved_model
+import truestep
+from test_cli import call  # noqa: F401 - a fixture
+
+FILE = Path(__file__).parent / "saved_model.py"
+
+
+def test_nodes_prints_a_table_that_fits_and_draws_a_figure(call, tmp_path):  # noqa: F811
+    code, out, err = call("nodes", FILE, "--figure", "map.png")
+    assert code == 0, err
+    assert max(map(len, out.splitlines())) <= 80
+    row = next(line.split() for line in out.splitlines() if line.startswith("0 "))
+    assert row[:4] == ["0", "relu", "12", "2"]
+    assert "640 samples" in out
+    assert "95 % confidence" in out
+    assert (tmp_path / "map.png").stat().st_size > 1000
+
+
+def test_nodes_as_json_are_all_of_the_output(call):  # noqa: F811
+    code, out, err = call("nodes", FILE, "--json", "--quiet")
+    assert code == 0, err
+    data = json.loads(out, parse_constant=pytest.fail)
+    assert data["samples"] == 640
+    assert data["layers"][0]["kinds"][1:6] == ["true", "true", "constant", "duplicate", "pseudo"]
+    assert "a user may print" in err
+
+
+def test_compress_writes_what_shrink_to_takes(call, tmp_path):  # noqa: F811
+    code, out, err = call("compress", FILE, "--out", "small.pt")
+    assert code == 0, err
+    assert max(map(len, out.splitlines())) <= 80
+    for text in ("parameters", "folded into the next bias", "why it stays", "Saved: small.pt"):
+        assert text in out
+    saved = torch.load(tmp_path / "small.pt", weights_only=True)
+    small = truestep.shrink_to(saved_model.make(), saved).eval()
+    assert small[0].out_features == 8
+    x = saved_model.loader[0]
+    torch.testing.assert_close(small(x), saved_model.model.eval()(x), rtol=1e-5, atol=1e-5)
+
+
+def test_compress_as_json_has_the_report(call):  # noqa: F811
+    code, out, err = call("compress", FILE, "--out", "small.pt", "--json")
+    assert code == 0, err
+    data = json.loads(out, parse_constant=pytest.fail)
+    assert data["after"]["parameters"] < data["before"]["parameters"]
+    assert {one["kind"] for one in data["removed"]} == {"true", "constant", "duplicate"}
+    assert data["difference"] < 1e-5
+    assert data["file"] == "small.pt"
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("suffix", [".npy", ".pt"])
+def test_an_exported_program_comes_back_as_one(call, tmp_path, dynamic, suffix):  # noqa: F811
+    model = saved_model.model.eval()
+    shapes = ({0: torch.export.Dim("batch")},) if dynamic else None
+    program = torch.export.export(model, (saved_model.loader[0],), dynamic_shapes=shapes)
+    torch.export.save(program, tmp_path / "model.pt2")
+    inputs = torch.cat(saved_model.loader)[: 600 if dynamic else 640]
+    if suffix == ".npy":
+        np.save(tmp_path / "inputs.npy", inputs.numpy())
+    else:
+        torch.save((inputs, torch.zeros(3)), tmp_path / "inputs.pt")
+    arguments = ("model.pt2", "--data", f"inputs{suffix}")
+    code, out, err = call("nodes", *arguments)
+    assert code == 0, err
+    assert out.splitlines()[1].split()[:4] == ["0", "relu", "12", "2"]
+    code, _, err = call("compress", *arguments, "--out", "small.pt2", "--quiet")
+    assert code == 0, err
+    small = torch.export.load(tmp_path / "small.pt2").module()
+    x = saved_model.loader[1]
+    torch.testing.assert_close(small(x), model(x), rtol=1e-5, atol=1e-5)
+    assert (tmp_path / "small.pt2").stat().st_size > 0
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("nodes", "nothing.py"), 2, "nothing.py"),
+        (("nodes", "empty.py"), 1, "empty.py has no `model`; it needs a module-level"),
+        (("nodes", "broken.py"), 1, "broken.py: ValueError: so it is; correct the file"),
+        (("nodes", "bare.py"), 1, "bare.py has no `loader`; add a module-level"),
+        (("nodes", "bare.py", "--data", "text.npy"), 1, "text.npy holds no tensor"),
+        (("nodes", "text.pt2"), 1, "text.pt2 is no exported program"),
+        (("compress", "bare.py", "--data", "x.npy", "--out", "small.pt2"), 2, "should end in .pt"),
+        (("compress", "bare.py"), 2, "--out"),
+    ],
+)
+def test_what_is_wrong_is_said_with_the_way_out(call, tmp_path, arguments, code, message):  # noqa: F811
+    (tmp_path / "empty.py").write_text("")
+    (tmp_path / "broken.py").write_text("raise ValueError('so it is')")
+    (tmp_path / "bare.py").write_text("from torch import nn\nmodel = nn.Linear(2, 2)")
+    (tmp_path / "text.npy").write_text("text")
+    (tmp_path / "text.pt2").write_text("text")
+    np.save(tmp_path / "x.npy", np.zeros((4, 2), np.float32))
+    found, out, err = call(*arguments)
+    assert (found, out) == (code, "")
+    assert message in " ".join(err.split())
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+def test_rows_that_do_not_fill_the_batches_of_an_exported_program_are_an_error(call, tmp_path):  # noqa: F811
+    program = torch.export.export(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), (torch.ones(4, 2),))
+    torch.export.save(program, tmp_path / "model.pt2")
+    np.save(tmp_path / "x.npy", np.zeros((6, 2), np.float32))
+    code, _, err = call("nodes", "model.pt2", "--data", "x.npy")
+    assert code == 1
+    assert "has 6 rows, and the exported program takes batches of 4 only" in err

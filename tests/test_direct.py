@@ -1,0 +1,172 @@
+"""The short way of `nn.Linear`: the same records as the long one, and who has to take the long one."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import truestep
+from truestep import direct, records
+from truestep.errors import TruestepError
+
+
+@pytest.fixture
+def uses(monkeypatch):
+    """The uses that go the short way, counted by layer."""
+    found = []
+    start = direct.Use.__init__
+
+    def init(use, watch, layer, call, given):
+        found.append(layer.name)
+        start(use, watch, layer, call, given)
+
+    monkeypatch.setattr(direct.Use, "__init__", init)
+    return found
+
+
+def trained(short, held, monkeypatch, batches, *, penalty=False, accumulate=1):
+    """Counts, batch sizes and weights of a small model after some steps."""
+    with monkeypatch.context() as patch:
+        if not short:
+            patch.setattr(direct.Direct, "takes", lambda *_: False)
+        patch.setattr(records, "MOST_GATHERED", held)
+        torch.manual_seed(0)
+        shared = nn.Linear(4, 4)
+        model = nn.Sequential(
+            nn.Linear(3, 4), nn.ReLU(), shared, nn.ReLU(), shared, nn.Linear(4, 2)
+        )
+        counter = truestep.SampleCounter(model)
+        optimizer = truestep.AdaptiveBatchSGD(model.parameters(), lr=0.1, counter=counter)
+        found = []
+        for number, batch in enumerate(batches):
+            loss = model(batch).relu().square().sum()
+            if penalty:
+                gradients = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+                loss = loss + sum(g.square().sum() for g in gradients)
+            loss.backward()
+            if number % accumulate == accumulate - 1:
+                found.append((counter.batch_size, counter.counts()))
+                optimizer.step()
+                optimizer.zero_grad()
+    return found, [parameter.detach() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("held", [0, records.MOST_GATHERED])
+@pytest.mark.parametrize("penalty", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_both_ways_lead_to_the_same(held, penalty, accumulate, monkeypatch, uses):
+    batches = [torch.randn(size, 3) for size in (5, 70, 64, 130, 1, 7)]
+    options = {"penalty": penalty, "accumulate": accumulate}
+    one, other = (trained(short, held, monkeypatch, batches, **options) for short in (True, False))
+    # All calls but the first, which is compared with the autograd graph.
+    assert len(uses) == 4 * (len(batches) - 1)
+    for (size, counts), (same_size, same_counts) in zip(one[0], other[0], strict=True):
+        assert size == same_size
+        assert all(torch.equal(counts[name], same_counts[name]) for name in same_counts)
+    assert all(torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True))
+
+
+def stepped(model, call, uses):
+    """Which layers go the short way in a later call."""
+    counter = truestep.SampleCounter(model)
+    for _ in range(2):
+        uses.clear()
+        model.zero_grad()
+        call()
+    assert counter.counts().keys() == {
+        name for name, p in model.named_parameters() if p.grad is not None
+    }
+    return list(uses)
+
+
+class Checkpointed(nn.Sequential):
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+def of_rows(model):
+    return model(torch.randn(5, 3))
+
+
+def of_positions(model):
+    return model(torch.randn(5, 6, 3))
+
+
+def under_autocast(model):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return model(torch.randn(5, 3)).float()
+
+
+@pytest.mark.parametrize(
+    ("make", "call", "expected"),
+    [
+        (nn.Sequential, of_rows, ["0", "1"]),
+        (nn.Sequential, of_positions, []),
+        (nn.Sequential, under_autocast, ["1"]),  # what "1" is given is in bfloat16 already
+        (Checkpointed, of_rows, []),
+    ],
+)
+def test_who_takes_which_way(make, call, expected, uses):
+    model = make(nn.Linear(3, 4), nn.Linear(4, 2))
+    assert stepped(model, lambda: call(model).sum().backward(), uses) == expected
+
+
+def test_a_layer_that_is_partly_frozen_takes_the_long_way(uses):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    model[0].weight.requires_grad_(False)
+    assert stepped(model, lambda: of_rows(model).sum().backward(), uses) == ["1"]
+
+
+class Fork(nn.Module):
+    """Both branches get the same gradient; a hook writes into it when the later layer has seen it."""
+
+    def __init__(self):
+        super().__init__()
+        self.early, self.late = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        early = self.early(x)
+        early.register_hook(lambda gradient: gradient.mul_(0))
+        return early + self.late(x)
+
+
+def test_a_gradient_changed_in_place_while_it_is_held_is_an_error():
+    model, x = Fork(), torch.randn(4, 3)
+    counter = truestep.SampleCounter(model)
+    model(x).square().sum().backward()
+    model.zero_grad()
+    with pytest.raises(TruestepError, match=r"'late'.*changed in place during the backward pass"):
+        model(x).square().sum().backward()
+    model.zero_grad()
+    model.late(x).square().sum().backward()
+    assert counter.batch_size == 4
+
+
+def test_a_step_inside_the_backward_pass_finds_what_has_landed():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    counter = truestep.SampleCounter(model)
+    x = torch.randn(5, 3)
+    model(x).sum().backward()
+    expected = counter.counts()
+    model.zero_grad()
+    found = {}
+
+    def note(parameter):
+        name = {id(p): name for name, p in model.named_parameters()}[id(parameter)]
+        found[name] = counter.counts()[name]
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(note)
+    model(x).sum().backward()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_what_is_held_goes_with_the_backward_pass():
+    model = nn.Linear(3, 2)
+    counter = truestep.SampleCounter(model)
+    x = torch.randn(5, 3)
+    for _ in range(3):
+        torch.autograd.grad(model(x).sum(), model.weight)
+        assert counter.counts() == {}
+        assert not counter._records._gathered
