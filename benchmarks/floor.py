@@ -98,7 +98,7 @@ class Least(torch.optim.Optimizer):
         self.uses = []
 
     @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]  # noqa: D102
+    def step(self) -> None:  # type: ignore[override]
         table = Table(4)
         for module, _, samples, of, to in self.packed:
             rows, columns = module.weight.shape
