@@ -40,7 +40,7 @@ def with_empty_hooks(task: Task) -> torch.optim.Optimizer:
     def nothing(*_: Any) -> None:
         pass
 
-    def _on_layer(_module: nn.Module, _args: Any, _kwargs: Any, output: Tensor) -> None:
+    def on_layer(_module: nn.Module, _args: Any, _kwargs: Any, output: Tensor) -> None:
         output.grad_fn.register_prehook(nothing)
 
     for layer in task.model.modules():
@@ -98,7 +98,7 @@ class Least(torch.optim.Optimizer):
         self.uses = []
 
     @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]  # noqa: D102
+    def step(self) -> None:  # type: ignore[override]
         table = Table(4)
         for module, _, samples, of, to in self.packed:
             rows, columns = module.weight.shape

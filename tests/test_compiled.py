@@ -557,6 +557,33 @@ def test_a_use_that_bypasses_its_module_in_a_graph_is_an_error(make):
     counter.close()
 
 
+class Remembers(nn.Sequential):
+    """Keeps what its losses need on itself, as layers of experts do."""
+
+    def __init__(self, *layers):
+        super().__init__(*layers)
+        self.register_buffer("calls", torch.zeros(()))
+        self.history = []
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        output = super().forward(x)
+        self.penalty = output.square().mean()
+        self.history.append(len(self.history))
+        return output
+
+
+def test_comparing_a_model_with_its_graph_leaves_no_trace():
+    model, inputs = Remembers(nn.Linear(4, 3)), sparse_inputs(8, 4)
+    counter = truestep.SampleCounter(model)
+    output = torch.compile(model, backend=BACKEND)(inputs)
+    assert model.calls == 1
+    assert model.history == [0]
+    assert torch.equal(model.penalty, output.square().mean())
+    (loss_of(output) + model.penalty).backward()
+    assert counter.batch_size == 8
+
+
 class NeedsNumbers(nn.Sequential):
     def forward(self, x):
         return super().forward(x) * (2.0 if x.sum() > 0 else 3.0)

@@ -115,14 +115,12 @@ def test_linear_layers_lose_exactly_the_planted_units(drawn):
     model = nn.Sequential(*layers, nn.Linear(inputs, 2, bias=bias)).double().eval()
     _small, report, nodes = compressed(model, data(300, 6))
     assert listed(nodes) <= {(o.layer, o.unit) for o in [*report.removed, *report.kept]}
-    # In deeper layers, what is planted is still there, and more may be redundant.
+    # Inputs of deeper layers may be larger than planting allows for: there `listed` is what holds.
     first = next(iter(planted))
     assert gone(planted[first]) <= units(report.removed, first)
     assert units(report.removed, first) <= {
         unit for layer in nodes if layer.layer == first for unit, k in enumerate(layer.kinds()) if k
     }
-    for name, kinds in planted.items():
-        assert gone(kinds) <= units(report.removed, name) | units(report.kept, name)
 
 
 @given(st.data())

@@ -24,7 +24,7 @@ def uses(monkeypatch):
     return found
 
 
-def trained(short, held, monkeypatch, batches, *, penalty=False, accumulate=1):
+def trained(short, held, monkeypatch, batches, *, unit="sample", penalty=False, accumulate=1):
     """Counts, batch sizes and weights of a small model after some steps."""
     with monkeypatch.context() as patch:
         if not short:
@@ -35,7 +35,7 @@ def trained(short, held, monkeypatch, batches, *, penalty=False, accumulate=1):
         model = nn.Sequential(
             nn.Linear(3, 4), nn.ReLU(), shared, nn.ReLU(), shared, nn.Linear(4, 2)
         )
-        counter = truestep.SampleCounter(model)
+        counter = truestep.SampleCounter(model, unit=unit)
         optimizer = truestep.AdaptiveBatchSGD(model.parameters(), lr=0.1, counter=counter)
         found = []
         for number, batch in enumerate(batches):
@@ -54,9 +54,10 @@ def trained(short, held, monkeypatch, batches, *, penalty=False, accumulate=1):
 @pytest.mark.parametrize("held", [0, records.MOST_GATHERED])
 @pytest.mark.parametrize("penalty", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_both_ways_lead_to_the_same(held, penalty, accumulate, monkeypatch, uses):
+@pytest.mark.parametrize("unit", ["sample", "position"])
+def test_both_ways_lead_to_the_same(held, penalty, accumulate, unit, monkeypatch, uses):
     batches = [torch.randn(size, 3) for size in (5, 70, 64, 130, 1, 7)]
-    options = {"penalty": penalty, "accumulate": accumulate}
+    options = {"penalty": penalty, "accumulate": accumulate, "unit": unit}
     one, other = (trained(short, held, monkeypatch, batches, **options) for short in (True, False))
     # All calls but the first, which is compared with the autograd graph.
     assert len(uses) == 4 * (len(batches) - 1)
@@ -170,3 +171,47 @@ def test_what_is_held_goes_with_the_backward_pass():
         torch.autograd.grad(model(x).sum(), model.weight)
         assert counter.counts() == {}
         assert not counter._records._gathered
+
+
+def test_counts_outlive_a_gradient_that_a_hook_has_used_up():
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(5, 3)
+    counter = truestep.SampleCounter(model)
+    model(x).sum().backward()
+    expected = counter.counts()
+    model.zero_grad()
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    for _ in range(2):
+        model(x).sum().backward()
+        found = counter.counts()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+class Fails(nn.Linear):
+    def forward(self, x):
+        x.register_hook(self.fail)
+        return super().forward(x)
+
+    def fail(self, gradient):
+        if self.failing:
+            raise RuntimeError("a hook failed")
+
+
+def test_inputs_filled_anew_after_a_backward_pass_that_raised_are_no_error():
+    model, x = nn.Sequential(nn.Linear(3, 4), Fails(4, 4), nn.Linear(4, 2)), torch.randn(5, 3)
+    counter = truestep.SampleCounter(
+        model, rules=truestep.RULES | {Fails: truestep.RULES[nn.Linear]}
+    )
+    for failing in (False, True, False):
+        model[1].failing = failing
+        model.zero_grad()
+        loss = model(x.requires_grad_()).sum()
+        if failing:
+            with pytest.raises(RuntimeError, match="a hook failed"):
+                loss.backward()
+        else:
+            loss.backward()
+            assert counter.batch_size == 5
+            assert counter.counts()["0.bias"].eq(5).all()
+        with torch.no_grad():
+            x.add_(1)

@@ -101,7 +101,10 @@ class Batch:
         """`find` of each of several parameters; what it refuses is refused before the first is found."""
         records, size, exchange = self._records, self.override, self._exchange
         if exchange is not None:
-            records.find_all([p for p in parameters if p not in exchange.counted])
+            # A rank may have no record of its own of what others have counted.
+            records.find_all(
+                [p for p in parameters if p not in exchange.counted or records.of(p) is not None]
+            )
             return map(self.find, parameters)
         return [
             None

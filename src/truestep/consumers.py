@@ -201,9 +201,27 @@ def traced_by_shapes(
         torch.compiler.set_stance("force_eager"),
         # Activation checkpointing around the model counts the tensors that are saved.
         torch.autograd.graph.saved_tensors_hooks(_same, _same),
+        _restored(inner),
         shapes,
     ):
         yield run, known
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Gives a model's modules their attributes back, which a forward pass may set."""
+    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
+    held = [value for _, values in attributes for value in values.values()]
+    lists = [(value, list(value)) for value in held if type(value) is list]
+    tables = [(value, dict(value)) for value in held if isinstance(value, dict)]
+    try:
+        yield
+    finally:
+        for mapping, before in (*attributes, *tables):
+            mapping.clear()
+            mapping.update(before)
+        for items, earlier in lists:
+            items[:] = earlier
 
 
 def _same(tensor: Tensor) -> Tensor:

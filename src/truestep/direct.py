@@ -108,19 +108,19 @@ class Use:
         """Notes that both are kept for a while."""
         self._versions = _versions(*self.tensors())
 
-    def tensors_after(self) -> tuple[Tensor, Tensor]:
-        """`tensors` after `wait`.
+    def is_unchanged(self, *, strict: bool) -> bool:
+        """Whether both are as they were at `wait`.
 
         Raises:
-            TruestepError: they have changed since.
+            TruestepError: where `strict`, if they are not.
         """
-        given, delta = self.tensors()
-        if _versions(given, delta) != self._versions:
+        unchanged = _versions(*self.tensors()) == self._versions
+        if strict and not unchanged:
             raise TruestepError(
                 f"the input of {self._layer.name!r} or the gradient of its output was changed in place "
                 "during the backward pass; let hooks on gradients return new tensors"
             )
-        return given, delta
+        return unchanged
 
     def deliver(self, inputs: Bits, outputs: Bits) -> tuple[Call, list[tuple[Tensor, Activity]]]:
         """The call of the model, and the parameters with their activity."""

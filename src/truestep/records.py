@@ -224,17 +224,19 @@ class Records:
         if self.follows:
             self.settle()
 
-    def settle(self) -> None:
-        """Brings the records up to date with what has landed."""
-        whole = self._packed() if self._gathered else {}
+    def settle(self, ending: int | None = None) -> None:
+        """Brings the records up to date with what has landed.
+
+        Args:
+            ending: the backward pass that is just ending, if any.
+        """
+        whole = self._packed(ending) if self._gathered else {}
         landed, self._landed = self._landed, []
         for parameter, reference, version, task in landed:
-            key, gradient = id(parameter), reference()
-            if gradient is None:
-                continue
+            key = id(parameter)
             single = whole.pop((task, key), None)
             if single is None:
-                self._commit(parameter, gradient, version, task)
+                self._commit(parameter, reference, version, task)
                 continue
             # One use of a parameter that had no gradient: what most records are made of.
             call, activity, samples = single
@@ -242,17 +244,17 @@ class Records:
             self._committed[key] = Record(
                 activity, samples, reference, version, latest, [activity], None
             )
-        for (task, key), (
-            call,
-            activity,
-            _,
-        ) in whole.items():  # asked for before the pass has ended
-            self._pending[task][key] = _Pending(True, task, {call: [activity]})
+        for (task, key), single in whole.items():  # somebody has asked in the middle of the pass
+            self._pending.get(task, {})[key] = _Pending(True, task, {single[0]: [single[1]]})
 
-    def _packed(self) -> dict[tuple[int, int], tuple[Call, Activity, int]]:
+    def _packed(self, ending: int | None) -> dict[tuple[int, int], tuple[Call, Activity, int]]:
         """The activity of gathered uses by backward pass and parameter; of further uses it is pending."""
         gathered, self._gathered, self._gathered_bytes = self._gathered, [], 0
-        bits = iter(pack_all([tensor for use, _ in gathered for tensor in use.tensors_after()]))
+        # What a backward pass that raised has left behind may have changed since.
+        gathered = [
+            (use, task) for use, task in gathered if use.is_unchanged(strict=task == ending)
+        ]
+        bits = iter(pack_all([tensor for use, _ in gathered for tensor in use.tensors()]))
         found: dict[tuple[int, int], tuple[Call, Activity, int]] = {}
         for use, task in gathered:
             inputs, outputs = next(bits), next(bits)
@@ -280,9 +282,15 @@ class Records:
         if entry is not None:
             self._held.setdefault(id(parameter), []).append(entry)
 
-    def _commit(self, parameter: Tensor, gradient: Tensor, version: int, task: int) -> None:
+    def _commit(
+        self,
+        parameter: Tensor,
+        reference: Callable[[], Tensor | None],
+        version: int,
+        task: int,
+    ) -> None:
         """Makes the pending activity part of the record, once the gradient has reached `.grad`."""
-        key = id(parameter)
+        key, gradient = id(parameter), reference()
         pending, record = self._pending.get(task), self._committed.get(key)
         entry = None if pending is None else pending.pop(key, None)
         entries = self._held.pop(key, []) if entry is None else [entry]
@@ -291,7 +299,7 @@ class Records:
             if record is not None and record.stepped and version > record.version + 1:
                 del self._committed[key]
             return
-        sharded = is_sharded(gradient)
+        sharded = gradient is not None and is_sharded(gradient)
         replaced = sharded and record is not None and record.gradient() is not gradient
         if entries[0].fresh or replaced:
             record = None
@@ -302,8 +310,8 @@ class Records:
             record = self._extended(parameter, record, entry)
         assert record is not None  # noqa: S101
         record.mixed = mixed
-        record.gradient, record.version = weakref.ref(gradient), version
-        if sharded:
+        record.gradient, record.version = reference, version
+        if gradient is not None and sharded:
             record.nonzero = local(gradient).any()
         self._committed[key] = record
         if task in self._living:
@@ -354,7 +362,7 @@ class Records:
 
     def forget(self, task: int) -> None:
         """Drops what a backward pass has left pending."""
-        self.settle()
+        self.settle(task)
         self._pending.pop(task, None)
         if task in self._living:
             # DistributedDataParallel finishes in such a callback too: come after it.

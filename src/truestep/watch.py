@@ -23,6 +23,7 @@ from truestep.combine import Shared
 from truestep.compiled import Receiver
 from truestep.consumers import Used, Uses, traced_by_shapes, used
 from truestep.direct import Use
+from truestep.distributed import is_sharded
 from truestep.errors import TruestepError
 from truestep.hooks import Hook, Pausable, on_gradients, on_node, uncompiled
 from truestep.layers import (
@@ -315,7 +316,8 @@ class Watch:
     def _check_by_shapes(self, args: Any, kwargs: Any) -> None:
         """Holds the uses of layers against the graph of a forward pass without numbers."""
         model = self._model()
-        if model is None or not self._handles:  # none once it is closed
+        sharded = any(map(is_sharded, self._records.names))
+        if model is None or sharded or not self._handles:  # none once it is closed
             return
         known = {p: name for p, name in self._records.names.items() if p not in self._plain}
         self._probed = []

@@ -49,6 +49,29 @@ def test_a_seed_decides_whatever_the_threads_the_memory_and_the_others(batch_siz
     assert_same(run(replicas=30, batch_size=batch_size, threads=2, memory=3_000), everyone)
 
 
+def test_numbers_of_numpy_and_arrays_that_change_later(tmp_path):
+    points = circles()
+    inputs = points.inputs[0].copy()
+    split = Split(inputs, points.targets[0])
+    inputs[:] = np.nan
+    record = Record(every=np.int64(5))
+    sizes = {"steps": np.int64(10), "batch_size": np.int64(8), "record": record}
+    result = run(data=Data(split), **sizes, store=tmp_path)
+    assert_same(run(data=Data(points), **sizes), result)
+
+
+def test_what_no_sample_reaches_does_not_outgrow_those_that_are_there():
+    start = np.array([[-1e30, 1e30, 1e30, 0, 0, 0]], np.float32)
+    for activation in ("relu", "leaky_relu", "gelu"):
+        network = Network((1, 1, 1, 1), activation, "sigmoid", "binary_cross_entropy")
+        data = Data(Split(np.ones((17, 1)), np.ones(17, int)))
+        statuses = [
+            run(network=network, data=data, replicas=1, start=start, backend=backend).status[0]
+            for backend in BACKENDS
+        ]
+        assert statuses == ["done", "done"]
+
+
 def test_equal_seeds_make_pairs():
     result = run(
         replicas=4,
@@ -147,8 +170,15 @@ def test_an_order_of_ones_own_and_a_start_of_ones_own():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"replicas": 0}, r"replicas=0\): give 1 or more"),
-        ({"steps": 0}, r"steps=0\): give 1 or more"),
+        ({"replicas": 0}, r"replicas=0\): give a whole number of 1 or more"),
+        ({"replicas": 4.0}, r"replicas=4.0\): give a whole number"),
+        ({"replicas": True}, "give a whole number"),
+        ({"batch_size": 16.0}, r"batch_size=16.0\): give a whole number"),
+        ({"optimizer": []}, "there are 0 for 4 replicas"),
+        ({"optimizer": "adam"}, "it is 'adam'"),
+        ({"seed": [0.5, 1, 2, 3]}, "give whole numbers below"),
+        ({"seed": 2**63}, "give whole numbers below"),
+        ({"steps": 0}, r"steps=0\): give a whole number of 1 or more"),
         ({"steps": None}, "steps= or epochs="),
         ({"epochs": 2}, "steps= or epochs="),
         ({"batch_size": 65}, "there are 64 training samples"),
@@ -159,7 +189,7 @@ def test_an_order_of_ones_own_and_a_start_of_ones_own():
         ({"start": np.zeros((4, 3))}, r"need \[4, 67\]"),
         ({"start": np.full((4, 67), np.nan)}, "not all numbers are finite"),
         ({"order": lambda *_: np.zeros(64)}, "no permutation"),
-        ({"threads": 0}, r"threads=0\): give 1 or more"),
+        ({"threads": 0}, r"threads=0\): give a whole number of 1 or more"),
         ({"backend": "gpu"}, "choose one of compiled, torch"),
         ({"memory": 100}, "one replica takes"),
         ({"replicas": 10**10}, "GB are free"),
@@ -195,7 +225,17 @@ def test_bad_input_is_named_before_any_training(changes, says):
         (lambda: Optimizer(nesterov=True), "needs a momentum"),
         (lambda: Optimizer("adam", betas=(1.0, 0.9)), "below 1"),
         (lambda: Record(every=1, steps=(1,)), "give one of them"),
-        (lambda: Record(every=0), "give 1 or more"),
+        (lambda: Record(every=0), "give a whole number of 1 or more"),
+        (lambda: Record(every=1.5), "give a whole number"),
+        (lambda: Record(steps=(0.7,)), "give a whole number"),
+        (lambda: Record(every=1).at(10**10, 1), "Measure less often"),
+        (lambda: Stop(loss=np.nan), r"loss=nan\): give a number of 0"),
+        (lambda: Optimizer(lr="0.1"), "give a number"),
+        (lambda: Optimizer("adam", eps=0.0), "give a number above 0"),
+        (lambda: Network((2, 6, 1)), "with one output is always 1"),
+        (lambda: Network("23"), "give a whole number"),
+        (lambda: Split([[0.0], [1.0, 2.0]], [0, 1]), "inputs are no array"),
+        (lambda: Split([[0.0]], ["cat"]), "targets are of type"),
         (Stop, "needs a loss"),
     ],
 )  # fmt: skip
@@ -247,10 +287,48 @@ def test_a_store_goes_on_and_grows(tmp_path):
     )
     assert_same(again, whole)
     assert (again.nodes == whole.nodes).all()
-    assert calls[0][1] == 9 * 30
+    assert calls[-1][:2] == (5 * 30, 5 * 30)
+    run(replicas=9, record=record, store=tmp_path, progress=lambda *told: calls.append(told))
+    assert calls[-1][:2] == (0, 0)
     changed = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.npz")}
     assert_same(run(replicas=9, record=record, store=tmp_path), whole)
     assert changed == {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.npz")}
+
+
+def test_a_store_may_hold_more_than_is_asked_for(tmp_path):
+    whole = run(replicas=9)
+    run(replicas=9, store=tmp_path, threads=1)
+    assert_same(run(replicas=4, store=tmp_path, threads=1), whole, slice(4))
+    assert_same(run(replicas=9, store=tmp_path, threads=1), whole)
+    # As another process with other portions leaves them.
+    some = run(replicas=6, store=tmp_path / "b", threads=1)
+    assert len(some) == 6
+    (part,) = (tmp_path / "b").glob("*.npz")
+    part.rename(tmp_path / part.name)
+    again = run(replicas=9, store=tmp_path, threads=1)
+    assert len(again) == 9
+    assert_same(again, whole)
+
+
+def test_a_store_tells_functions_apart_by_what_they_give(tmp_path):
+    def warm(first):
+        return lambda step: first if step < 3 else 1.0
+
+    def rotated(by):
+        return lambda *_: np.roll(np.arange(64), by)
+
+    run(store=tmp_path / "a", optimizer=Optimizer(schedule=warm(0.5)))
+    run(store=tmp_path / "a", optimizer=Optimizer(schedule=warm(0.5)))
+    with pytest.raises(TruestepError, match="other seeds, starts, orders or optimizers"):
+        run(store=tmp_path / "a", optimizer=Optimizer(schedule=warm(0.0)))
+    run(store=tmp_path / "b", batch_size=16, order=rotated(1))
+    with pytest.raises(TruestepError, match="other seeds, starts, orders or optimizers"):
+        run(store=tmp_path / "b", batch_size=16, order=rotated(5))
+
+
+def test_an_order_is_checked_in_every_epoch():
+    with pytest.raises(TruestepError, match="for seed 0 and epoch 1 is no permutation"):
+        run(batch_size=16, order=lambda _, epoch: np.arange(64) + (epoch > 0) * 100, threads=1)
 
 
 def test_a_damaged_file_is_moved_aside(tmp_path):
@@ -268,7 +346,7 @@ def test_a_store_of_something_else_is_refused(tmp_path):
     run(store=tmp_path / "a")
     with pytest.raises(TruestepError, match="differs in steps"):
         run(store=tmp_path / "a", steps=31)
-    with pytest.raises(TruestepError, match="other seeds, starts or optimizers"):
+    with pytest.raises(TruestepError, match="other seeds, starts, orders or optimizers"):
         run(store=tmp_path / "a", optimizer=Optimizer(lr=0.4))
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "thesis.tex").touch()
@@ -276,6 +354,9 @@ def test_a_store_of_something_else_is_refused(tmp_path):
         run(store=tmp_path / "b")
     with pytest.raises(TruestepError, match="can't hold results"):
         run(store=tmp_path / "b" / "thesis.tex")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "ensemble.7.part").touch()
+    run(store=tmp_path / "c")
     (tmp_path / "a" / "ensemble.json").write_text("{")
     with pytest.raises(TruestepError, match="can't be read"):
         run(store=tmp_path / "a")

@@ -24,7 +24,7 @@ from truestep.lab.paper.plans_dasgd import BATCHES, DASGD_DATA
 from truestep.lab.paper.points import ENDINGS, Points
 from truestep.lab.paper.store import UnitStore
 from truestep.lab.paper.tables import best, by_seed, last, of_curves, of_points
-from truestep.lab.paper.verdict import Condition, judged
+from truestep.lab.paper.verdict import Condition, judged, settled
 
 # Effects.
 
@@ -98,6 +98,17 @@ def test_the_verdict_follows_from_the_conditions(values, verdict, words):
     conditions = [Condition(str(k), mean("", part)) for k, part in enumerate(values)]
     found = judged(CLAIMS["A1"], conditions, "ours")
     assert (found.verdict, found.reason) == (verdict, words)
+
+
+@pytest.mark.parametrize(
+    ("known", "verdict"), [(1, "not run"), (2, "reproduced"), (4, "reproduced")]
+)
+def test_a_few_cells_say_nothing_of_all(known, verdict):
+    conditions = [Condition(str(k), mean("", UP if k < known else [1.0])) for k in range(4)]
+    found = judged(CLAIMS["A1"], conditions, "ours")
+    assert found.verdict == "reproduced"
+    assert settled(found).verdict == verdict
+    assert settled(found).reason == found.reason
 
 
 def test_a_threshold_asks_for_the_whole_interval():

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from truestep.ensemble.job import STATUSES, Job
+from truestep.ensemble.job import ORDER_NUMBERS, STATUSES, Job
 from truestep.ensemble.settings import (
     ACTIVATIONS,
     LOSSES,
@@ -96,14 +96,24 @@ class Compiled:
                 break
         return self._result(state, records, time.thread_time() - began)
 
+    def prepare(self) -> None:
+        """Makes what the threads share."""
+        _ = self._plan, self._options, self._places
+
+    def shared_bytes(self, threads: int) -> int:
+        """What all replicas share, and the threads' own memory."""
+        data = sum(int(split.inputs.nbytes) for split in self.job.data.splits.values())
+        return data + threads * (self._scratch_bytes + 4 * ORDER_NUMBERS)
+
     @property
     def bytes_per_replica(self) -> int:
         """What a replica takes while it is trained, with its records."""
         job, record = self.job, self.job.record
         state = 1 + max(optimizer.memory for optimizer in job.optimizers) + record.gradients
         measured = len(job.measured) * (record.parameters + record.batch_sizes)
-        nodes = (len(job.measured) + 1) * (record.nodes * job.network.hidden + 28)
-        return 4 * self._numbers * (state + measured) + nodes
+        nodes = (len(job.measured) + 1) * (record.nodes * job.network.hidden + 36)
+        order = 0 if job.full else 4 * job.data.train.samples
+        return 4 * self._numbers * (state + measured) + nodes + order
 
     @cached_property
     def _tables(self) -> tuple[NDArray[np.int64], Any, int, int]:
@@ -200,9 +210,11 @@ class Compiled:
         for name, split in self.job.data.splits.items():
             sets, samples, features = split.inputs.shape
             stride = _up(features, PAD) if self._wide else features
-            padded = _aligned(4 * sets * samples * stride).view(np.float32)
-            padded = padded.reshape(sets, samples, stride)
-            padded[..., :features] = split.inputs
+            padded = split.inputs
+            if stride != features:
+                padded = _aligned(4 * sets * samples * stride).view(np.float32)
+                padded = padded.reshape(sets, samples, stride)
+                padded[..., :features] = split.inputs
             kind = np.int32 if split.classes else np.float32
             arrays[name] = padded, np.ascontiguousarray(split.targets, kind)
         return arrays

@@ -34,10 +34,11 @@ class Split:
     targets: Any
 
     def __post_init__(self) -> None:
-        inputs = np.asarray(_array(self.inputs), np.float32)
-        targets = _array(self.targets)
+        inputs, targets = _array("inputs", self.inputs), _array("targets", self.targets)
         whole = targets.dtype.kind in "iub"
-        targets = np.asarray(targets, np.int64 if whole else np.float32)
+        # Copies: what the user does to theirs later changes nothing here.
+        inputs = inputs.astype(np.float32)
+        targets = targets.astype(np.int64 if whole else np.float32)
         several = inputs.ndim == 3  # noqa: PLR2004 - a dimension of data sets
         expected = inputs.ndim - 1 if whole else inputs.ndim
         if (
@@ -151,5 +152,14 @@ class Data:
                 )
 
 
-def _array(values: Any) -> NDArray[Any]:
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+def _array(name: str, values: Any) -> NDArray[Any]:
+    try:
+        if isinstance(values, Tensor):
+            values = values.detach().cpu()
+            values = (values.float() if values.is_floating_point() else values).numpy()
+        array = np.asarray(values)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise TruestepError(f"Split: {name} are no array ({error}). Give real numbers.") from error
+    if array.dtype.kind not in "iubf":
+        raise TruestepError(f"Split: {name} are of type {array.dtype}. Give real numbers.")
+    return array

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from truestep.ensemble.data import Data
 from truestep.ensemble.settings import SPLITS, Network, Optimizer, Record, Stop
 from truestep.ensemble.starts import first_parameters, orders
+from truestep.errors import TruestepError
 
 __all__ = ["STATUSES", "Block", "Job"]
 
@@ -77,7 +79,7 @@ class Job:
         """Whether each batch is the whole training split, in its own order."""
         return self.batch_size == self.data.train.samples
 
-    @property
+    @cached_property
     def measured(self) -> NDArray[np.int64]:
         """After how many steps to measure."""
         return self.record.at(self.steps, self.steps_per_epoch)
@@ -94,9 +96,10 @@ class Job:
 
     @property
     def products(self) -> float:
-        """Multiplications of a step, about."""
+        """Multiplications of a step with its share of the measurements, about."""
         weights = sum(inputs * outputs for inputs, outputs in self.network.layers)
-        return 3.0 * weights * self.batch_size
+        samples = sum(split.samples for split in self.data.splits.values())
+        return weights * (3.0 * self.batch_size + samples * len(self.measured) / self.steps)
 
     def start(self, replica: int) -> NDArray[np.float32]:
         """The parameters that a replica begins with."""
@@ -112,8 +115,23 @@ class Job:
         seeds = [int(self.seeds[replica]) for replica in replicas]
         if self.order is None:
             return orders(seeds, epochs, samples)
-        rows = [[np.asarray(self.order(seed, epoch)) for epoch in epochs] for seed in seeds]
+        rows = [[self.permutation(seed, epoch) for epoch in epochs] for seed in seeds]
         return np.array(rows, np.int32).reshape(len(seeds), -1)
+
+    def permutation(self, seed: int, epoch: int) -> NDArray[np.int64]:
+        """What the user's order gives.
+
+        Raises:
+            TruestepError: It is no permutation of the samples: the loops would read other memory.
+        """
+        samples = self.data.train.samples
+        found = np.asarray(self.order(seed, epoch) if self.order else np.arange(samples))
+        if found.dtype.kind not in "iu" or not np.array_equal(np.sort(found), np.arange(samples)):
+            raise TruestepError(
+                f"train(order=...): what it returns for seed {seed} and epoch {epoch} is no permutation "
+                f"of the {samples} training samples."
+            )
+        return found
 
     def blocks(self, replicas: int) -> list[Block]:
         """The whole training in blocks, each short enough to be interrupted."""

@@ -21,8 +21,10 @@ def describe(done: int, total: int, seconds: float) -> str:
         ' 25 %  2.5M of 10.0M replica-steps  500.0k/s  15 s left'
     """
     rate = done / seconds if seconds > 0 else 0.0
-    left = _time((total - done) / rate) + " left" if rate else "no estimate yet"
-    share = f"{done / total:4.0%}".replace("%", " %")
+    left = "no estimate yet"
+    if rate or not total:
+        left = _time((total - done) / rate if rate else 0) + " left"
+    share = f"{done / total if total else 1:4.0%}".replace("%", " %")
     return f"{share}  {_number(done)} of {_number(total)} replica-steps  {_number(rate)}/s  {left}"
 
 

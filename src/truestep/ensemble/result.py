@@ -24,7 +24,11 @@ class Result:
     """
 
     def __init__(
-        self, parts: Sequence[Part], steps: NDArray[np.int64], wanted: Sequence[str], backend: str
+        self,
+        parts: Sequence[tuple[Part, slice]],
+        steps: NDArray[np.int64],
+        wanted: Sequence[str],
+        backend: str,
     ) -> None:
         self._parts, self._wanted = list(parts), tuple(wanted)
         self.steps, self.backend = steps, backend
@@ -123,14 +127,16 @@ class Result:
 
     def _field(self, name: str) -> NDArray[Any]:
         values = []
-        for part in self._parts:
+        for part, rows in self._parts:
             if isinstance(part, Path):
                 with np.load(part) as fields:
-                    values.append(fields.get(name))
+                    value = fields.get(name)
             else:
-                values.append(part.get(name))
-        if any(value is None for value in values):
-            raise TruestepError(
-                f"This ensemble has no record of {name}. Ask for it: train(..., record=Record({name}=True))."
-            )
+                value = part.get(name)
+            if value is None:
+                raise TruestepError(
+                    f"This ensemble has no record of {name}. Ask for it: "
+                    f"train(..., record=Record({name}=True))."
+                )
+            values.append(value[rows])
         return np.concatenate(values)

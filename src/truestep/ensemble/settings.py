@@ -1,7 +1,8 @@
 """What an ensemble trains, with which optimizers, what it records and when it stops."""
 
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from truestep.errors import TruestepError
 
-__all__ = ["Network", "Optimizer", "Record", "Stop"]
+__all__ = ["Network", "Optimizer", "Record", "Stop", "whole"]
 
 ACTIVATIONS = ("relu", "leaky_relu", "tanh", "sigmoid", "gelu")
 OUTPUTS = ("linear", "sigmoid", "softmax")
@@ -31,6 +32,7 @@ SPLITS = ("train", "validation", "test")
 DEFAULT_EPS = {"adam": 1e-8, "adamw": 1e-8, "adagrad": 1e-10, "rmsprop": 1e-8}
 RMSPROP_SMOOTHING = 0.99
 WIDEST = 65_536
+MOST_MEASUREMENTS = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,9 @@ class Network:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "widths", tuple(int(width) for width in self.widths))
+        widths = self.widths if isinstance(self.widths, Sequence) else ()
+        numbers = tuple(whole("Network", "widths", width) for width in widths)
+        object.__setattr__(self, "widths", numbers)
         if len(self.widths) < 2 or not all(0 < width <= WIDEST for width in self.widths):  # noqa: PLR2004
             raise TruestepError(
                 f"Network(widths={self.widths}) needs the number of inputs and one or more layers, each "
@@ -78,6 +82,11 @@ class Network:
         _choose("Network", "loss", self.loss, LOSSES)
         _choose("Network", "start", self.start, STARTS)
         _check("Network", "scale", self.scale, positive=True)
+        if self.output == "softmax" and self.widths[-1] == 1:
+            raise TruestepError(
+                "Network(output='softmax') with one output is always 1. Take output='sigmoid' with "
+                "loss='binary_cross_entropy', or two outputs."
+            )
         wanted = {"cross_entropy": "softmax", "binary_cross_entropy": "sigmoid"}.get(self.loss)
         if wanted is not None and self.output != wanted:
             raise TruestepError(
@@ -168,7 +177,8 @@ class Optimizer:
         _check("Optimizer", "asgd_eps", self.asgd_eps)
         if self.factor_limit is not None:
             _check("Optimizer", "factor_limit", self.factor_limit, positive=True)
-        if not all(0 <= beta < 1 for beta in self.betas):
+        betas = self.betas if isinstance(self.betas, tuple | list) else ()
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):  # noqa: PLR2004
             raise TruestepError(
                 f"Optimizer(betas={self.betas}): give two numbers from 0 to below 1."
             )
@@ -178,11 +188,11 @@ class Optimizer:
             )
         if self.nesterov and not self.momentum:
             raise TruestepError("Optimizer(nesterov=True) needs a momentum, such as 0.9.")
-        if isinstance(self.schedule, str):
+        if not callable(self.schedule):
             _choose("Optimizer", "schedule", self.schedule, ("constant", "cosine"))
         if self.eps is None:
             object.__setattr__(self, "eps", DEFAULT_EPS.get(self.name, 0.0))
-        _check("Optimizer", "eps", self.eps or 0.0)
+        _check("Optimizer", "eps", self.eps or 0.0, positive=self.name != "sgd")
 
     @property
     def label(self) -> str:
@@ -241,8 +251,13 @@ class Record:
             raise TruestepError(f"Record has {' and '.join(given)}; give one of them.")
         for name in ("every", "every_epoch"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise TruestepError(f"Record({name}={value}): give 1 or more.")
+            if value is not None:
+                object.__setattr__(self, name, whole("Record", name, value, least=1))
+        if self.steps is not None:
+            steps = tuple(whole("Record", "steps", step) for step in self.steps)
+            object.__setattr__(self, "steps", steps)
+        if self.under is not None:
+            _check("Record", "under", self.under)
         for name in self.splits or ():
             _choose("Record", "splits", name, SPLITS)
 
@@ -267,6 +282,11 @@ class Record:
         if self.every is None and self.every_epoch is None:
             return np.array([0, steps], np.int64)
         stride = self.every or (self.every_epoch or 1) * steps_per_epoch
+        if steps // stride > MOST_MEASUREMENTS:
+            raise TruestepError(
+                f"Record: {steps // stride:,} measurements are asked for; the most are "
+                f"{MOST_MEASUREMENTS:,}. Measure less often."
+            )
         return np.unique(np.append(np.arange(0, steps, stride, dtype=np.int64), steps))
 
 
@@ -295,8 +315,10 @@ class Stop:
     def __post_init__(self) -> None:
         if self.loss is None and self.patience is None:
             raise TruestepError("Stop() needs a loss, a patience, or both.")
-        if self.patience is not None and self.patience < 1:
-            raise TruestepError(f"Stop(patience={self.patience}): give 1 or more.")
+        if self.patience is not None:
+            object.__setattr__(self, "patience", whole("Stop", "patience", self.patience, least=1))
+        if self.loss is not None:
+            _check("Stop", "loss", self.loss)
         if not self.split:
             object.__setattr__(self, "split", "train" if self.patience is None else "validation")
         _choose("Stop", "split", self.split, SPLITS)
@@ -307,7 +329,24 @@ def _choose(owner: str, name: str, value: str, values: tuple[str, ...]) -> None:
         raise TruestepError(f"{owner}({name}={value!r}): choose one of {', '.join(values)}.")
 
 
+def whole(owner: str, name: str, value: Any, least: int = 0) -> int:
+    """A whole number of at least so much, as Python's.
+
+    Raises:
+        TruestepError: It is something else.
+    """
+    try:
+        number = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = -1
+    if number < least:
+        raise TruestepError(f"{owner}({name}={value!r}): give a whole number of {least} or more.")
+    return number
+
+
 def _check(owner: str, name: str, value: float, *, positive: bool = False) -> None:
+    if not isinstance(value, int | float | np.number) or isinstance(value, bool):
+        raise TruestepError(f"{owner}({name}={value!r}): give a number.")
     if not (math.isfinite(value) and value >= 0) or (positive and value == 0):
         raise TruestepError(
             f"{owner}({name}={value}): give a number {'above 0' if positive else 'of 0 or more'}."

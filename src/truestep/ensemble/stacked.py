@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from truestep.ensemble.formulas import ACTIVATIONS, SLOPES, descend, loss_and_gradient
-from truestep.ensemble.job import STATUSES, Job
+from truestep.ensemble.job import ORDER_NUMBERS, STATUSES, Job
 from truestep.ensemble.settings import SPLITS, Stop
 
 __all__ = ["Stacked"]
@@ -64,6 +64,15 @@ class Stacked:
         run.look(self.job.steps)
         return run.result(time.perf_counter() - began)
 
+    def prepare(self) -> None:
+        """Makes what the threads share."""
+        _ = self._tensors
+
+    def shared_bytes(self, threads: int) -> int:
+        """What all replicas share, and the orders of data."""
+        data = sum(int(split.inputs.nbytes) for split in self.job.data.splits.values())
+        return 2 * data + threads * 4 * ORDER_NUMBERS
+
     @property
     def bytes_per_replica(self) -> int:
         """What a replica takes while it is trained, with its records."""
@@ -72,7 +81,9 @@ class Stacked:
         measured = len(job.measured) * (record.parameters + record.batch_sizes)
         units = sum(job.network.widths)
         values = 4 * units * max(job.batch_size, CHUNK)
-        nodes = (len(job.measured) + 1) * (record.nodes * job.network.hidden + 28)
+        nodes = (len(job.measured) + 1) * (record.nodes * job.network.hidden + 36)
+        # Splits are measured for all replicas at once, on copies.
+        values += max(int(split.inputs[0].nbytes) for split in job.data.splits.values())
         return 4 * job.network.parameters * (state + measured) + 4 * values + nodes
 
     def _batch(self, order: NDArray[np.int32], step: int, offset: int) -> NDArray[np.int32]:

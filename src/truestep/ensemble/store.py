@@ -5,7 +5,7 @@ import json
 import os
 import warnings
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from truestep.errors import TruestepError
 __all__ = ["Store"]
 
 DESCRIPTION = "ensemble.json"
+# A schedule is known by its factors at so many steps.
+SCHEDULE_PLACES = 1000
 
 
 class Store:
@@ -43,7 +45,7 @@ class Store:
         description, path = _description(job), folder / DESCRIPTION
         if path.exists():
             self._compare(path, description)
-        elif any(folder.iterdir()):
+        elif any(path.suffix != ".part" for path in folder.iterdir()):
             raise TruestepError(
                 f"{folder} holds files, but no ensemble's. Give store= an empty or a new folder."
             )
@@ -61,9 +63,9 @@ class Store:
             The file.
         """
         path = self._folder / f"replicas-{replicas.start:07d}-{replicas.stop:07d}.npz"
-        part = path.with_suffix(".part")
+        part = _unfinished(path)
         with part.open("wb") as file:
-            arrays: dict[str, Any] = {"key": np.array(_key(self._job, replicas)), **fields}
+            arrays: dict[str, Any] = {"keys": np.array(_keys(self._job, replicas)), **fields}
             np.savez_compressed(file, **arrays)
             file.flush()
             os.fsync(file.fileno())
@@ -72,6 +74,9 @@ class Store:
 
     def parts(self) -> dict[range, Path]:
         """The files that there are, by their replicas; damaged ones are moved aside, with a warning.
+
+        A file may hold more replicas than the job has; two may hold the same ones, if processes of
+        different numbers of threads have worked on the folder.
 
         Raises:
             TruestepError: Replicas had other seeds or optimizers.
@@ -82,7 +87,7 @@ class Store:
             replicas = range(first, last)
             try:
                 with path.open("rb") as file, np.load(file) as fields:
-                    key = str(fields["key"])
+                    keys = fields["keys"].tolist()
                     for name in fields.files:
                         fields[name]
             except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
@@ -93,12 +98,13 @@ class Store:
                     stacklevel=2,
                 )
                 continue
-            if last <= len(self._job.seeds):
-                if key != _key(self._job, replicas):
-                    raise TruestepError(
-                        f"{path} has replicas with other seeds, starts or optimizers. Give the same ones "
-                        "to go on, or store= another folder."
-                    )
+            asked = range(first, min(last, len(self._job.seeds)))
+            if keys[: len(asked)] != _keys(self._job, asked):
+                raise TruestepError(
+                    f"{path} has replicas with other seeds, starts, orders or optimizers. Give the same "
+                    "ones to go on, or store= another folder."
+                )
+            if asked:
                 parts[replicas] = path
         return parts
 
@@ -134,28 +140,38 @@ def _description(job: Job) -> dict[str, Any]:
         "batch_size": job.batch_size,
         "record": asdict(job.record),
         "stop": None if job.stop is None else asdict(job.stop),
-        "order": None if job.order is None else _name(job.order),
+        "own order": job.order is not None,
     }
     return dict(json.loads(json.dumps(description)))
 
 
-def _key(job: Job, replicas: range) -> str:
-    digest = hashlib.sha256()
-    for replica in replicas:
-        optimizer = asdict(job.optimizers[replica])
-        if callable(optimizer["schedule"]):
-            optimizer["schedule"] = _name(optimizer["schedule"])
-        digest.update(f"{job.seeds[replica]} {optimizer}".encode())
-        if job.starts is not None:
-            digest.update(job.starts[replica].tobytes())
+def _keys(job: Job, replicas: range) -> list[str]:
+    """What decides each replica's result besides the description."""
+    return [_key(job, replica) for replica in replicas]
+
+
+def _key(job: Job, replica: int) -> str:
+    optimizer, seed = job.optimizers[replica], int(job.seeds[replica])
+    digest = hashlib.sha256(f"{seed} {replace(optimizer, schedule='constant')}".encode())
+    if isinstance(optimizer.schedule, str):
+        digest.update(optimizer.schedule.encode())
+    else:
+        steps = np.unique(np.linspace(0, job.steps - 1, SCHEDULE_PLACES).astype(np.int64))
+        digest.update(np.array([optimizer.schedule(int(step)) for step in steps]).tobytes())
+    if job.starts is not None:
+        digest.update(job.starts[replica].tobytes())
+    if job.order is not None:
+        for epoch in range(min(2, -(-job.steps // job.steps_per_epoch))):
+            digest.update(job.permutation(seed, epoch).astype(np.int64).tobytes())
     return digest.hexdigest()
 
 
-def _name(function: Any) -> str:
-    return getattr(function, "__qualname__", type(function).__qualname__)
+def _unfinished(path: Path) -> Path:
+    """Where a process writes what will be a file."""
+    return path.with_name(f"{path.stem}.{os.getpid()}.part")
 
 
 def _write(path: Path, content: bytes) -> None:
-    part = path.with_suffix(".part")
+    part = _unfinished(path)
     part.write_bytes(content)
     part.replace(path)

@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from truestep.ensemble.data import Data
 from truestep.ensemble.job import Job, Order
 from truestep.ensemble.progress import show
 from truestep.ensemble.result import Part, Result
-from truestep.ensemble.settings import Network, Optimizer, Record, Stop
+from truestep.ensemble.settings import Network, Optimizer, Record, Stop, whole
 from truestep.ensemble.stacked import Stacked
 from truestep.ensemble.store import Store
 from truestep.errors import TruestepError
@@ -31,6 +30,7 @@ BACKENDS = ("compiled", "torch")
 # An item, the replicas that a thread takes at once, takes about so many multiplications: some seconds.
 ITEM_PRODUCTS = 1e11
 LOOK_SECONDS = 0.25
+LARGEST_SEED = 2**63 - 1
 
 Progress = Callable[[int, int, float], None]
 
@@ -82,7 +82,8 @@ def train(
         memory: Bytes that replicas in training may take, all threads together. The result needs more, unless
             there is a store.
         progress: True for a line on stderr with replica-steps per second and what is left, or a function that
-            is called about four times a second with replica-steps done, all, and seconds since the start.
+            is called about four times a second, and at the end, with replica-steps done, those that this call
+            has to do, and seconds since the start.
         backend: "compiled" (numba), or "torch"; compiled by default where numba is installed.
 
     Returns:
@@ -101,7 +102,6 @@ def train(
         TruestepError: Numbers are impossible, shapes don't fit, labels are out of range, there is not
             enough memory, or the store holds something else; all before any training.
     """
-    began = time.perf_counter()
     job = _job(
         network,
         data,
@@ -116,20 +116,21 @@ def train(
         record,
         stop,
     )
-    count = torch.get_num_threads() if threads is None else threads
-    if count < 1:
-        raise TruestepError(f"train(threads={threads}): give 1 or more.")
+    count = torch.get_num_threads() if threads is None else whole("train", "threads", threads, 1)
     engine = _engine(job, backend)
-    _check_memory(engine, memory, in_memory=store is None)
+    bound = whole("train", "memory", memory, 1)
+    _check_memory(engine, bound, count, in_memory=store is None)
+    # Before there are threads, each of which would make them.
+    engine.prepare()
+    count = min(count, bound // engine.bytes_per_replica)
     kept = None if store is None else Store(Path(store), job)
     parts: dict[range, Part] = {} if kept is None else dict(kept.parts())
-    items = _items(engine, _missing(replicas, list(parts)), memory, count)
-    finished = replicas - sum(len(item) for item in items)
+    items = _items(engine, _missing(len(job.seeds), list(parts)), bound, count)
     told = show if progress is True else progress or None
-    work = _Work(engine, replicas * job.steps, finished * job.steps, began, told)
+    work = _Work(engine, sum(len(item) for item in items) * job.steps, told)
     for item, fields in work.run(items, count):
         parts[item] = fields if kept is None else kept.add(item, fields)
-    chosen = [parts[part] for part in sorted(parts, key=lambda part: part.start)]
+    chosen = [(parts[part], rows) for part, rows in _cover(len(job.seeds), list(parts))]
     name = "torch" if isinstance(engine, Stacked) else "compiled"
     return Result(chosen, job.measured, [n for n in job.wanted if n in data.splits], name)
 
@@ -141,12 +142,10 @@ class _Work:
         self,
         engine: Compiled | Stacked,
         total: int,
-        done: int,
-        began: float,
         progress: Progress | None,
     ) -> None:
         self._engine, self._total, self._progress = engine, total, progress
-        self._began, self._done = began, done
+        self._began, self._done = time.perf_counter(), 0
         self._lock, self._ended = threading.Lock(), threading.Event()
 
     def run(self, items: list[range], threads: int) -> Any:
@@ -160,9 +159,11 @@ class _Work:
                         item = waiting.pop()
                         running[pool.submit(self._train, item)] = item
                     ended, _ = wait(running, LOOK_SECONDS, FIRST_COMPLETED)
-                    self._report()
+                    if self._done < self._total:
+                        self._report()
                     for future in ended:
                         yield running.pop(future), future.result()
+                self._report()
             finally:
                 self._ended.set()
 
@@ -194,19 +195,14 @@ def _job(
 ) -> Job:
     data.check(network)
     samples = data.train.samples
-    for name, value in (
-        ("replicas", replicas),
-        ("steps", steps),
-        ("epochs", epochs),
-        ("batch_size", batch_size),
-    ):
-        if value is not None and value < 1:
-            raise TruestepError(f"train({name}={value}): give 1 or more.")
+    replicas = whole("train", "replicas", replicas, 1)
+    steps = None if steps is None else whole("train", "steps", steps, 1)
+    epochs = None if epochs is None else whole("train", "epochs", epochs, 1)
+    size = samples if batch_size is None else whole("train", "batch_size", batch_size, 1)
     if (steps is None) == (epochs is None):
         raise TruestepError("train() takes steps= or epochs=, one of them.")
     # A seed and an optimizer for each, before anything is made of them.
     _check_room(16 * replicas)
-    size = samples if batch_size is None else batch_size
     if size > samples:
         raise TruestepError(
             f"train(batch_size={size}): there are {samples} training samples. Give at most so many."
@@ -216,7 +212,7 @@ def _job(
     job = Job(
         network=network,
         data=data,
-        optimizers=_each("optimizer", optimizer or Optimizer(), replicas),
+        optimizers=_each(Optimizer() if optimizer is None else optimizer, replicas),
         seeds=_seeds(seed, replicas),
         steps=steps,
         batch_size=size,
@@ -233,21 +229,19 @@ def _job(
         )
     _ = job.measured
     if order is not None:
-        found = np.sort(np.asarray(order(int(job.seeds[0]), 0)))
-        if not np.array_equal(found, np.arange(samples)):
-            raise TruestepError(
-                f"train(order=...): what it returns for seed {job.seeds[0]} and epoch 0 is no permutation "
-                f"of the {samples} training samples."
-            )
+        job.permutation(int(job.seeds[0]), 0)
     return job
 
 
-def _each(name: str, given: Optimizer | Sequence[Optimizer], replicas: int) -> Sequence[Optimizer]:
+def _each(given: Optimizer | Sequence[Optimizer], replicas: int) -> Sequence[Optimizer]:
     if isinstance(given, Optimizer):
         return [given] * replicas
-    if len(given) != replicas:
+    several = isinstance(given, Sequence) and all(isinstance(one, Optimizer) for one in given)
+    if not several or len(given) != replicas:
+        what = f"there are {len(given)}" if several else f"it is {given!r}"
         raise TruestepError(
-            f"train({name}=...): there are {len(given)} for {replicas} replicas. Give one for each, or one."
+            f"train(optimizer=...): {what} for {replicas} replicas. Give an Optimizer, or a sequence "
+            "with one for each."
         )
     return list(given)
 
@@ -255,7 +249,10 @@ def _each(name: str, given: Optimizer | Sequence[Optimizer], replicas: int) -> S
 def _seeds(seed: int | Sequence[int], replicas: int) -> NDArray[np.int64]:
     if isinstance(seed, int | np.integer):
         seed = range(int(seed), int(seed) + replicas)
-    seeds = np.asarray(seed, np.int64)
+    seeds = np.asarray(seed)
+    if seeds.dtype.kind not in "iu" or (seeds.size and seeds.max() > LARGEST_SEED):
+        raise TruestepError("train(seed=...): give whole numbers below 2**63.")
+    seeds = seeds.astype(np.int64)
     if seeds.shape != (replicas,):
         raise TruestepError(
             f"train(seed=...): seeds have the shape {list(seeds.shape)} for {replicas} replicas. Give one "
@@ -267,7 +264,8 @@ def _seeds(seed: int | Sequence[int], replicas: int) -> NDArray[np.int64]:
 
 
 def _starts(start: ArrayLike, replicas: int, parameters: int) -> NDArray[np.float32]:
-    starts = np.asarray(start, np.float32)
+    values = start.detach().cpu() if isinstance(start, torch.Tensor) else start
+    starts = np.array(values, np.float32)
     if starts.shape != (replicas, parameters):
         raise TruestepError(
             f"train(start=...): it has the shape {list(starts.shape)}; {replicas} replicas of this network "
@@ -289,7 +287,9 @@ def _engine(job: Job, backend: str | None) -> Compiled | Stacked:
     return Compiled(job) if installed() and backend != "torch" else Stacked(job)
 
 
-def _check_memory(engine: Compiled | Stacked, memory: int, *, in_memory: bool) -> None:
+def _check_memory(
+    engine: Compiled | Stacked, memory: int, threads: int, *, in_memory: bool
+) -> None:
     job = engine.job
     each, replicas = engine.bytes_per_replica, len(job.seeds)
     if each > memory:
@@ -297,7 +297,8 @@ def _check_memory(engine: Compiled | Stacked, memory: int, *, in_memory: bool) -
             f"train(memory={memory:,}): one replica takes {each:,} bytes with what is recorded. Record "
             "less, at fewer steps, or give more memory."
         )
-    _check_room(min(memory, each * replicas) + in_memory * replicas * _result_bytes(job))
+    result = in_memory * replicas * _result_bytes(job)
+    _check_room(min(memory, each * replicas) + result + engine.shared_bytes(threads))
 
 
 def _check_room(needed: int) -> None:
@@ -327,9 +328,25 @@ def _result_bytes(job: Job) -> int:
 
 def _missing(replicas: int, done: list[range]) -> list[range]:
     """The ranges between those that are done."""
-    edges = [range(0), *sorted(done, key=lambda part: part.start), range(replicas, replicas)]
-    gaps = [range(before.stop, after.start) for before, after in pairwise(edges)]
-    return [gap for gap in gaps if gap]
+    covered, gaps = 0, []
+    for part in sorted(done, key=lambda part: part.start):
+        if part.start > covered:
+            gaps.append(range(covered, part.start))
+        covered = max(covered, part.stop)
+    if covered < replicas:
+        gaps.append(range(covered, replicas))
+    return gaps
+
+
+def _cover(replicas: int, parts: list[range]) -> list[tuple[range, slice]]:
+    """Each replica once: of which parts which rows, in the order of the replicas."""
+    covered, chosen = 0, []
+    for part in sorted(parts, key=lambda part: (part.start, -part.stop)):
+        end = min(part.stop, replicas)
+        if end > covered:
+            chosen.append((part, slice(covered - part.start, end - part.start)))
+            covered = end
+    return chosen
 
 
 def _items(

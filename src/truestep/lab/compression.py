@@ -162,6 +162,8 @@ def compression_figure(table: pd.DataFrame) -> Figure:
         axes.set_title(
             TASKS[task].title if task in TASKS else task, loc="left", fontsize=NORMAL, color=INK
         )
+        left = 100 * part["parameters_after"] / part["parameters"]
+        axes.set_xlim(min(left.min() - 2, 90), 101)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set(color=FAINT)
         axes.tick_params(labelsize=SMALL, labelcolor=INK, color=FAINT, length=3)

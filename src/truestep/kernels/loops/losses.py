@@ -45,7 +45,7 @@ def score(
         targets: address of float32 ``[samples, outputs]``, or 0 where there are classes.
         index: as of `forward`.
         n: as of `forward`.
-        train: whether the gradient of the mean loss by the last layer's sums is left at DELTA; it is 0
+        train: whether the gradient of the mean loss by the last layer's sums is left at delta; it is 0
             behind the batch.
     """
     row, units = sizes.width * 4, layers[-1, OUTPUTS]

@@ -55,7 +55,7 @@ def forward(
 
     Args:
         layers: int64 ``[layers, 8]``.
-        sizes: int64 ``[15]``.
+        sizes: `Sizes`.
         scratch: address of the memory of this thread.
         weights: address of the replica's parameters.
         x: address of the inputs, float32 ``[samples, features]``.
@@ -102,6 +102,9 @@ def forward(
         else:
             sums = scratch + layers[layer, SUMS]
             _activate(sizes.activation, units, row, padded, values, sums, bias)
+            # Without a sample there is only the bias, which might outgrow what the samples have.
+            for unit in range(units):
+                numbers(values + unit * row + n * 4, padded - n)[:] = 0
         below = values
 
 

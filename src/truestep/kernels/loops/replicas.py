@@ -126,9 +126,7 @@ def train(
                 total, right = score(
                     plan.layers, plan.sizes, scratch, labels, targets, index, n, True
                 )
-                if not np.isfinite(total):
-                    progress[STATUS] = DIVERGED
-                elif full:
+                if full:
                     _judge_full_batch(
                         scratch,
                         options,
@@ -142,6 +140,8 @@ def train(
                         total / n,
                         right / n if right >= 0 else np.nan,
                     )
+                if not np.isfinite(total):
+                    progress[STATUS] = DIVERGED
             if due:
                 _judge(options, records, progress, levels, replica, cursor, step)
                 if options.with_parameters != 0:

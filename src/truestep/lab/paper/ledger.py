@@ -10,7 +10,7 @@ from truestep.lab.paper import ledger_dasgd as dasgd
 from truestep.lab.paper.evidence import Evidence
 from truestep.lab.paper.ledger_asgd import main_only
 from truestep.lab.paper.points import ENDINGS
-from truestep.lab.paper.verdict import Finding, Verdict
+from truestep.lab.paper.verdict import Finding, Verdict, settled
 
 __all__ = ["Sensitivity", "ledger", "sensitivity"]
 
@@ -52,7 +52,7 @@ def ledger(evidence: Evidence) -> list[Finding]:
     points, rates = _points(evidence)
     mnist = main_only(evidence.mnist)
     curves = main_only(evidence.dasgd)
-    return [
+    findings = [
         asgd.a1(mnist),
         asgd.a2(mnist),
         asgd.a3(mnist),
@@ -67,6 +67,7 @@ def ledger(evidence: Evidence) -> list[Finding]:
         dasgd.d4(evidence.rates),
         dasgd.d5(curves, evidence.rivals),
     ]
+    return [settled(finding) for finding in findings]
 
 
 def sensitivity(evidence: Evidence) -> list[Sensitivity]:

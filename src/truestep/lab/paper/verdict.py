@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from truestep.lab.paper.effects import Effect, holm
 
-__all__ = ["Claim", "Condition", "Finding", "Verdict", "judged"]
+__all__ = ["Claim", "Condition", "Finding", "Verdict", "judged", "settled"]
 
 Verdict = Literal["reproduced", "not reproduced", "only under ...", "not run"]
 # More conditions than this are counted rather than named.
@@ -140,6 +140,17 @@ def judged(
         words[state] + _listed(names, len(corrected)) for state, names in groups.items() if names
     )
     return Finding(claim, verdict, reason, ours, corrected, matched, matched_effect)
+
+
+def settled(finding: Finding) -> Finding:
+    """The same, without a verdict where fewer than half of the conditions have two seeds.
+
+    What is true of a few cells of a table says nothing of the claim about all of them.
+    """
+    known = sum(condition.state != "not run" for condition in finding.conditions)
+    if 2 * known < len(finding.conditions):
+        return replace(finding, verdict="not run")
+    return finding
 
 
 def _listed(names: Sequence[str], total: int) -> str:
