@@ -1,32 +1,44 @@
-"""Writes the tables of docs/performance.md from the figures in results/performance.
+"""Writes the tables of docs/performance.md and docs/ensemble.md from the figures in results/performance.
 
     python benchmarks/document.py [--check]
 
-With `--check` nothing is written; the exit code is 1 where the page differs from the figures.
+With `--check` nothing is written; the exit code is 1 where a page differs from the figures.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import ensemble
 import floor
 import scaling
 import step
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "performance.md"
-TABLES = {"step": step.markdown, "floor": floor.markdown, "scaling": scaling.markdown}
+DOCS = ROOT / "docs"
+# Page -> its tables, by the names of their figures.
+PAGES: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
+    "performance.md": {
+        "step": step.markdown,
+        "floor": floor.markdown,
+        "scaling": scaling.markdown,
+    },
+    "ensemble.md": {"ensemble": ensemble.markdown},
+}
 
 
-def written(page: str) -> str:
-    """The page with its tables."""
-    for name, markdown in TABLES.items():
+def written(name_of_page: str) -> str:
+    """A page with its tables."""
+    page = (DOCS / name_of_page).read_text()
+    for name, markdown in PAGES[name_of_page].items():
         results = json.loads((ROOT / "results" / "performance" / f"{name}.json").read_text())
         opening, closing = f"<!-- {name} -->\n", "<!-- end -->"
         found = page.count(opening)
         if found != 1:
-            sys.exit(f"{PAGE} has {found} places for the table of {name}, not one")
+            sys.exit(f"{name_of_page} has {found} places for the table of {name}, not one")
         before, _, rest = page.partition(opening)
         _, _, after = rest.partition(closing)
         page = f"{before}{opening}{markdown(results).strip()}\n{closing}{after}"
@@ -37,10 +49,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
     arguments = parser.parse_args()
-    page = PAGE.read_text()
+    pages = {DOCS / name: written(name) for name in PAGES}
     if arguments.check:
-        sys.exit(written(page) != page)
-    PAGE.write_text(written(page))
+        sys.exit(any(page.read_text() != text for page, text in pages.items()))
+    for page, text in pages.items():
+        page.write_text(text)
 
 
 if __name__ == "__main__":

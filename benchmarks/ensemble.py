@@ -6,7 +6,7 @@
 Each number of cores has a process of its own that may use no other. In it each way is first tried with
 several numbers of replicas and of threads, and keeps the fastest; then all take turns, and each turn is
 compared with truestep.ensemble's of the same round. The rate is of multiply-adds, beside that of a product of
-matrices of 2048 x 2048.
+matrices of 2048 x 2048. Seconds are of the processor on one core, of the clock on more.
 """
 
 import argparse
@@ -28,13 +28,16 @@ from timing import machine, machine_line
 
 TURN_SECONDS = 0.4
 TRIAL_STEPS = 8
+TRIAL_SECONDS = 0.15
 Row = dict[str, Any]
 
 
-def seconds_of(run: Run) -> float:
-    start = time.perf_counter()
+def seconds_of(run: Run, cores: int) -> float:
+    """Of the processor on one core, where they don't count what else the machine does; else of the clock."""
+    clock = time.process_time if cores == 1 else time.perf_counter
+    start = clock()
     run()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def best_setting(way: Way, case: Case, optimizer: str, cores: int) -> tuple[float, int, int]:
@@ -43,9 +46,15 @@ def best_setting(way: Way, case: Case, optimizer: str, cores: int) -> tuple[floa
     for threads in sorted({1, cores}):
         torch.set_num_threads(threads)
         for replicas in way.replicas:
-            run = way.build(case, optimizer, replicas, TRIAL_STEPS)
-            run()  # compiles and allocates
-            found.append((seconds_of(run) / (replicas * TRIAL_STEPS), replicas, threads))
+            steps, seconds = TRIAL_STEPS, 0.0
+            while seconds < TRIAL_SECONDS:
+                # Long enough for what a call costs besides its steps not to matter.
+                if seconds:
+                    steps = int(steps * min(1.5 * TRIAL_SECONDS / seconds, 50)) + 1
+                run = way.build(case, optimizer, replicas, steps)
+                run()  # compiles and allocates
+                seconds = seconds_of(run, cores)
+            found.append((seconds / (replicas * steps), replicas, threads))
     return min(found)
 
 
@@ -68,7 +77,7 @@ def compare(name: str, case: Case, optimizer: str, cores: int, rounds: int) -> I
     for _ in range(rounds):
         for way, (run, replicas, steps, threads) in turns.items():
             torch.set_num_threads(threads)
-            times[way].append(seconds_of(run) / (replicas * steps))
+            times[way].append(seconds_of(run, cores) / (replicas * steps))
     for way, (_, replicas, _, threads) in turns.items():
         ratios = [theirs / ours for theirs, ours in zip(times[way], times[OURS], strict=True)]
         yield {
@@ -88,7 +97,7 @@ def peak_rate(cores: int) -> float:
     torch.set_num_threads(cores)
     a = torch.rand(2048, 2048)
     torch.mm(a, a)
-    return 2048**3 / statistics.median(seconds_of(lambda: torch.mm(a, a)) for _ in range(7))
+    return 2048**3 / statistics.median(seconds_of(lambda: torch.mm(a, a), cores) for _ in range(7))
 
 
 def measure_here(arguments: argparse.Namespace, cores: int) -> dict[str, Any]:
@@ -96,14 +105,16 @@ def measure_here(arguments: argparse.Namespace, cores: int) -> dict[str, Any]:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     wanted = arguments.cases.split(",")
     cases = {name: case for name, case in CASES.items() if any(part in name for part in wanted)}
-    before = peak_rate(cores)
+    before, load = peak_rate(cores), os.getloadavg()[0]
     rows = []
     for name, case in cases.items():
         for optimizer in ("SGD", "aSGD"):
             for row in compare(name, case, optimizer, cores, arguments.rounds):
                 print(line(row), file=sys.stderr, flush=True)
                 rows.append(row)
-    return {"rows": rows, "peak": [before, peak_rate(cores)]}
+    # Of others too: how much the seconds, unlike the ratios, are to be trusted.
+    loads = [load, os.getloadavg()[0]]
+    return {"rows": rows, "peak": [before, peak_rate(cores)], "load": loads}
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -146,7 +157,11 @@ def markdown(results: dict[str, Any]) -> str:
     for cores, found in results["cores"].items():
         peak = statistics.median(found["peak"]) / 1e9
         parts.append(f"### {cores} core{'s' if cores != '1' else ''}\n")
-        parts.append(f"A large product of matrices reaches {peak:.0f}G multiply-adds per second.\n")
+        before, after = found["load"]
+        parts.append(
+            f"A large product of matrices reaches {peak:.0f}G multiply-adds per second. The machine's "
+            f"load was {before:.1f} before and {after:.1f} after, of {results['machine']['cores']} cores.\n"
+        )
         parts.append(
             "| network | optimizer | by | us per replica-step | times truestep's | quartiles | "
             "G multiply-adds/s | replicas at once |"

@@ -227,7 +227,7 @@ class Way:
 
     build: Callable[[Case, str, int, int], Run]
     optimizers: tuple[str, ...] = ("SGD",)
-    replicas: tuple[int, ...] = (4, 32, 256)
+    replicas: tuple[int, ...] = (32, 256)
     package: str = "torch"
 
     @property
@@ -238,9 +238,9 @@ class Way:
 OURS = "truestep.ensemble"
 WAYS = {
     OURS: Way(by_ensemble("compiled"), ("SGD", "aSGD"), (8,), "numba"),
-    "truestep.ensemble, backend='torch'": Way(by_ensemble("torch"), ("SGD", "aSGD"), (4, 32)),
+    "truestep.ensemble, backend='torch'": Way(by_ensemble("torch"), ("SGD", "aSGD"), (32,)),
     "torch loop": Way(by_torch_loop, ("SGD", "aSGD"), (1,)),
     "torch.func.vmap": Way(by_vmap),
     "torch.baddbmm": Way(by_bmm),
-    "jax.vmap in lax.fori_loop": Way(by_jax, package="jax"),
+    "jax.vmap in lax.fori_loop": Way(by_jax, replicas=(4, 32, 256), package="jax"),
 }

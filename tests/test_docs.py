@@ -119,6 +119,6 @@ def test_commands_and_their_options_have_help_and_a_place_in_the_reference(name)
         assert getattr(parameter, "help", None), f"{name} {parameter.name}"
 
 
-def test_the_performance_page_shows_the_figures_that_are_kept():
+def test_the_pages_show_the_figures_that_are_kept():
     command = [sys.executable, str(ROOT / "benchmarks" / "document.py"), "--check"]
     subprocess.run(command, check=True, cwd=ROOT)  # noqa: S603 - our own script
