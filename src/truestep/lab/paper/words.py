@@ -25,7 +25,7 @@ def difference(effect: Effect) -> str:
     Example:
         >>> from truestep.lab.paper.effects import mean
         >>> difference(mean("loss", [1.0, 1.1, 1.2]))
-        '1.10 ± 0.25 (d 11.0, p 0.003, n 3)'
+        '1.10 ± 0.25 (d 11, p 0.003, n 3)'
     """
     if not effect.n:
         return "not run"
