@@ -14,12 +14,13 @@ from truestep.ensemble.settings import SPLITS, Network, Optimizer, Record, Stop
 from truestep.ensemble.starts import first_parameters, orders
 from truestep.errors import TruestepError
 
-__all__ = ["STATUSES", "Block", "Job"]
+__all__ = ["DIVERGED", "FINISHED", "RUNNING", "STATUSES", "STOPPED", "Block", "Job"]
 
 Order = Callable[[int, int], NDArray[np.int64]]
 
 # A replica's status as the backends number it.
 STATUSES = ("running", "done", "stopped", "diverged")
+RUNNING, FINISHED, STOPPED, DIVERGED = range(4)
 # How many indices an item's order may take at a time.
 ORDER_NUMBERS = 2_000_000
 # How much arithmetic there is between two looks at whether to go on: some tenths of a second.

@@ -13,12 +13,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from truestep.ensemble.formulas import ACTIVATIONS, SLOPES, descend, loss_and_gradient
-from truestep.ensemble.job import ORDER_NUMBERS, STATUSES, Job
+from truestep.ensemble.job import (
+    DIVERGED,
+    FINISHED,
+    ORDER_NUMBERS,
+    RUNNING,
+    STATUSES,
+    STOPPED,
+    Job,
+)
 from truestep.ensemble.settings import SPLITS, Stop
 
 __all__ = ["Stacked"]
 
-RUNNING, FINISHED, STOPPED, DIVERGED = range(4)
 # Samples that are measured at once.
 CHUNK = 256
 

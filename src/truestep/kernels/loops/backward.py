@@ -66,6 +66,8 @@ def backward(
             spread[unit] = spread[unit * sizes.width]
     recorded = place >= 0 and options.with_batch_sizes != 0
     counting = settings[ADAPTIVE] != 0 or recorded
+    # The factor of a single sample needs no counts.
+    packing = recorded or (counting and n > 1)
     nothing = records.batch_sizes[:0].reshape(0)
     x_row = plan.splits[TRAIN, X_ROW]
     size_sum, agreeing = 0.0, np.int64(0)
@@ -83,7 +85,7 @@ def backward(
             if not one:
                 lines, line_row = scratch + sizes.lines, columns * 4
                 lay_rows(below, row, inputs, n, lines, columns)
-        if counting:
+        if packing:
             if one:
                 pack_samples(delta, 0, identity, 1, units, delta_bits)
             else:
