@@ -23,6 +23,7 @@ HEADS = (
 )
 ACTIVATIONS = ("relu", "leaky_relu", "tanh", "sigmoid", "gelu")
 OPTIMIZERS = (
+    Optimizer(lr=0.1),
     Optimizer(lr=0.1, momentum=0.9),
     Optimizer(lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
     Optimizer(lr=0.1, asgd=True),
@@ -60,21 +61,22 @@ def batches_of(seed, samples, batch_size, steps):
     return list(itertools.chain.from_iterable(parts))[:steps]
 
 
-def assert_replicas_equal_torch(network, split, optimizer, batch_size, backend, steps=12):
+def assert_replicas_equal_torch(network, split, optimizers, batch_size, backend, steps=12):
+    """Replica k is trained with the kth optimizer."""
     record = Record(every=1, parameters=True, batch_sizes=True, gradients=True)
     result = train(
         network,
         Data(split),
-        replicas=2,
+        replicas=len(optimizers),
         steps=steps,
         batch_size=batch_size,
-        optimizer=optimizer,
+        optimizer=optimizers,
         seed=5,
         record=record,
         backend=backend,
         threads=1,
     )
-    for replica in range(2):
+    for replica, optimizer in enumerate(optimizers):
         batches = batches_of(5 + replica, split.samples, batch_size, steps)
         start = result.parameters[replica, 0]
         reference = trained(network, split, optimizer, start, batches)
@@ -94,23 +96,21 @@ def assert_replicas_equal_torch(network, split, optimizer, batch_size, backend, 
 @pytest.mark.parametrize("batch_size", [None, 8, 1])
 @pytest.mark.parametrize(("output", "loss"), HEADS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_every_network_and_loss(activation, output, loss, batch_size, backend):
+def test_every_network_loss_and_optimizer(activation, output, loss, batch_size, backend):
     for widths in WIDTHS:
         if widths[-1] == 1 and output == "softmax":
             continue
         network = Network(widths, activation, output, loss)
         split = split_for(network, classes=loss != "mean_squared_error")
-        assert_replicas_equal_torch(network, split, Optimizer(lr=0.05), batch_size, backend)
+        assert_replicas_equal_torch(network, split, OPTIMIZERS, batch_size, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("batch_size", [None, 8])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: f"{o.label}-{o.weight_decay}")
-def test_every_optimizer(optimizer, batch_size, backend):
-    for widths in WIDTHS[1:]:
-        network = Network(widths, start="he_normal")
-        split = split_for(network)
-        assert_replicas_equal_torch(network, split, optimizer, batch_size, backend)
+def test_every_optimizer_alone(optimizer, backend):
+    network = Network(WIDTHS[1], start="he_normal")
+    split = split_for(network)
+    assert_replicas_equal_torch(network, split, [optimizer] * 2, 8, backend)
 
 
 @settings(max_examples=25, deadline=None)
@@ -127,7 +127,7 @@ def test_any_shape(widths, features, outputs, samples, batch_size, asgd):
     split = split_for(network, samples=samples)
     optimizer = Optimizer(lr=0.1, asgd=asgd)
     size = None if batch_size >= samples else batch_size
-    assert_replicas_equal_torch(network, split, optimizer, size, "compiled", steps=3)
+    assert_replicas_equal_torch(network, split, [optimizer] * 2, size, "compiled", steps=3)
 
 
 def test_both_backends_record_the_same():
