@@ -57,6 +57,8 @@ def optimizer_of(settings, model):
     arguments = {"lr": settings.lr, "weight_decay": settings.weight_decay}
     if settings.name == "sgd":
         arguments |= {"momentum": settings.momentum, "nesterov": settings.nesterov}
+    else:
+        arguments["eps"] = settings.eps
     if settings.name in {"adam", "adamw"}:
         arguments |= {"betas": settings.betas}
     if settings.name == "sgd" and settings.asgd and not settings.dasgd:
