@@ -109,7 +109,7 @@ def test_every_network_loss_and_optimizer(activation, output, loss, batch_size, 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS + DEFAULT_EPS, ids=lambda o: f"{o.label}-{o.weight_decay}-{o.eps}")
+@pytest.mark.parametrize("optimizer", OPTIMIZERS + DEFAULT_EPS, ids=lambda o: f"{o.label}-{o.eps}")
 def test_every_optimizer_alone(optimizer, backend):
     network = Network(WIDTHS[1], start="he_normal")
     split = split_for(network)
