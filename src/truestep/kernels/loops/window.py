@@ -48,6 +48,7 @@ def unfold(words: Any, sample: Any, word: Any, address: Any, target: Any) -> Non
     wide, length = window[SEEN + 1], window[SEEN + 2]
     stride, groups = window[STRIDE + 2], window[GROUPS]
     channels = window[CHANNELS] // groups
+    stretch = len(target) // groups
     # Words of up to 64 pixels are moved at once; of longer strides, single ones.
     most = 64 // stride if stride < 3 else 1
     position, end = 64 * word, min(64 * word + 64, window[SEEN] * wide * length)
@@ -73,18 +74,22 @@ def unfold(words: Any, sample: Any, word: Any, address: Any, target: Any) -> Non
                     high = count
                     if first + (count - 1) * stride >= pixels:
                         high = (pixels - 1 - first) // stride + 1
-                    for step in range(low, high, most):
+                    step = low
+                    while step < high:
+                        moved = min(most, high - step)
                         _copy(
                             words,
                             row + first + step * stride,
-                            min(most, high - step),
+                            moved,
                             stride,
                             place + step,
                             tap * channels,
                             channels,
                             groups,
+                            stretch,
                             target,
                         )
+                        step += moved
                     tap += 1
         position += count
 
@@ -99,6 +104,7 @@ def _copy(
     first: Any,
     channels: Any,
     groups: Any,
+    stretch: Any,
     target: Any,
 ) -> None:
     """Copies `moved` bits, every `stride`-th from `row` on, to bit `place` of all channels of one tap.
@@ -112,12 +118,12 @@ def _copy(
         first: where the tap's channels begin in each group of `target`.
         channels: of a group.
         groups: of channels.
+        stretch: how far apart they lie in `target`.
         target: see `unfold`.
     """
     count = (moved - 1) * stride + 1
     # Unsigned places: a check for negative ones would keep the loops from being vectorised.
     width, all_channels = np.uint64(channels), np.uint64(channels * groups)
-    stretch = np.uint64(len(target)) // np.uint64(groups)
     low, right = np.uint64(row >> 6) * all_channels, np.uint64(row & 63)
     two = (row & 63) + count > 64
     high = low + all_channels if two else low
@@ -125,7 +131,7 @@ def _copy(
     kept, up = ALL >> np.uint64(64 - count), np.uint64(place)
     for group in range(groups):
         source = np.uint64(group) * width
-        to = np.uint64(group) * stretch + np.uint64(first)
+        to = np.uint64(group * stretch) + np.uint64(first)
         if stride == 2 and moved > 1:
             for channel in range(width):
                 bits = words[low + source + channel] >> right
