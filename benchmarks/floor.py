@@ -5,7 +5,8 @@
 
 Five training steps take turns in one process: SGD; SGD with empty hooks where counting has hooks; SGD with a
 counter that watches; AdaptiveBatchSGD; and, for sequences of linear layers, the least that hooks in Python
-can do: pack and step, with no check and no record. Printed: lower quartiles of microseconds for each phase.
+can do: pack and step, with no check and no record. Printed: lower quartiles of microseconds for each phase;
+and what a layer more costs in forward and backward pass, from sequences of small linear layers.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from timing import WARM_UP, machine, machine_line
 from truestep.kernels.dispatch import loops
 from truestep.kernels.stepping import FIELDS, Entry, Table
 
+DEPTHS = 10, 30  # of the models that tell what a layer more costs
 PHASES = ("forward", "backward", "step")
 
 
@@ -159,6 +161,27 @@ def measure(names: list[str], rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def per_layer(rounds: int) -> dict[str, float]:
+    """Microseconds that a linear layer more, 8 by 8, costs in forward and backward pass."""
+    made = {"SGD": plain, "SGD, empty hooks": with_empty_hooks, "SGD, counter": watched}
+    built = {}
+    for depth in DEPTHS:
+        for candidate, make in made.items():
+            model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(depth)])
+            inputs, targets = torch.randn(8, 8), torch.zeros(8, dtype=torch.long)
+            task = Task(model, nn.functional.cross_entropy, inputs, targets)
+            built[candidate, depth] = task, make(task)
+    spent: dict[tuple[str, int], list[float]] = {key: [] for key in built}
+    for number in range(WARM_UP + rounds):
+        for key, (task, optimizer) in built.items():
+            forward, backward, _ = phases(task, optimizer)
+            if number >= WARM_UP:
+                spent[key].append(forward + backward)
+    lower = {key: statistics.quantiles(column, n=4)[0] for key, column in spent.items()}
+    few, many = DEPTHS
+    return {name: (lower[name, many] - lower[name, few]) / (many - few) for name in made}
+
+
 def markdown(results: dict[str, Any]) -> str:
     """The table of docs/performance.md."""
     lines = [
@@ -169,6 +192,12 @@ def markdown(results: dict[str, Any]) -> str:
     for row in results["rows"]:
         cells = " | ".join(f"{row[phase]:.0f}" for phase in PHASES)
         lines.append(f"| {row['task']} | {row['candidate']} | {cells} |")
+    lines += [
+        "",
+        "One linear layer more, 8 by 8, batch 8, forward and backward pass together: "
+        + ", ".join(f"{name} {spent:.0f} us" for name, spent in results["per_layer"].items())
+        + ".",
+    ]
     return "\n".join(lines)
 
 
@@ -186,10 +215,13 @@ def main() -> None:
         torch.set_num_threads(1)
         wanted = arguments.tasks.split(",")
         names = [name for name in TASKS if any(part in name for part in wanted)]
-        results = {"machine": machine(), "rows": measure(names, arguments.rounds)}
+        rows = measure(names, arguments.rounds)
+        results = {"machine": machine(), "rows": rows, "per_layer": per_layer(arguments.rounds)}
         for row in results["rows"]:
             spent = "  ".join(f"{phase} {row[phase]:8.1f}" for phase in PHASES)
             print(f"{row['task']:22} {row['candidate']:18} {spent}")
+        for name, microseconds in results["per_layer"].items():
+            print(f"{'a layer more':22} {name:18} {microseconds:8.1f}")
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     if arguments.markdown:
