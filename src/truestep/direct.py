@@ -56,7 +56,7 @@ class Direct:
             and (bias is None or bias.requires_grad)
             and type(output) is Tensor
             and (node := output.grad_fn) is not None
-            and node.name() in PRODUCTS
+            and type(node).__name__ in PRODUCTS
             and len(args) == 1
             and args[0].dtype is output.dtype  # autocast keeps a copy of its own
             # Activation checkpointing would not hold the input.
@@ -92,29 +92,34 @@ class Use:
 
     uncompiled(__call__, inside=False)
 
-    def is_first(self) -> bool:
-        """Whether neither a gradient nor bits are there of an earlier backward pass."""
-        return (
-            self._weight.grad is None
-            and (self._bias is None or self._bias.grad is None)
-            and isinstance(self._given, Tensor)
-        )
+    def begin(self) -> int | None:
+        """The bytes of input and output gradient, which are both kept as they are now for a while.
+
+        None where a gradient or bits are there of an earlier backward pass.
+        """
+        given, delta = self._given, self._delta
+        if (
+            self._weight.grad is not None
+            or (self._bias is not None and self._bias.grad is not None)
+            or not isinstance(given, Tensor)
+            or delta is None
+        ):
+            return None
+        self._versions = given._version + delta._version  # noqa: SLF001
+        return given.nbytes + delta.nbytes
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """What is to be packed in the first backward pass: input and output gradient."""
         return self._given, self._delta  # type: ignore[return-value]
 
-    def wait(self) -> None:
-        """Notes that both are kept for a while."""
-        self._versions = _versions(*self.tensors())
-
     def is_unchanged(self, *, strict: bool) -> bool:
-        """Whether both are as they were at `wait`.
+        """Whether both are as they were at `begin`.
 
         Raises:
             TruestepError: where `strict`, if they are not.
         """
-        unchanged = _versions(*self.tensors()) == self._versions
+        given, delta = self.tensors()
+        unchanged = given._version + delta._version == self._versions  # noqa: SLF001
         if strict and not unchanged:
             raise TruestepError(
                 f"the input of {self._layer.name!r} or the gradient of its output was changed in place "
@@ -136,7 +141,3 @@ class Use:
         given, delta = self._given, self._delta
         assert delta is not None  # noqa: S101
         return self.deliver(pack(given) if isinstance(given, Tensor) else given, pack(delta))
-
-
-def _versions(given: Tensor, delta: Tensor) -> int:
-    return given._version + delta._version  # noqa: SLF001

@@ -19,9 +19,10 @@ from truestep.combine import joint, total
 from truestep.direct import Use
 from truestep.distributed import is_sharded, local, nobody
 from truestep.errors import TruestepError, corrected_already, without_numbers, without_record
+from truestep.hooks import uncompiled
 from truestep.layout import Unit
 
-__all__ = ["FORWARD", "Record", "Records"]
+__all__ = ["FORWARD", "Record", "Records", "landing"]
 
 
 @dataclass(slots=True)
@@ -191,15 +192,14 @@ class Records:
         What is done for many uses at once costs each of them a fraction. Such a use is of parameters that
         have no gradient yet.
         """
-        inputs, outputs = use.tensors()
-        held = self._gathered_bytes + inputs.nbytes + outputs.nbytes
-        if self.follows or held > MOST_GATHERED:
+        size = None if self.follows else use.begin()
+        if size is None or self._gathered_bytes + size > MOST_GATHERED:
             return False
         task = backward_id()
-        self._pending_of(task)
-        use.wait()
+        if task not in self._pending:
+            self._pending_of(task)
         self._gathered.append((use, task))
-        self._gathered_bytes = held
+        self._gathered_bytes += size
         return True
 
     def _pending_of(self, task: int) -> dict[int, _Pending]:
@@ -216,11 +216,9 @@ class Records:
             self.watch(task)
         return pending
 
-    def land(self, parameter: Tensor) -> None:
-        """Notes that a parameter's gradient has reached `.grad`."""
-        gradient, task = parameter.grad, backward_id()
-        assert gradient is not None  # noqa: S101
-        self._landed.append((parameter, weakref.ref(gradient), gradient._version, task))  # noqa: SLF001
+    def note(self, landed: tuple[Tensor, Callable[[], Tensor | None], int, int]) -> None:
+        """Notes a parameter, its gradient that reached `.grad`, that one's version, the backward pass."""
+        self._landed.append(landed)
         if self.follows:
             self.settle()
 
@@ -414,6 +412,23 @@ class Records:
             for part, mask in zip(parts, at_output, strict=True)
         ]
         return total(parts), sum(mask.sum() for mask in masks)
+
+
+def landing(records: Records) -> Callable[[Tensor], None]:
+    """A parameter's hook that notes when its gradient has reached `.grad`.
+
+    Args:
+        records: are told, as long as they live.
+    """
+    reference = weakref.ref(records)
+
+    def land(parameter: Tensor) -> None:
+        living, gradient = reference(), parameter.grad
+        if living is not None and gradient is not None:
+            version = gradient._version  # noqa: SLF001
+            living.note((parameter, weakref.ref(gradient), version, backward_id()))
+
+    return uncompiled(land, inside=False)
 
 
 # Stands for a forward pass where others stand for backward passes.

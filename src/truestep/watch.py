@@ -36,7 +36,7 @@ from truestep.layers import (
     sizes_of,
 )
 from truestep.layout import Layout, Rule, Unit, tensors_in
-from truestep.records import FORWARD, Records
+from truestep.records import FORWARD, Records, landing
 
 __all__ = ["Watch"]
 
@@ -72,6 +72,8 @@ class Watch:
         self._handles: list[Any] = []
         # A call that began in a compiled graph is here by its key.
         self._calls: list[Call | Tensor | None] = []
+        # The call that the model is in, where nothing about it is unusual.
+        self.usual: Call | None = None
         self._traced = False
         self._hooked: dict[Tensor, Tensor] = {}
         self._uses = Uses()
@@ -109,10 +111,13 @@ class Watch:
         if layer.bare:
             on_begin = hook(Watch._on_begin, layer)
             self._handles.append(layer.module.register_forward_pre_hook(on_begin))
+        on_layer = hook(Watch._on_layer, layer, taps)
+        if layer.direct is not None:
+            on_layer = _ShortHook(self._reference, layer, on_layer)
         return Pausable(
             partial(
                 layer.module.register_forward_hook,
-                hook(Watch._on_layer, layer, taps),
+                on_layer,
                 with_kwargs=True,
                 # fully_shard's own hook takes the gathered parameters away after the call: go before it.
                 prepend=bool(layer.sharded),
@@ -131,6 +136,7 @@ class Watch:
     # A call of the model begins.
 
     def _on_call(self, _begins: Receiver, _module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.usual = None
         if self._probed is not None:
             return
         if not torch.is_grad_enabled():
@@ -155,6 +161,8 @@ class Watch:
             compiled.give_key(call)
         self._calls.append(call)
         self._uses.begin(call)
+        if not self._uses.counts(call):
+            self.usual = call
 
     def _on_traced(self) -> None:
         """Notes that a graph is being made: only compiled parts of a model ask for a call by its key."""
@@ -192,10 +200,7 @@ class Watch:
         if self._probed is not None:
             self._probed.append(used(output, (args, kwargs)))
             return None
-        direct = layer.direct is not None and not torch.compiler.is_compiling()
-        if (
-            direct and self._goes_directly(layer, module, args, output)
-        ) or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return None
         rule = layer.rule_of_call()
         outputs = [output] if isinstance(output, Tensor) else list(tensors_in(output))
@@ -211,19 +216,6 @@ class Watch:
             call = Call(outside=True) if call is None else compiled.call_of(call)
         self._use(layer, call, rule, args, kwargs, outputs)
         return None
-
-    def _goes_directly(self, layer: Layer, module: nn.Module, args: Any, output: Any) -> bool:
-        """Lets a use wait for its gradient the short way, or says that it cannot."""
-        call, direct = self._calls[-1] if self._calls else None, layer.direct
-        if (
-            not isinstance(call, Call)
-            or direct is None
-            or self._uses.counts(call)
-            or not direct.takes(module, args, output)
-        ):
-            return False
-        output.grad_fn.register_prehook(Use(self._reference, layer, call, args[0]))
-        return True
 
     def _use(
         self, layer: Layer, call: Call, rule: Rule, args: Any, kwargs: Any, outputs: list[Tensor]
@@ -275,8 +267,9 @@ class Watch:
         trained = layer.trained(self._records.names)
         for owner, parameter in trained:
             if owner not in self._hooked:
-                hook = Hook(weakref.ref(self._records), Records.land)
-                self._handles.append(owner.register_post_accumulate_grad_hook(hook))
+                self._handles.append(
+                    owner.register_post_accumulate_grad_hook(landing(self._records))
+                )
                 self._hooked[owner] = owner
             if parameter not in self._hooked:
                 # Gathered by fully_shard, which later hands its owner the gradient.
@@ -290,6 +283,7 @@ class Watch:
     def _on_return(
         self, taps: Receiver, _module: nn.Module, args: Any, kwargs: Any, output: Any
     ) -> Any:
+        self.usual = None
         if self._probed is not None:
             return None
         call = self._calls.pop() if self._calls else None
@@ -373,7 +367,7 @@ class Watch:
         """Takes what a layer's use finds on rows of a batch, now or when the backward pass ends."""
         if self._unit == "sample" and call.batch_size != samples:
             check_batch(layer, call, samples)
-        if not (use.is_first() and self._records.gather(use)):
+        if not self._records.gather(use):
             self._records.receive(*use.deliver_now())
 
     def _on_gathered(self, owner: Tensor, _parameter: Tensor) -> None:
@@ -399,6 +393,33 @@ class Watch:
             layout = layout_of(layer, call, args, kwargs)
             for activity, gradients in compiled.delivered(layer, layout, args, kwargs, deltas):
                 self.on_gradients(layer, layout, call, activity, *gradients)
+
+
+class _ShortHook(Hook):
+    """The forward hook of a layer whose usual calls go the short way.
+
+    Args:
+        watch: gives the `Watch`, or None once it is gone.
+        layer: the layer.
+        other: the hook for other calls.
+    """
+
+    def __init__(self, watch: Callable[[], Watch | None], layer: Layer, other: Hook) -> None:
+        super().__init__(watch)
+        self._layer, self._other = layer, other
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        # Compiled code would be guarded by whatever is looked at here.
+        if torch.compiler.is_compiling():
+            return self._other(module, args, kwargs, output)
+        watch: Any = self.counter()
+        call, direct = None if watch is None else watch.usual, self._layer.direct
+        if call is None or direct is None or not direct.takes(module, args, output):
+            return self._other(module, args, kwargs, output)
+        output.grad_fn.register_prehook(Use(self.counter, self._layer, call, args[0]))
+        return None
+
+    uncompiled(__call__, inside=False)
 
 
 class _Gradients:
