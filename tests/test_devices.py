@@ -1,0 +1,64 @@
+"""Where compiled loops do not reach, torch operations count: the same code on the CPU and on CUDA devices."""
+
+import pytest
+import torch
+
+import truestep
+from properties import (
+    assert_accumulation_equals_joint_batch,
+    assert_counts_equal_oracle,
+    assert_step_equals_oracle,
+    called,
+    each,
+)
+from truestep.kernels import dispatch
+from zoo import ZOO
+
+without_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=without_cuda)]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request, monkeypatch):
+    monkeypatch.setattr(dispatch, "installed", lambda: False)
+    return request.param
+
+
+def moved(name, device):
+    torch.manual_seed(0)
+    model, loss_fn, inputs, targets = ZOO[name]()
+    inputs, targets = (each(value, lambda t: t.to(device)) for value in (inputs, targets))
+    return model.to(device), loss_fn, inputs, targets
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_zoo_on_every_device(name, device):
+    assert_counts_equal_oracle(*moved(name, device))
+    assert_step_equals_oracle(*moved(name, device))
+
+
+def test_accumulation_on_every_device(device):
+    assert_accumulation_equals_joint_batch(*moved("twice", device), sizes=[4, 1, 3])
+
+
+def test_a_model_that_moves_after_its_counter_is_made(device):
+    model, loss_fn, inputs, targets = ZOO["tied"]()
+    counter = truestep.SampleCounter(model)
+    optimizer = truestep.AdaptiveBatchSGD(model.parameters(), lr=0.1, counter=counter)
+    model.to(device)
+    inputs, targets = (each(value, lambda t: t.to(device)) for value in (inputs, targets))
+    loss_fn(called(model, inputs), targets).backward()
+    expected = truestep.oracle.counts(model, loss_fn, inputs, targets)
+    for name, counts in counter.counts().items():
+        assert torch.equal(counts, expected[name])
+        assert counts.device.type == torch.device(device).type
+    optimizer.step()
+
+
+def test_counts_are_exact_beyond_what_floats_hold(device):
+    """Products of masks are summed in float32, exact below 2**24 samples; bfloat16 would stop at 256."""
+    model = torch.nn.Linear(1, 1).to(device)
+    counter = truestep.SampleCounter(model)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        model(torch.ones(1001, 1, device=device)).sum().backward()
+    assert counter.counts()["weight"].item() == 1001
