@@ -88,6 +88,11 @@ class Use:
         watch, delta = self._watch(), gradients[0]
         if watch is not None and delta is not None:
             self._delta = delta
+            if torch.is_grad_enabled():  # create_graph=True
+                given = self._given if isinstance(self._given, Tensor) else None
+                watch.on_differentiable(
+                    self._layer, self._layer.layout, self._call, given, gradients
+                )
             watch.on_rows(self, self._layer, self._call, delta.shape[0])
 
     uncompiled(__call__, inside=False)

@@ -138,13 +138,17 @@ class Layer:
         """The parameter of the counter's model that the module's present one stands for."""
         return self.sharded.get(name, present)
 
+    def trains(self) -> bool:
+        """Whether any of the layer's present parameters gets a gradient."""
+        return any(parameter.requires_grad for _, parameter in self._own())
+
     def traced(self) -> bool:
         """Whether any of the layer's present parameters gets a gradient, where it is compiled.
 
         Raises:
             TruestepError: the layer would have to run once more, with the layers in it.
         """
-        trains = any(parameter.requires_grad for _, parameter in self._own())
+        trains = self.trains()
         if self.bare and trains and self.holds_layers:
             raise TruestepError(
                 f"{self.name or 'the model'!r} has parameters of its own and modules in it, and a "

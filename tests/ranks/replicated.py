@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import weakref
 
 import pytest
@@ -39,10 +40,15 @@ def parallel(model, **options):
     return wrapped, counter, optimizer
 
 
-def train_together(model, loss_fn, inputs, targets, steps=2, **options):
+def as_it_is(model):
+    return model
+
+
+def train_together(model, loss_fn, inputs, targets, steps=2, through=as_it_is, **options):
     """Some steps on uneven parts of a batch equal those of one process on the whole."""
     joint = Joint(model)
     wrapped, counter, optimizer = parallel(model, **options)
+    call = through(wrapped)
     inputs = wide(inputs)
     targets = wide(targets)
     for step in range(steps):
@@ -51,7 +57,7 @@ def train_together(model, loss_fn, inputs, targets, steps=2, **options):
         optimizer.zero_grad(set_to_none=set_to_none)
         loss_fn(joint.model(inputs), targets).backward()
         mine = deal(targets)
-        globally_normalised(loss_fn, wrapped(deal(inputs)), mine, len(targets)).backward()
+        globally_normalised(loss_fn, call(deal(inputs)), mine, len(targets)).backward()
         assert counter.batch_size == len(mine)
         assert_same_gradients(wrapped, joint)
         assert_same_counts(counter, joint)
@@ -82,6 +88,17 @@ def a_static_graph_equals_one_process():
     for view in (False, True):
         for name in ("mlp", "twice", "two tables"):
             train_together(*ZOO[name](), static_graph=True, gradient_as_bucket_view=view, steps=3)
+
+
+def a_compiled_wrapper_equals_one_process():
+    through = functools.partial(torch.compile, backend="aot_eager")
+    for name in ("mlp", "twice", "sequence", "tied"):
+        # Buckets so small that torch.compile makes a graph for each of several parts.
+        for options in ({"bucket_cap_mb": 1e-4}, {"gradient_as_bucket_view": True}):
+            torch.compiler.reset()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 64)
+                train_together(*ZOO[name](), steps=3, through=through, **options)
 
 
 def layers_with_stacked_parameters_equal_one_process():
@@ -461,6 +478,7 @@ CASES = [
     every_model_equals_one_process,
     gradients_may_be_views_of_buckets,
     a_static_graph_equals_one_process,
+    a_compiled_wrapper_equals_one_process,
     layers_with_stacked_parameters_equal_one_process,
     sparse_gradients_equal_one_process,
     even_batches_need_no_normalisation,
