@@ -837,6 +837,20 @@ def test_statistics_of_a_batch():
     assert counter.statistics()["weight"]["largest_factor"] == 1.0
 
 
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_statistics_stay_readable_after_the_step(model, counter, set_to_none):
+    optimizer = truestep.AdaptiveBatchSGD(model.parameters(), lr=0.1, counter=counter)
+    for samples in (5, 3):
+        backward(model, sparse_inputs(samples, 4))
+        before, counts = counter.statistics(), counter.counts()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=set_to_none)
+        assert counter.statistics() == before
+        assert counter.batch_size == samples
+        for name, values in counter.counts().items():
+            assert torch.equal(values, counts[name]), name
+
+
 def test_nan_and_inf_are_named_and_stay(model, counter):
     inputs = sparse_inputs(5, 4)
     inputs[2, 1] = torch.nan
