@@ -241,6 +241,41 @@ def test_an_exception_after_a_layer_of_a_forward_leaves_nothing(model, counter):
     assert not counter._watch._calls
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("evaluating", [True, False])
+def test_an_interrupted_forward_leaves_nothing(reentrant, evaluating):
+    """torch tells always-called hooks of exceptions, but not of Ctrl-C."""
+
+    class Interrupted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+            self.interrupt, self.reentrant = False, False
+
+        def block(self, x):
+            return torch.relu(self.layer(torch.relu(self.layer(x))))
+
+        def forward(self, x):
+            x = checkpoint(self.block, x, use_reentrant=self.reentrant)
+            if self.interrupt:
+                raise KeyboardInterrupt
+            return self.head(x)
+
+    model, inputs = Interrupted(), sparse_inputs(8, 4).requires_grad_()
+    counts = expected(model, inputs.detach())
+    counter = truestep.SampleCounter(model)
+    model.interrupt, model.reentrant = True, reentrant
+    with torch.set_grad_enabled(not evaluating), pytest.raises(KeyboardInterrupt):
+        model(inputs)
+    model.interrupt = False
+    for _ in range(2):
+        model.zero_grad()
+        backward(model, inputs)
+        assert counter.batch_size == 8
+        for name, values in counter.counts().items():
+            assert torch.equal(values, counts[name]), name
+
+
 def test_an_exception_in_forward_leaves_nothing(model, counter):
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         model(sparse_inputs(5, 7))
@@ -813,6 +848,13 @@ def test_wrong_options_are_named(model):
         truestep.SampleCounter(model, unsupported="skip")
     with pytest.raises(TruestepError, match=r"use torch\.nn\.parallel\.DistributedDataParallel"):
         truestep.SampleCounter(nn.DataParallel(model))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_scripted_modules_are_refused_by_name(model):
+    for scripted in (torch.jit.script(model), nn.Sequential(torch.jit.script(model))):
+        with pytest.raises(TruestepError, match=r"is a TorchScript module.*use torch\.compile"):
+            truestep.SampleCounter(scripted)
 
 
 # To watch.

@@ -222,7 +222,7 @@ def _own(
         try:
             return inside.see(outputs)
         except UncountableError as error:
-            if lenient:
+            if lenient or not error.alone:
                 raise
             try:
                 return PerSample(path)(layout, module, *args, **kwargs).see(outputs)
@@ -258,6 +258,12 @@ def check_options(model: nn.Module, unit: str, unsupported: str) -> None:
         raise TruestepError(f"unit is {unit!r}; use 'sample' or 'position'")
     if unsupported not in {"error", "mean"}:
         raise TruestepError(f"unsupported is {unsupported!r}; use 'error' or 'mean'")
+    scripted = [n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    if scripted:
+        raise TruestepError(
+            f"{scripted[0] or 'the model'!r} is a TorchScript module, whose layers do not show what they are "
+            "given; make the counter on the module that it was scripted from, and use torch.compile"
+        )
     if isinstance(model, nn.DataParallel):
         raise TruestepError(
             "nn.DataParallel runs copies of the model in threads, which cannot be counted; "

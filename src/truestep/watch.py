@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from truestep import compiled
 from truestep.activity import Activity
 from truestep.batch import Batch
-from truestep.calls import Call
+from truestep.calls import Call, backward_id
 from truestep.combine import Shared
 from truestep.compiled import Receiver
 from truestep.consumers import Used, Uses, taps_in, used
@@ -152,7 +152,7 @@ class Watch:
         if self._looks_up:
             places = {tensor.untyped_storage().data_ptr() for tensor in inputs}
         sizes = list(sizes_of(inputs, self._batch_dim))
-        call = Call(sizes, places)
+        call = Call(sizes, places, task=backward_id())
         if self._traced:
             compiled.give_key(call)
         self._calls.append(call)
@@ -205,8 +205,7 @@ class Watch:
         outputs = [output] if isinstance(output, Tensor) else list(tensors_in(output))
         if not any(tensor.requires_grad for tensor in outputs):
             return None
-        # In a backward pass activation checkpointing runs layers again, for the call it is in.
-        call = self._calls[-1] if self._calls else self._records.current
+        call = self._present_call()
         if torch.compiler.is_compiling():
             return compiled.tapped(output, taps, call, (args, kwargs)) if layer.traced() else None
         if not self._wait_for_gradients(layer):
@@ -223,6 +222,7 @@ class Watch:
         call, direct = self._calls[-1] if self._calls else None, layer.direct
         if (
             not isinstance(call, Call)
+            or self._records.current is not None
             or direct is None
             or self._uses.counts(call)
             or not direct.takes(module, args, output)
@@ -230,6 +230,15 @@ class Watch:
             return False
         output.grad_fn.register_prehook(Use(self._reference, layer, call, args[0]))
         return True
+
+    def _present_call(self) -> Call | Tensor | None:
+        """The call of the model that a layer's is a part of, if any."""
+        call = self._calls[-1] if self._calls else None
+        if self._records.current is None or isinstance(call, Tensor):
+            return call
+        # In a backward pass activation checkpointing runs layers again, for the call that it is in. One that
+        # was interrupted (Ctrl-C) may still be open.
+        return call if call is not None and call.task == backward_id() else self._records.current
 
     def _use(
         self, layer: Layer, call: Call, rule: Rule, args: Any, kwargs: Any, outputs: list[Tensor]
