@@ -164,6 +164,18 @@ def test_layers_whose_backward_pass_is_not_known_are_refused_by_name(name):
     assert counter.batch_size == SAMPLES
 
 
+def test_a_frozen_weight_with_a_trained_bias_does_not_matter():
+    model, inputs = CRITICS["mlp"][0]().double(), sparse_inputs(SAMPLES, 4).double()
+    model[2].weight.requires_grad_(requires_grad=False)
+    counter = truestep.SampleCounter(model)
+    loss_of(model, inputs, alone=False).backward()
+    counts = counter.counts()
+    reference = copy.deepcopy(model).requires_grad_()
+    for name, values in counts_one_by_one(reference, inputs).items():
+        if name != "2.weight":
+            assert torch.equal(counts[name], values), name
+
+
 def test_frozen_layers_on_the_way_do_not_matter():
     model, inputs = REFUSED["a norm"](), sparse_inputs(SAMPLES, 4).double()
     model[1].requires_grad_(requires_grad=False)

@@ -67,6 +67,8 @@ def wait_for_penalty(
     """
     if layer.rule is embedding:
         return  # indices have no gradient that a table could be in
+    if layer.rule in LINEAR_MAPS and not layer.module.get_parameter("weight").requires_grad:
+        return  # a bias is no part of the backward pass
     hook = partial(Hook, watch)
     if given is None:
         for delta in deltas:
@@ -104,6 +106,6 @@ def _refuse(watch: Any, layer: Layer, _gradient: Tensor) -> None:
         f"a gradient penalty (create_graph=True) goes through the backward pass of {layer.name!r} "
         f"({type(layer.module).__name__}), and which samples reach its parameters that way is known of "
         "linear layers and convolutions alone, called with one tensor, without autocast and activation "
-        "checkpointing. Freeze its parameters, or keep their plain gradients: rules without its class and "
-        "unsupported='mean'",
+        "checkpointing, if the penalty's is the first backward pass through that call. Freeze its "
+        "parameters, or keep their plain gradients: rules without its class and unsupported='mean'",
     )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
@@ -91,14 +92,26 @@ def a_static_graph_equals_one_process():
 
 
 def a_compiled_wrapper_equals_one_process():
-    through = functools.partial(torch.compile, backend="aot_eager")
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    through = functools.partial(torch.compile, backend=backend)
+    counts = {}
     for name in ("mlp", "twice", "sequence", "tied"):
-        # Buckets so small that torch.compile makes a graph for each of several parts.
-        for options in ({"bucket_cap_mb": 1e-4}, {"gradient_as_bucket_view": True}):
+        for small in (True, False):
             torch.compiler.reset()
+            graphs.clear()
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 64)
+                if small:  # torch.compile makes a graph for each bucket
+                    patch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 64)
+                options = {"bucket_cap_mb": 1e-4} if small else {"gradient_as_bucket_view": True}
                 train_together(*ZOO[name](), steps=3, through=through, **options)
+            counts[name, small] = len(graphs)
+    for name in ("twice", "sequence", "tied"):
+        assert counts[name, True] > counts[name, False], counts
 
 
 def layers_with_stacked_parameters_equal_one_process():
