@@ -700,6 +700,15 @@ def test_frozen_unsupported_modules_are_fine():
     assert counter.counts()["1.bias"].tolist() == [5, 5]
 
 
+def test_layers_that_get_their_sizes_later_are_counted():
+    model = nn.Sequential(nn.LazyLinear(5), nn.ReLU(), nn.Linear(5, 3))
+    counter, inputs = truestep.SampleCounter(model), sparse_inputs(5, 4)
+    for _ in range(2):
+        model.zero_grad()
+        backward(model, inputs)
+        assert_counted(counter, model, inputs)
+
+
 def test_parameters_unfrozen_later_are_counted(model):
     model.requires_grad_(requires_grad=False)
     counter = truestep.SampleCounter(model)

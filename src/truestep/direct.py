@@ -41,8 +41,9 @@ class Direct:
         self.bias: Any = None
 
     def know(self, module: nn.Module) -> None:
-        """Notes the parameters, which have their hooks now."""
-        self.weight, self.bias = module.weight, module.bias
+        """Notes the parameters if all are trained: those have their hooks now."""
+        trained = all(parameter.requires_grad for parameter in module.parameters())
+        self.weight, self.bias = (module.weight, module.bias) if trained else (None, None)
 
     def takes(self, module: nn.Module, args: Any, output: Any) -> bool:
         """Whether nothing about a call is unusual."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from truestep import compiled
 from truestep.activity import Activity
@@ -93,6 +94,9 @@ class Watch:
         fused = fused_in_evaluation(model)
         self._fused: list[tuple[nn.Module, Pausable]] = []
         for layer in layers:
+            if not any(map(is_lazy, layer.module.parameters())):
+                # Here already: users' own hooks may step inside the backward pass.
+                self._wait_for_gradients(layer)
             handle = self._hook(layer)
             self._handles.append(handle)
             if layer.module in fused:
@@ -233,12 +237,12 @@ class Watch:
 
     def _present_call(self) -> Call | Tensor | None:
         """The call of the model that a layer's is a part of, if any."""
-        call = self._calls[-1] if self._calls else None
-        if self._records.current is None or isinstance(call, Tensor):
-            return call
+        call, current = self._calls[-1] if self._calls else None, self._records.current
+        if call is None or current is None or torch.compiler.is_compiling():
+            return current if call is None else call
         # In a backward pass activation checkpointing runs layers again, for the call that it is in. One that
         # was interrupted (Ctrl-C) may still be open.
-        return call if call is not None and call.task == backward_id() else self._records.current
+        return call if isinstance(call, Tensor) or call.task == backward_id() else current
 
     def _use(
         self, layer: Layer, call: Call, rule: Rule, args: Any, kwargs: Any, outputs: list[Tensor]
@@ -381,12 +385,10 @@ class Watch:
             deltas = tuple(delta if delta is None else delta.detach() for delta in deltas)
         self.receive(layer, layout, call, activity(*deltas))
 
-    def receive(
-        self, layer: Layer, layout: Layout, call: Call, activities: dict[str, Activity]
-    ) -> None:
-        """Takes the activity of a use."""
+    def receive(self, layer: Layer, layout: Layout, call: Call, uses: dict[str, Activity]) -> None:
+        """Takes the activity of a layer's parameters."""
         pairs: list[tuple[Tensor, Activity]] = []
-        for name, found in activities.items():
+        for name, found in uses.items():
             parameter = layer.present(name)
             if layer.sharded:
                 parameter = layer.owner(name, parameter)

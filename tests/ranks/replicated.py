@@ -114,6 +114,25 @@ def a_compiled_wrapper_equals_one_process():
         assert counts[name, True] > counts[name, False], counts
 
 
+def gradient_penalties_equal_one_process():
+    model, inputs = mlp(), sparse_inputs(9, 4).double()
+    joint, (wrapped, counter, optimizer) = Joint(model), parallel(model)
+
+    def backward(network, given):
+        given = given.clone().requires_grad_()
+        output = network(given)
+        (slope,) = torch.autograd.grad(output.sum(), given, create_graph=True)
+        (output.square().sum() + (slope.square().sum(1) - 1).square().sum()).backward()
+
+    for _ in range(3):
+        joint.optimizer.zero_grad()
+        optimizer.zero_grad()
+        backward(joint.model, inputs)
+        backward(wrapped, deal(inputs))
+        assert_same_counts(counter, joint)
+        assert_same_step_sizes(counter, joint, wrapped)
+
+
 def layers_with_stacked_parameters_equal_one_process():
     train_together(*classify(Attentive(), sparse_inputs(9, 5, 4)))
 
@@ -492,6 +511,7 @@ CASES = [
     gradients_may_be_views_of_buckets,
     a_static_graph_equals_one_process,
     a_compiled_wrapper_equals_one_process,
+    gradient_penalties_equal_one_process,
     layers_with_stacked_parameters_equal_one_process,
     sparse_gradients_equal_one_process,
     even_batches_need_no_normalisation,

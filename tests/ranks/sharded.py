@@ -137,6 +137,22 @@ def gradients_of_a_sharded_model_that_are_asked_for_are_not_counted():
     assert_same_counts(counter, joint)
 
 
+def gradient_penalties_equal_one_process():
+    for parts in (True, False):
+        model, inputs = mlp(), sparse_inputs(9, 4).double()
+        joint, (mine, counter, _) = (
+            Joint(model),
+            sharded(model, parts=parts, reshard_after_forward=False),
+        )
+        mine.set_reshard_after_backward(False)  # torch differentiates no backward pass otherwise
+        for network, rows in ((joint.model, inputs), (mine, deal(inputs))):
+            given = rows.clone().requires_grad_()
+            output = network(given)
+            (slope,) = torch.autograd.grad(output.sum(), given, create_graph=True)
+            (output.square().sum() + (slope.square().sum(1) - 1).square().sum()).backward()
+        assert_same_counts(counter, joint)
+
+
 def transforms_work_on_shards():
     model, loss_fn, inputs, targets = classify(mlp(), sparse_inputs(9, 4))
     inputs, weights = wide(inputs), []
@@ -315,6 +331,7 @@ CASES = [
     compiled_models_equal_one_process,
     gradients_may_be_reduced_after_several_backward_passes,
     gradients_of_a_sharded_model_that_are_asked_for_are_not_counted,
+    gradient_penalties_equal_one_process,
     transforms_work_on_shards,
     dasgd_steps_on_shards,
     mixed_precision_counts_what_is_computed,
