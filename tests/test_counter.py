@@ -924,12 +924,16 @@ def test_the_record_of_a_wide_batch_takes_a_bit_per_sample_and_unit():
     assert counter.nbytes == 640 * (1000 + 500) // 8
 
 
-@pytest.mark.skipif(not dispatch.installed(), reason="numba is not installed")
-def test_bits_that_are_all_on_take_no_memory():
-    model = nn.Linear(10, 5, bias=False)
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("shape", [(64, 10), (7, 10), (6, 5, 10)])
+def test_bits_that_are_all_on_take_no_memory(shape, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(dispatch, "installed", lambda: False)
+    model = nn.Sequential(nn.Linear(10, 5), nn.GELU(), nn.Linear(5, 2))
     counter = truestep.SampleCounter(model)
-    model(torch.ones(64, 10)).sum().backward()
+    model(torch.ones(shape)).sum().backward()
     assert counter.nbytes == 0
+    assert all((values == shape[0]).all() for values in counter.counts().values())
 
 
 def test_many_micro_batches_hold_no_more_than_the_counts():

@@ -260,9 +260,10 @@ def check_options(model: nn.Module, unit: str, unsupported: str) -> None:
         raise TruestepError(f"unsupported is {unsupported!r}; use 'error' or 'mean'")
     scripted = [n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
     if scripted:
+        name = repr(scripted[0]) if scripted[0] else "the model"
         raise TruestepError(
-            f"{scripted[0] or 'the model'!r} is a TorchScript module, whose layers do not show what they are "
-            "given; make the counter on the module that it was scripted from, and use torch.compile"
+            f"{name} is a TorchScript module, whose layers do not show what they are given; make the "
+            "counter on the module that it was scripted from, and use torch.compile"
         )
     if isinstance(model, nn.DataParallel):
         raise TruestepError(
