@@ -486,6 +486,45 @@ def test_as_many_positions_as_samples_are_ambiguous_until_said():
     assert torch.equal(counter.counts()["positions.weight"], 3 * (model.positions.weight.grad != 0))
 
 
+class WithDistances(nn.Module):
+    """Scores of tokens with a bias for the distance of each two positions, as T5 has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.bias = nn.Embedding(9, 4), nn.Embedding(7, 1)
+
+    def forward(self, x):
+        hidden, places = self.tokens(x), torch.arange(x.shape[1])
+        distances = (places - places.unsqueeze(1)).clamp(-2, 2) + 2
+        return (hidden @ hidden.mT + self.bias(distances).squeeze(-1)).softmax(-1) @ hidden
+
+
+@pytest.mark.parametrize("unit", ["sample", "position"])
+def test_biases_for_distances_count_all_samples(unit):
+    model = WithDistances()
+    counter = truestep.SampleCounter(model, unit=unit)
+    for samples, length in ((5, 4), (3, 6)):
+        model.zero_grad()
+        model(torch.randint(0, 9, (samples, length))).square().sum().backward()
+        used = model.bias.weight.grad != 0
+        assert used[:5].all()
+        assert not used[5:].any()
+        counts = counter.counts()["bias.weight"]
+        assert torch.equal(counts > 0, used)
+        assert unit == "position" or torch.equal(counts, samples * used)
+
+
+def test_as_many_distances_as_samples_are_ambiguous_until_said():
+    model, tokens = WithDistances(), torch.randint(0, 9, (4, 4))
+    counter = truestep.SampleCounter(model)
+    with pytest.raises(TruestepError, match=r"'bias' looks up rows by distances in a batch of 4"):
+        model(tokens)
+    counter.close()
+    counter = truestep.SampleCounter(model, batch_dim={"bias": None})
+    model(tokens).square().sum().backward()
+    assert torch.equal(counter.counts()["bias.weight"], 4 * (model.bias.weight.grad != 0))
+
+
 def test_consecutive_indices_that_are_the_models_input_are_samples():
     model = nn.Sequential(nn.Embedding(4, 2), nn.Linear(2, 1))
     counter = truestep.SampleCounter(model)

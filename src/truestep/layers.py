@@ -366,11 +366,13 @@ def layout_of(layer: Layer, call: Call, args: Any, kwargs: Any) -> Layout:
             replace(layer.layout, batch_dim=None) if looks_up_positions(indices) else layer.layout
         )
     made_inside = indices.untyped_storage().data_ptr() not in call.inputs
-    if indices.dim() == 1 and made_inside and looks_up_positions(indices):
+    if (indices.dim() == 1 or len(indices) > 1) and made_inside and looks_up_positions(indices):
+        size = len(indices)
+        what = f"{size} consecutive rows" if indices.dim() == 1 else "rows by distances"
         raise TruestepError(
-            f"{layer.name!r} looks up {len(indices)} consecutive rows in a batch of {len(indices)}: one "
-            "row for each sample, or positions that all samples share? Look positions up with the "
-            f"shape [1, {len(indices)}], or say batch_dim={{{layer.name!r}: None}} (shared) or 0"
+            f"{layer.name!r} looks up {what} in a batch of {size}: for each sample, or for positions that "
+            f"all samples share? Say batch_dim={{{layer.name!r}: None}} (shared) or 0; consecutive "
+            f"positions may be looked up with the shape [1, {size}] as well"
         )
     return layer.layout
 
