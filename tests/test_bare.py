@@ -460,7 +460,22 @@ class Between(nn.Module):
         return torch.cat([x.detach()[:, :1], token, x.detach()], 1) + x.mean()
 
 
+class Frequent(nn.Module):
+    def __init__(self, look_up):
+        super().__init__()
+        self.table, self.look_up = nn.Parameter(torch.randn(2, WIDTH)), look_up
+
+    def forward(self, x):
+        found = self.look_up((x[..., 0] > 0).long(), self.table, scale_grad_by_freq=True)
+        return x * found if found.dim() == x.dim() else x * found.unsqueeze(1)
+
+
 REFUSED = {
+    "divided": (lambda: Frequent(functional.embedding), "'2.table' .*scale_grad_by_freq=True"),
+    "bags divided": (
+        lambda: Frequent(functional.embedding_bag),
+        "'2.table' .*scale_grad_by_freq=True",
+    ),
     "between": (Between, "'2.token' is used by the operation 'CatBackward0'"),
     "provided": (AddsProvided, "'2.provider.table' leaves the module that owns it"),
     "without samples": (

@@ -307,9 +307,9 @@ class Blocks(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self):
+    def __init__(self, **options):
         super().__init__()
-        self.layer = nn.Linear(4, 4)
+        self.layer = nn.Linear(4, 4, **options)
 
     def forward(self, x):
         return torch.relu(self.layer(x))
@@ -382,13 +382,14 @@ def test_compiled_optimizer_steps_equal_uncompiled_ones(kind):
     models[1].load_state_dict(models[0].state_dict())
     optimizers = [make(model) for model in models]
     steps = [optimizers[0].step, torch.compile(optimizers[1].step, backend=BACKEND)]
-    with torch._dynamo.config.patch(error_on_recompile=False):  # for the first step, without state
-        for _ in range(3):
+    for step in range(5):
+        # The first step has no state, and what it makes is new to the second.
+        with torch._dynamo.config.patch(error_on_recompile=step > 1):
             inputs = sparse_inputs(8, 4)
-            for model, step in zip(models, steps, strict=True):
+            for model, update in zip(models, steps, strict=True):
                 model.zero_grad()
                 loss_of(model(inputs)).backward()
-                step()
+                update()
     for one, other in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(one, other)
 
@@ -521,6 +522,53 @@ def test_a_model_compiled_and_run_before_is_an_error_with_a_way_out():
     loss_of(compiled(inputs)).backward()
     assert_same(counter.counts(), uncompiled(model, inputs))
     optimizer.step()
+
+
+@pytest.mark.parametrize("how", ["whole", "in place", "around", "layers"])
+def test_another_counter_on_a_compiled_model_counts_as_the_first_did(how):
+    model, inputs = Twice(), sparse_inputs(8, 4)
+    expected = uncompiled(model, inputs)
+    if how == "layers":
+        for layer in model.children():
+            layer.compile(backend=BACKEND, fullgraph=True)
+        compiled = model
+    else:
+        ways = {"whole": compile_model, "in place": compile_in_place, "around": compile_around}
+        compiled = ways[how](model)
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        for _ in range(3):
+            counter = truestep.SampleCounter(model)
+            model.zero_grad()
+            loss_of(compiled(inputs)).backward()
+            assert_same(counter.counts(), expected)
+            counter.close()
+
+
+class Stem(nn.Module):
+    """A part that may be compiled by itself; its only parameter is used outside of it, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.layer, self.head = Block(bias=False), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.layer.weight = self.stem.layer.weight
+
+    def forward(self, x):
+        return self.head(torch.relu(self.layer(self.stem(x))))
+
+
+def test_a_part_compiled_before_is_an_error_though_its_weight_has_other_uses():
+    model, inputs = Stem(), sparse_inputs(8, 4)
+    expected = uncompiled(model, inputs)
+    model.stem.compile(backend=BACKEND)
+    model(inputs)
+    counter = truestep.SampleCounter(model)
+    with pytest.raises(
+        TruestepError, match=r"^'stem\.layer' ran in a graph .*torch\.compiler\.reset"
+    ):
+        model(inputs)
+    torch.compiler.reset()
+    loss_of(model(inputs)).backward()
+    assert_same(counter.counts(), expected)
 
 
 class TiedHead(nn.Module):

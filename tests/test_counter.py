@@ -241,6 +241,41 @@ def test_an_exception_after_a_layer_of_a_forward_leaves_nothing(model, counter):
     assert not counter._watch._calls
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("evaluating", [True, False])
+def test_an_interrupted_forward_leaves_nothing(reentrant, evaluating):
+    """torch tells always-called hooks of exceptions, but not of Ctrl-C."""
+
+    class Interrupted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+            self.interrupt, self.reentrant = False, False
+
+        def block(self, x):
+            return torch.relu(self.layer(torch.relu(self.layer(x))))
+
+        def forward(self, x):
+            x = checkpoint(self.block, x, use_reentrant=self.reentrant)
+            if self.interrupt:
+                raise KeyboardInterrupt
+            return self.head(x)
+
+    model, inputs = Interrupted(), sparse_inputs(8, 4).requires_grad_()
+    counts = expected(model, inputs.detach())
+    counter = truestep.SampleCounter(model)
+    model.interrupt, model.reentrant = True, reentrant
+    with torch.set_grad_enabled(not evaluating), pytest.raises(KeyboardInterrupt):
+        model(inputs)
+    model.interrupt = False
+    for _ in range(2):
+        model.zero_grad()
+        backward(model, inputs)
+        assert counter.batch_size == 8
+        for name, values in counter.counts().items():
+            assert torch.equal(values, counts[name]), name
+
+
 def test_an_exception_in_forward_leaves_nothing(model, counter):
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         model(sparse_inputs(5, 7))
@@ -449,6 +484,45 @@ def test_as_many_positions_as_samples_are_ambiguous_until_said():
     counter = truestep.SampleCounter(model, batch_dim={"positions": None})
     model(tokens).sum().backward()
     assert torch.equal(counter.counts()["positions.weight"], 3 * (model.positions.weight.grad != 0))
+
+
+class WithDistances(nn.Module):
+    """Scores of tokens with a bias for the distance of each two positions, as T5 has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.bias = nn.Embedding(9, 4), nn.Embedding(7, 1)
+
+    def forward(self, x):
+        hidden, places = self.tokens(x), torch.arange(x.shape[1])
+        distances = (places - places.unsqueeze(1)).clamp(-2, 2) + 2
+        return (hidden @ hidden.mT + self.bias(distances).squeeze(-1)).softmax(-1) @ hidden
+
+
+@pytest.mark.parametrize("unit", ["sample", "position"])
+def test_biases_for_distances_count_all_samples(unit):
+    model = WithDistances()
+    counter = truestep.SampleCounter(model, unit=unit)
+    for samples, length in ((5, 4), (3, 6)):
+        model.zero_grad()
+        model(torch.randint(0, 9, (samples, length))).square().sum().backward()
+        used = model.bias.weight.grad != 0
+        assert used[:5].all()
+        assert not used[5:].any()
+        counts = counter.counts()["bias.weight"]
+        assert torch.equal(counts > 0, used)
+        assert unit == "position" or torch.equal(counts, samples * used)
+
+
+def test_as_many_distances_as_samples_are_ambiguous_until_said():
+    model, tokens = WithDistances(), torch.randint(0, 9, (4, 4))
+    counter = truestep.SampleCounter(model)
+    with pytest.raises(TruestepError, match=r"'bias' looks up rows by distances in a batch of 4"):
+        model(tokens)
+    counter.close()
+    counter = truestep.SampleCounter(model, batch_dim={"bias": None})
+    model(tokens).square().sum().backward()
+    assert torch.equal(counter.counts()["bias.weight"], 4 * (model.bias.weight.grad != 0))
 
 
 def test_consecutive_indices_that_are_the_models_input_are_samples():
@@ -665,6 +739,15 @@ def test_frozen_unsupported_modules_are_fine():
     assert counter.counts()["1.bias"].tolist() == [5, 5]
 
 
+def test_layers_that_get_their_sizes_later_are_counted():
+    model = nn.Sequential(nn.LazyLinear(5), nn.ReLU(), nn.Linear(5, 3))
+    counter, inputs = truestep.SampleCounter(model), sparse_inputs(5, 4)
+    for _ in range(2):
+        model.zero_grad()
+        backward(model, inputs)
+        assert_counted(counter, model, inputs)
+
+
 def test_parameters_unfrozen_later_are_counted(model):
     model.requires_grad_(requires_grad=False)
     counter = truestep.SampleCounter(model)
@@ -815,6 +898,13 @@ def test_wrong_options_are_named(model):
         truestep.SampleCounter(nn.DataParallel(model))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_scripted_modules_are_refused_by_name(model):
+    for scripted in (torch.jit.script(model), nn.Sequential(torch.jit.script(model))):
+        with pytest.raises(TruestepError, match=r"is a TorchScript module.*use torch\.compile"):
+            truestep.SampleCounter(scripted)
+
+
 # To watch.
 
 
@@ -835,6 +925,20 @@ def test_statistics_of_a_batch():
     model.zero_grad()
     model(torch.zeros(2, 3)).sum().backward()
     assert counter.statistics()["weight"]["largest_factor"] == 1.0
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_statistics_stay_readable_after_the_step(model, counter, set_to_none):
+    optimizer = truestep.AdaptiveBatchSGD(model.parameters(), lr=0.1, counter=counter)
+    for samples in (5, 3):
+        backward(model, sparse_inputs(samples, 4))
+        before, counts = counter.statistics(), counter.counts()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=set_to_none)
+        assert counter.statistics() == before
+        assert counter.batch_size == samples
+        for name, values in counter.counts().items():
+            assert torch.equal(values, counts[name]), name
 
 
 def test_nan_and_inf_are_named_and_stay(model, counter):
@@ -859,12 +963,16 @@ def test_the_record_of_a_wide_batch_takes_a_bit_per_sample_and_unit():
     assert counter.nbytes == 640 * (1000 + 500) // 8
 
 
-@pytest.mark.skipif(not dispatch.installed(), reason="numba is not installed")
-def test_bits_that_are_all_on_take_no_memory():
-    model = nn.Linear(10, 5, bias=False)
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("shape", [(64, 10), (7, 10), (6, 5, 10)])
+def test_bits_that_are_all_on_take_no_memory(shape, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(dispatch, "installed", lambda: False)
+    model = nn.Sequential(nn.Linear(10, 5), nn.GELU(), nn.Linear(5, 2))
     counter = truestep.SampleCounter(model)
-    model(torch.ones(64, 10)).sum().backward()
+    model(torch.ones(shape)).sum().backward()
     assert counter.nbytes == 0
+    assert all((values == shape[0]).all() for values in counter.counts().values())
 
 
 def test_many_micro_batches_hold_no_more_than_the_counts():

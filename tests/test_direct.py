@@ -131,6 +131,17 @@ class Fork(nn.Module):
         return early + self.late(x)
 
 
+def test_a_bias_unfrozen_later_is_counted():
+    model, x = nn.Linear(3, 2), torch.randn(5, 3)
+    model.bias.requires_grad_(requires_grad=False)
+    counter = truestep.SampleCounter(model)
+    for trained in (False, False, True, True):
+        model.bias.requires_grad_(requires_grad=trained)
+        model.zero_grad()
+        model(x).square().sum().backward()
+        assert counter.counts().get("bias", torch.zeros(2)).tolist() == [5 * trained] * 2
+
+
 def test_a_gradient_changed_in_place_while_it_is_held_is_an_error():
     model, x = Fork(), torch.randn(4, 3)
     counter = truestep.SampleCounter(model)

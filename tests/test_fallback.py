@@ -1,6 +1,7 @@
 """Modules without a rule, counted by each sample's own gradient."""
 
 import gc
+import re
 
 import pytest
 import torch
@@ -566,3 +567,17 @@ class Drops(Scale):
 )
 def test_what_cannot_be_run_alone_says_why(kind, reason):
     assert_refused(nn.Sequential(nn.Linear(3, 3), kind()), torch.randn(4, 3), f"'1'.*{reason}")
+
+
+def test_all_modules_that_show_unsound_in_the_first_forward_pass_are_named():
+    def mixes(module, x):
+        return x * module.scale - x.mean(0)
+
+    model = nn.Sequential(nn.Linear(4, 3), Own(mixes), nn.ReLU(), Own(mixes), nn.Linear(3, 2))
+    counter = truestep.SampleCounter(model)
+    for _ in range(2):
+        with pytest.raises(TruestepError) as error:
+            model(torch.randn(5, 4))
+        assert re.findall(r"^'(\d)[.']", str(error.value), re.MULTILINE) == ["1", "3"]
+    assert not counter._watch._calls
+    counter.close()

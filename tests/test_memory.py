@@ -121,7 +121,7 @@ def both_before_adam(model):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's accounts")
 @pytest.mark.parametrize("make", [adaptive, both_before_adam])
-def test_2000_steps_leave_no_growth(make):
+def test_10000_steps_leave_no_growth(make):
     model, inputs = mlp(), sparse_inputs(8, 4)
     optimizer = make(model)
 
@@ -135,7 +135,7 @@ def test_2000_steps_leave_no_growth(make):
         return resident()
 
     objects = []
-    sizes = [resident_after(500) for _ in range(5)]
+    sizes = [resident_after(2000) for _ in range(5)]
     assert objects[-1] - objects[1] < 20
     # A leak grows all the time; memory that is touched for the first time grows now and then.
-    assert min(after - before for before, after in pairwise(sizes)) < 500 * 50
+    assert min(after - before for before, after in pairwise(sizes)) < 2000 * 50

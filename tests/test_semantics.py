@@ -350,6 +350,30 @@ def test_the_correction_is_of_the_closures_gradients(model, twin, make):
     assert_close_parameters(model, expected_step(twin, inputs, samples=5))
 
 
+@both_forms
+def test_steps_inside_the_backward_pass_are_those_after_it(model, make):
+    """A parameter's own optimizer in its hook frees its gradient at once."""
+    counter, steps = truestep.SampleCounter(model), {}
+    for parameter in model.parameters():
+        if make is adaptive:
+            steps[parameter] = truestep.AdaptiveBatchSGD([parameter], lr=LR, counter=counter)
+        else:
+            steps[parameter] = torch.optim.SGD([parameter], lr=LR)
+            truestep.attach(steps[parameter], truestep.mean_effective_gradient(counter))
+
+        def step(parameter):
+            steps[parameter].step()
+            steps[parameter].zero_grad()
+
+        parameter.register_post_accumulate_grad_hook(step)
+    for samples in (5, 7):
+        inputs = batch(samples)
+        expected = expected_step(model, inputs, samples=samples)
+        sum_loss(model, inputs).backward()
+        assert all(parameter.grad is None for parameter in model.parameters())
+        assert_close_parameters(model, expected)
+
+
 # State.
 
 STATES = {

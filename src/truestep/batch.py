@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from truestep.activity import Activity
 from truestep.distributed import Ranks, find_ranks, like, ranks_of
 from truestep.exchange import Exchange, Share
-from truestep.records import Record, Records
+from truestep.record import Record
+from truestep.records import Records
 
 __all__ = ["Batch"]
 

@@ -25,6 +25,7 @@ class Call:
         batch_size: the batch size that its layers agree on.
         positions: for each number of positions at an output, bool: those with a gradient.
         key: what stands for the call in a compiled graph, see `truestep.compiled`.
+        task: the backward pass that it began in; -1 outside any.
     """
 
     sizes: list[int] = field(default_factory=list)
@@ -33,6 +34,7 @@ class Call:
     batch_size: int | None = None
     positions: dict[int, Tensor] = field(default_factory=dict)
     key: Tensor | None = None
+    task: int = -1
 
     def note_positions(self, delta: Tensor) -> None:
         """Adds the positions where the gradient of an output is not zero."""

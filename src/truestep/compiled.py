@@ -41,13 +41,17 @@ class Receiver:
         hook: called in the backward pass with the call, the gradients of the tapped tensors (None
             for those without one), and the arguments and keyword arguments.
         begins: the hook is called instead with nothing, when a graph with layers of any model is traced.
+
+    Attributes:
+        serial: the number.
     """
 
     def __init__(self, hook: Hook, *, begins: bool = False) -> None:
         self.hook, self.begins = hook, begins
-        serial = next(SERIALS)
-        self.number = torch.tensor(serial, device="cpu")
-        RECEIVERS[serial] = self
+        self.serial = next(SERIALS)
+        # What graphs read: a plain number would be fixed in them.
+        self.number = torch.tensor(self.serial, device="cpu")
+        RECEIVERS[self.serial] = self
 
 
 def give_key(call: Call) -> None:

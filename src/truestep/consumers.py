@@ -4,18 +4,17 @@
 the parameter, and its samples would go uncounted.
 """
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor
 
 from truestep.errors import TruestepError
 from truestep.layout import tensors_in
 
-__all__ = ["COMPILED", "Used", "Uses", "bypassed", "traced_by_shapes", "used"]
+__all__ = ["COMPILED", "Used", "Uses", "bypassed", "taps_in", "used"]
 
 Node = Any  # autograd's nodes have a class per operation and no public base
 # The nodes of a layer's outputs, and the tensors that it was given, or the nodes of those.
@@ -43,19 +42,31 @@ def bypassed(
         >>> bypassed([y], [([h.grad_fn], [x])], {p: n for n, p in layer.named_parameters()})
         ['weight']
     """
-    return _walk(outputs, uses, names)[0]
+    return _walk(outputs, uses, names).found
 
 
-def _walk(
-    outputs: Iterable[Tensor], uses: Iterable[Used], names: Mapping[Tensor, str]
-) -> tuple[list[str], bool]:
-    """What `bypassed` finds, and whether there were compiled graphs that do not show what they use."""
+class _Walk(NamedTuple):
+    """A walk through a graph.
+
+    Attributes:
+        found: what `bypassed` finds.
+        hidden: whether there were compiled graphs that do not show what they use.
+        reached: the uses that it met, by their places among all.
+    """
+
+    found: list[str]
+    hidden: bool
+    reached: set[int]
+
+
+def _walk(outputs: Iterable[Tensor], uses: Iterable[Used], names: Mapping[Tensor, str]) -> _Walk:
     hidden = False
-    inputs_of: dict[Node, list[Any]] = {}
-    for nodes, inputs in uses:
+    inputs_of: dict[Node, tuple[int, list[Any]]] = {}
+    for place, (nodes, inputs) in enumerate(uses):
         for node in nodes:
-            inputs_of[node] = inputs
+            inputs_of[node] = place, inputs
     found: dict[str, None] = {}
+    met: set[int] = set()
     seen: set[Node] = set()
     todo = [_origin(tensor) for tensor in outputs]
     while todo:
@@ -66,23 +77,34 @@ def _walk(
         elif reached not in seen:
             seen.add(reached)
             if reached in inputs_of:
-                todo += [_origin(tensor) for tensor in inputs_of[reached]]
+                place, inputs = inputs_of[reached]
+                met.add(place)
+                todo += [_origin(tensor) for tensor in inputs]
             elif reached.name() in COMPILED:
                 hidden = True
             else:
                 todo += _before(reached)
-    return list(found), hidden
+    return _Walk(list(found), hidden, met)
 
 
 class Uses:
-    """The uses of layers in the first call of a model that has a gradient, to hold against the graph."""
+    """The uses of layers in the first call of a model that has a gradient, to hold against the graph.
+
+    Attributes:
+        hooked: the numbers of the layers whose hooks have run in that call.
+    """
 
     def __init__(self) -> None:
+        self.hooked: set[int] = set()
         self._checked = False
         self._uses: dict[Any, list[Used]] = {}
+        self._refused: list[TruestepError] = []
 
     def begin(self, call: Any) -> None:
         """Notes that a call of the model begins."""
+        if not self._uses:
+            self._refused.clear()
+            self.hooked.clear()
         if not self._checked:
             self._uses[call] = []
 
@@ -97,10 +119,20 @@ class Uses:
             self._uses[call].append(([node for node in nodes if node is not None], list(given)))
 
     @contextmanager
-    def unless_refused(self) -> Iterator[None]:
-        """Forgets the calls that are under way if something raises: their uses are not all known."""
+    def collecting(self) -> Iterator[list[TruestepError]]:
+        """Keeps what a rule refuses for the end of the call, so that all such modules are named at once.
+
+        Whatever else raises makes the calls that are under way forgotten: their uses are not all known.
+
+        Yields:
+            What was refused inside.
+        """
+        found: list[TruestepError] = []
         try:
-            yield
+            yield found
+        except TruestepError as error:
+            found.append(error)
+            self._refused.append(error)
         except BaseException:
             self._uses.clear()
             raise
@@ -123,11 +155,14 @@ class Uses:
             present: those that stand for others during the call, each with the other.
 
         Raises:
-            TruestepError: there are parameters that `bypassed` finds.
+            TruestepError: there are parameters that `bypassed` finds, or rules have refused modules.
         """
         uses = self._uses.pop(call, None)
         if uses is None or not outputs or self._checked:
             return False
+        refused, self._refused = self._refused, []
+        if refused:
+            raise refused[0] if len(refused) == 1 else TruestepError("\n".join(map(str, refused)))
         self._checked = True
         known = {p: name for p, name in names.items() if p not in plain}
         gathered = {p: known[owner] for p, owner in present.items() if owner in known}
@@ -141,16 +176,74 @@ class Uses:
     @staticmethod
     def check(outputs: Iterable[Tensor], uses: Iterable[Used], names: Mapping[Tensor, str]) -> bool:
         """Raises `TruestepError` for what `bypassed` finds; says whether compiled graphs hid a part."""
-        found, hidden = _walk(outputs, uses, names)
-        if found:
+        walk = _walk(outputs, uses, names)
+        if walk.found:
             raise TruestepError(
-                f"the model uses {', '.join(map(repr, found))} without calling the module that owns it, "
+                f"the model uses {', '.join(map(repr, walk.found))} without calling the module that owns it, "
                 "so the samples of that use would go uncounted. Call the module (an output head tied "
                 "to an embedding: nn.Linear with its weight set to the embedding's), give the module "
                 "that uses it a rule, or keep plain gradients: rules without its class and "
                 "unsupported='mean'"
             )
-        return hidden
+        return walk.hidden
+
+    def check_graphs(
+        self,
+        tapped: set[int],
+        written: Iterable[Tensor],
+        uses: Sequence[Used],
+        layers: Sequence[tuple[int, str]],
+    ) -> None:
+        """Raises `TruestepError` for layers that ran in a graph which does not deliver what they did.
+
+        Args:
+            tapped: `taps_in` the outputs of the model.
+            written: the outputs of the model as it is written, without compiled parts.
+            uses: of layers in the latter.
+            layers: the number and name of each use's layer.
+        """
+        reached = _walk(written, uses, {}).reached
+        unseen = {
+            layers[place] for place in reached if layers[place][0] not in tapped | self.hooked
+        }
+        if unseen:
+            names = ", ".join(repr(name) for _, name in sorted(unseen))
+            raise TruestepError(
+                f"{names} ran in a graph that was compiled before the SampleCounter was made, so the samples "
+                "would go uncounted there; call torch.compiler.reset() once, or make the counter before the "
+                "first call of what is compiled"
+            )
+
+
+def taps_in(outputs: Iterable[Tensor]) -> set[int] | None:
+    """The numbers of the layers that compiled graphs will deliver to; None where that does not show.
+
+    A tap saves its receiver's number for the backward pass.
+
+    Args:
+        outputs: of the model.
+    """
+    found: set[int] = set()
+    seen: set[Node] = set()
+    todo: list[Node] = [tensor.grad_fn for tensor in outputs]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        todo += [following for following, _ in node.next_functions]
+        if node.name() not in COMPILED:
+            continue
+        if node.name() != "CompiledFunctionBackward":
+            return None
+        # Not saved_tensors: under activation checkpointing those run the forward pass again.
+        for saved in getattr(node, "_raw_saved_tensors", (None,)):
+            tensor = getattr(saved, "data", None)
+            if not isinstance(tensor, Tensor):
+                return None
+            if tensor.dim() == 0 and tensor.dtype == torch.int64:
+                found.add(int(tensor))
+    return found
 
 
 def used(output: Any, given: Any) -> Used:
@@ -160,72 +253,6 @@ def used(output: Any, given: Any) -> Used:
     ends = [*outputs, *(base for base in bases if base is not None)]
     nodes = [tensor.grad_fn for tensor in ends if tensor.grad_fn is not None]
     return nodes, list(tensors_in(given))
-
-
-@contextmanager
-def traced_by_shapes(
-    model: nn.Module, names: Mapping[Tensor, str]
-) -> Iterator[tuple[Callable[[Any, Any], list[Tensor]], dict[Tensor, str]]]:
-    """A way to have the autograd graph of a model's forward pass without its numbers.
-
-    A compiled graph does not show what it uses. The model's parameters, buffers and inputs are replaced by
-    tensors that have shapes alone, and compiled parts run as they are written.
-
-    Args:
-        model: the model.
-        names: the parameters to look for.
-
-    Yields:
-        A function from arguments and keyword arguments to the outputs that have a gradient, and the names
-        of what stands for the parameters.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: PLC0415 - compiling has imported it
-
-    shapes = FakeTensorMode(allow_non_fake_inputs=True)
-
-    def without_numbers(value: Any) -> Any:
-        return pytree.tree_map_only(Tensor, shapes.from_tensor, value)
-
-    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    present = dict(inner.named_parameters()) | dict(inner.named_buffers())
-    stand_ins: dict[str, Tensor] = {n: shapes.from_tensor(t) for n, t in present.items()}
-    known: dict[Tensor, str] = {stand_ins[n]: names[t] for n, t in present.items() if t in names}
-
-    def run(args: Any, kwargs: Any) -> list[Tensor]:
-        given = without_numbers((args, kwargs))
-        output = torch.func.functional_call(inner, stand_ins, *given)
-        return [tensor for tensor in tensors_in(output) if tensor.requires_grad]
-
-    with (
-        torch.enable_grad(),
-        torch.compiler.set_stance("force_eager"),
-        # Activation checkpointing around the model counts the tensors that are saved.
-        torch.autograd.graph.saved_tensors_hooks(_same, _same),
-        _restored(inner),
-        shapes,
-    ):
-        yield run, known
-
-
-@contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Gives a model's modules their attributes back, which a forward pass may set."""
-    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
-    held = [value for _, values in attributes for value in values.values()]
-    lists = [(value, list(value)) for value in held if type(value) is list]
-    tables = [(value, dict(value)) for value in held if isinstance(value, dict)]
-    try:
-        yield
-    finally:
-        for mapping, before in (*attributes, *tables):
-            mapping.clear()
-            mapping.update(before)
-        for items, earlier in lists:
-            items[:] = earlier
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _origin(given: Any) -> Node | Tensor:

@@ -16,11 +16,11 @@ from truestep.activity import Activity, Elements, Outer
 from truestep.bits import Bits, pack
 from truestep.calls import Call
 from truestep.errors import TruestepError
-from truestep.hooks import uncompiled
+from truestep.hooks import Hook, uncompiled
 from truestep.layout import Layout, Rule
 from truestep.rules import linear
 
-__all__ = ["Direct", "Use", "goes_directly"]
+__all__ = ["Direct", "ShortHook", "Use", "goes_directly"]
 
 # What `nn.Linear` adds to the autograd graph for rows, with and without a bias.
 PRODUCTS = {"AddmmBackward0", "MmBackward0"}
@@ -41,8 +41,9 @@ class Direct:
         self.bias: Any = None
 
     def know(self, module: nn.Module) -> None:
-        """Notes the parameters, which have their hooks now."""
-        self.weight, self.bias = module.weight, module.bias
+        """Notes the parameters if all are trained: those have their hooks now."""
+        trained = all(parameter.requires_grad for parameter in module.parameters())
+        self.weight, self.bias = (module.weight, module.bias) if trained else (None, None)
 
     def takes(self, module: nn.Module, args: Any, output: Any) -> bool:
         """Whether nothing about a call is unusual."""
@@ -62,6 +63,39 @@ class Direct:
             # Activation checkpointing would not hold the input.
             and torch._C._autograd._top_saved_tensors_default_hooks(True) is None  # noqa: SLF001
         )
+
+
+class ShortHook(Hook):
+    """The forward hook of a layer whose usual calls go the short way.
+
+    Args:
+        watch: gives the `Watch`, or None once it is gone.
+        layer: the layer.
+        other: the hook for other calls.
+    """
+
+    def __init__(self, watch: Callable[[], Any], layer: Any, other: Hook) -> None:
+        super().__init__(watch)
+        self._layer, self._other = layer, other
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Lets the use wait for its gradient, or passes the call on."""
+        # Compiled code would be guarded by whatever is looked at here.
+        if torch.compiler.is_compiling():
+            return self._other(module, args, kwargs, output)
+        watch: Any = self.counter()
+        call, direct = None if watch is None else watch.usual, self._layer.direct
+        if (
+            call is None
+            or direct is None
+            or watch.in_backward()
+            or not direct.takes(module, args, output)
+        ):
+            return self._other(module, args, kwargs, output)
+        output.grad_fn.register_prehook(Use(self.counter, self._layer, call, args[0]))
+        return None
+
+    uncompiled(__call__, inside=False)
 
 
 class Use:
@@ -88,6 +122,11 @@ class Use:
         watch, delta = self._watch(), gradients[0]
         if watch is not None and delta is not None:
             self._delta = delta
+            if torch.is_grad_enabled():  # create_graph=True
+                given = self._given if isinstance(self._given, Tensor) else None
+                watch.on_differentiable(
+                    self._layer, self._layer.layout, self._call, given, gradients
+                )
             watch.on_rows(self, self._layer, self._call, delta.shape[0])
 
     uncompiled(__call__, inside=False)

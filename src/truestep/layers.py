@@ -138,13 +138,17 @@ class Layer:
         """The parameter of the counter's model that the module's present one stands for."""
         return self.sharded.get(name, present)
 
+    def trains(self) -> bool:
+        """Whether any of the layer's present parameters gets a gradient."""
+        return any(parameter.requires_grad for _, parameter in self._own())
+
     def traced(self) -> bool:
         """Whether any of the layer's present parameters gets a gradient, where it is compiled.
 
         Raises:
             TruestepError: the layer would have to run once more, with the layers in it.
         """
-        trains = any(parameter.requires_grad for _, parameter in self._own())
+        trains = self.trains()
         if self.bare and trains and self.holds_layers:
             raise TruestepError(
                 f"{self.name or 'the model'!r} has parameters of its own and modules in it, and a "
@@ -218,7 +222,7 @@ def _own(
         try:
             return inside.see(outputs)
         except UncountableError as error:
-            if lenient:
+            if lenient or not error.alone:
                 raise
             try:
                 return PerSample(path)(layout, module, *args, **kwargs).see(outputs)
@@ -254,6 +258,13 @@ def check_options(model: nn.Module, unit: str, unsupported: str) -> None:
         raise TruestepError(f"unit is {unit!r}; use 'sample' or 'position'")
     if unsupported not in {"error", "mean"}:
         raise TruestepError(f"unsupported is {unsupported!r}; use 'error' or 'mean'")
+    scripted = [n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    if scripted:
+        name = repr(scripted[0]) if scripted[0] else "the model"
+        raise TruestepError(
+            f"{name} is a TorchScript module, whose layers do not show what they are given; make the "
+            "counter on the module that it was scripted from, and use torch.compile"
+        )
     if isinstance(model, nn.DataParallel):
         raise TruestepError(
             "nn.DataParallel runs copies of the model in threads, which cannot be counted; "
@@ -355,11 +366,13 @@ def layout_of(layer: Layer, call: Call, args: Any, kwargs: Any) -> Layout:
             replace(layer.layout, batch_dim=None) if looks_up_positions(indices) else layer.layout
         )
     made_inside = indices.untyped_storage().data_ptr() not in call.inputs
-    if indices.dim() == 1 and made_inside and looks_up_positions(indices):
+    if (indices.dim() == 1 or len(indices) > 1) and made_inside and looks_up_positions(indices):
+        size = len(indices)
+        what = f"{size} consecutive rows" if indices.dim() == 1 else "rows by distances"
         raise TruestepError(
-            f"{layer.name!r} looks up {len(indices)} consecutive rows in a batch of {len(indices)}: one "
-            "row for each sample, or positions that all samples share? Look positions up with the "
-            f"shape [1, {len(indices)}], or say batch_dim={{{layer.name!r}: None}} (shared) or 0"
+            f"{layer.name!r} looks up {what} in a batch of {size}: for each sample, or for positions that "
+            f"all samples share? Say batch_dim={{{layer.name!r}: None}} (shared) or 0; consecutive "
+            f"positions may be looked up with the shape [1, {size}] as well"
         )
     return layer.layout
 

@@ -8,7 +8,6 @@ has not landed by then is forgotten.
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -21,46 +20,9 @@ from truestep.distributed import is_sharded, local, nobody
 from truestep.errors import TruestepError, corrected_already, without_numbers, without_record
 from truestep.hooks import uncompiled
 from truestep.layout import Unit
+from truestep.record import Pending, Record
 
-__all__ = ["FORWARD", "Record", "Records", "landing"]
-
-
-@dataclass(slots=True)
-class Record:
-    """What one parameter's gradient is made of.
-
-    Attributes:
-        activity: the samples that reach it.
-        batch_size: N of those samples' batches.
-        gradient: weakly, the `.grad` that the record describes.
-        version: that tensor's version when it was last known to agree with the record.
-        latest: the last call that it holds, with the backward pass.
-        uses: that call's uses, which a further use by the same samples must be joined with.
-        before: the record without that call.
-        corrected: whether it is a mean effective gradient already.
-        stepped: whether an optimizer has used it.
-        mixed: whether plain gradients were added to a corrected one after its step.
-        nonzero: of a sharded gradient, whether this rank's part had anything but zeros at first.
-    """
-
-    activity: Activity
-    batch_size: int | Tensor
-    gradient: Callable[[], Tensor | None]
-    version: int
-    latest: tuple[Call, int]
-    uses: list[Activity]
-    before: tuple[Activity, int | Tensor] | None
-    corrected: bool = False
-    stepped: bool = False
-    mixed: bool = False
-    nonzero: Tensor | None = None
-
-
-@dataclass(slots=True)
-class _Pending:
-    fresh: bool
-    task: int
-    uses: dict[Call, list[Activity]] = field(default_factory=dict)
+__all__ = ["FORWARD", "Records", "landing"]
 
 
 class Records:
@@ -85,14 +47,14 @@ class Records:
         self.follows = False
         self._unit = unit
         # By backward pass and parameter.
-        self._pending: dict[int, dict[int, _Pending]] = {}
+        self._pending: dict[int, dict[int, Pending]] = {}
         # What the running backward pass has left to do: uses, and gradients (weakly, with the version
         # that they had) that have landed; each with its backward pass.
         self._gathered: list[tuple[Use, int]] = []
         self._gathered_bytes = 0
         self._landed: list[tuple[Tensor, Callable[[], Tensor | None], int, int]] = []
         # Sharded parameters' pending activity whose gradient has not been handed to them yet.
-        self._held: dict[int, list[_Pending]] = {}
+        self._held: dict[int, list[Pending]] = {}
         # Where gradients are followed: the parameters whose gradient the running backward passes found or
         # left with a record, and whether it was as the record had left it. Views of one bucket share
         # their version, so that this is known only before the first of them changes.
@@ -179,12 +141,21 @@ class Records:
         task = backward_id()
         pending = self._pending_of(task)
         for parameter, activity in found:
-            key = id(parameter)
-            entry = pending.get(key)
-            if entry is None:
-                fresh = parameter.grad is None or self._starts_anew(parameter, task)
-                entry = pending[key] = _Pending(fresh, task)
-            entry.uses.setdefault(call, []).append(activity)
+            self._entry(pending, parameter, task).uses.setdefault(call, []).append(activity)
+
+    def refuse(self, parameters: Iterable[Tensor], reason: str) -> None:
+        """Makes it an error if the running backward pass reaches the `.grad` of these parameters."""
+        task = backward_id()
+        pending = self._pending_of(task)
+        for parameter in parameters:
+            self._entry(pending, parameter, task).refusal = reason
+
+    def _entry(self, pending: dict[int, Pending], parameter: Tensor, task: int) -> Pending:
+        entry = pending.get(id(parameter))
+        if entry is None:
+            fresh = parameter.grad is None or self._starts_anew(parameter, task)
+            entry = pending[id(parameter)] = Pending(fresh, task)
+        return entry
 
     def gather(self, use: Use) -> bool:
         """Takes a use whose activity may wait until its backward pass ends, or does nothing and says so.
@@ -202,7 +173,7 @@ class Records:
         self._gathered_bytes += size
         return True
 
-    def _pending_of(self, task: int) -> dict[int, _Pending]:
+    def _pending_of(self, task: int) -> dict[int, Pending]:
         """The pending activity of a backward pass."""
         pending = self._pending.get(task)
         if pending is None:
@@ -243,7 +214,7 @@ class Records:
                 activity, samples, reference, version, latest, [activity], None
             )
         for (task, key), single in whole.items():  # somebody has asked in the middle of the pass
-            self._pending.get(task, {})[key] = _Pending(True, task, {single[0]: [single[1]]})
+            self._pending.get(task, {})[key] = Pending(True, task, {single[0]: [single[1]]})
 
     def _packed(self, ending: int | None) -> dict[tuple[int, int], tuple[Call, Activity, int]]:
         """The activity of gathered uses by backward pass and parameter; of further uses it is pending."""
@@ -263,7 +234,7 @@ class Records:
                 if not pending and (task, key) not in found and self._unit == "sample":
                     found[task, key] = call, activity, outputs.samples
                     continue
-                entry = pending.setdefault(key, _Pending(True, task))
+                entry = pending.setdefault(key, Pending(True, task))
                 earlier = found.pop((task, key), None)
                 if earlier is not None:
                     entry.uses[earlier[0]] = [earlier[1]]
@@ -305,6 +276,9 @@ class Records:
         # discriminator, in the generator's turn); who would use it is told.
         mixed = record is not None and (record.corrected or record.mixed)
         for entry in entries:
+            if entry.refusal is not None:
+                self._committed.pop(key, None)
+                raise TruestepError(entry.refusal)
             record = self._extended(parameter, record, entry)
         assert record is not None  # noqa: S101
         record.mixed = mixed
@@ -315,7 +289,7 @@ class Records:
         if task in self._living:
             self._living[task][parameter] = True
 
-    def _extended(self, parameter: Tensor, record: Record | None, entry: _Pending) -> Record | None:
+    def _extended(self, parameter: Tensor, record: Record | None, entry: Pending) -> Record | None:
         """A record with the uses of one more backward pass."""
         if len(entry.uses) > 1 and sum(call.outside for call in entry.uses) > 1:
             raise TruestepError(

@@ -208,9 +208,20 @@ def embedding(
 
 
 def looks_up_positions(input: Tensor) -> bool:
-    """Whether indices are consecutive numbers without samples: ``[T]`` or ``[1, T]``, from `arange`."""
-    row = input.squeeze(0) if input.dim() == 2 else input  # noqa: PLR2004
-    return row.dim() == 1 and len(row) > 1 and bool((row.diff() == 1).all())
+    """Whether indices hold positions and no samples.
+
+    Args:
+        input: ``[T]`` or ``[1, T]`` of consecutive numbers, as from `arange`; or ``[T, S]`` of numbers for
+            the distance of two positions, as in relative position biases.
+    """
+    if input.dim() == 2 and len(input) > 1:  # noqa: PLR2004
+        # Fewer than three of either could look so by chance.
+        if min(input.shape) < 3:  # noqa: PLR2004
+            return False
+        along = bool((input[1:, 1:] == input[:-1, :-1]).all())
+        return along and bool((input != input[0, 0]).any())
+    row = input.flatten()
+    return len(row) > 1 and bool((row.diff() == 1).all())
 
 
 def embedding_bag(

@@ -34,7 +34,16 @@ WAYS_OUT = (
 
 
 class UncountableError(TruestepError):
-    """A module uses its parameters in a way that the rule does not know."""
+    """A module uses its parameters in a way that the rule does not know.
+
+    Args:
+        message: which, and how.
+        alone: whether each sample's own gradient may tell.
+    """
+
+    def __init__(self, message: str, *, alone: bool = True) -> None:
+        super().__init__(message)
+        self.alone = alone
 
 
 def own_parameters(module: nn.Module) -> dict[str, Tensor]:
@@ -188,6 +197,13 @@ class _Reader:
 
     def _visit(self, node: Node, operands: list[Operand]) -> None:
         name = node.name()
+        if getattr(node, "_saved_scale_grad_by_freq", False):
+            (part, *_) = (part for each in operands for part in _owned(each))
+            raise UncountableError(
+                f"{self._prefix + part.name!r} is looked up with scale_grad_by_freq=True, which divides "
+                f"by counts itself; set it to False. {WAYS_OUT}",
+                alone=False,
+            )
         if (name in LINKS or name in ELEMENTWISE) and len(operands) == 1:
             self._follow(node, operands[0])
         elif name in FACTORS and not (name.startswith("NativeLayerNorm") and _owned(operands[0])):

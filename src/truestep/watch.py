@@ -14,18 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from truestep import compiled
 from truestep.activity import Activity
 from truestep.batch import Batch
-from truestep.calls import Call
+from truestep.calls import Call, backward_id
 from truestep.combine import Shared
 from truestep.compiled import Receiver
-from truestep.consumers import Used, Uses, traced_by_shapes, used
-from truestep.direct import Use
-from truestep.distributed import is_sharded
+from truestep.consumers import Used, Uses, taps_in, used
+from truestep.direct import ShortHook, Use
 from truestep.errors import TruestepError
-from truestep.hooks import Hook, Pausable, on_gradients, on_node, uncompiled
+from truestep.gradients import Gradients
+from truestep.hooks import Hook, Pausable, on_gradients, on_node
 from truestep.layers import (
     Layer,
     batch_of,
@@ -36,7 +37,9 @@ from truestep.layers import (
     sizes_of,
 )
 from truestep.layout import Layout, Rule, Unit, tensors_in
+from truestep.penalties import input_to_follow, wait_for_penalty
 from truestep.records import FORWARD, Records, landing
+from truestep.shapes import traced_by_shapes
 
 __all__ = ["Watch"]
 
@@ -79,7 +82,7 @@ class Watch:
         self._uses = Uses()
         self._model = weakref.ref(model)
         # While the model runs for the sake of its graph alone: the uses of its layers.
-        self._probed: list[Used] | None = None
+        self._probed: list[tuple[Used, tuple[int, str]]] | None = None
         self._looks_up = any(isinstance(layer.module, nn.Embedding) for layer in layers)
         hook = partial(Hook, self._reference)
         if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -93,6 +96,9 @@ class Watch:
         fused = fused_in_evaluation(model)
         self._fused: list[tuple[nn.Module, Pausable]] = []
         for layer in layers:
+            if not any(map(is_lazy, layer.module.parameters())):
+                # Here already: users' own hooks may step inside the backward pass.
+                self._wait_for_gradients(layer)
             handle = self._hook(layer)
             self._handles.append(handle)
             if layer.module in fused:
@@ -113,7 +119,7 @@ class Watch:
             self._handles.append(layer.module.register_forward_pre_hook(on_begin))
         on_layer = hook(Watch._on_layer, layer, taps)
         if layer.direct is not None:
-            on_layer = _ShortHook(self._reference, layer, on_layer)
+            on_layer = ShortHook(self._reference, layer, on_layer)
         return Pausable(
             partial(
                 layer.module.register_forward_hook,
@@ -156,7 +162,7 @@ class Watch:
         if self._looks_up:
             places = {tensor.untyped_storage().data_ptr() for tensor in inputs}
         sizes = list(sizes_of(inputs, self._batch_dim))
-        call = Call(sizes, places)
+        call = Call(sizes, places, task=backward_id())
         if self._traced:
             compiled.give_key(call)
         self._calls.append(call)
@@ -198,7 +204,9 @@ class Watch:
         self, layer: Layer, taps: Receiver, module: nn.Module, args: Any, kwargs: Any, output: Any
     ) -> Any:
         if self._probed is not None:
-            self._probed.append(used(output, (args, kwargs)))
+            if layer.trains():
+                place = taps.serial, layer.name
+                self._probed.append((used(output, (args, kwargs)), place))
             return None
         if not torch.is_grad_enabled():
             return None
@@ -206,16 +214,30 @@ class Watch:
         outputs = [output] if isinstance(output, Tensor) else list(tensors_in(output))
         if not any(tensor.requires_grad for tensor in outputs):
             return None
-        # In a backward pass activation checkpointing runs layers again, for the call it is in.
-        call = self._calls[-1] if self._calls else self._records.current
+        call = self._present_call()
         if torch.compiler.is_compiling():
             return compiled.tapped(output, taps, call, (args, kwargs)) if layer.traced() else None
         if not self._wait_for_gradients(layer):
             return None
         if not isinstance(call, Call):
             call = Call(outside=True) if call is None else compiled.call_of(call)
+        if self._uses.counts(call):
+            self._uses.hooked.add(taps.serial)
         self._use(layer, call, rule, args, kwargs, outputs)
         return None
+
+    def in_backward(self) -> bool:
+        """Whether a backward pass is running, in which activation checkpointing runs layers again."""
+        return self._records.current is not None
+
+    def _present_call(self) -> Call | Tensor | None:
+        """The call of the model that a layer's is a part of, if any."""
+        call, current = self._calls[-1] if self._calls else None, self._records.current
+        if call is None or current is None or torch.compiler.is_compiling():
+            return current if call is None else call
+        # In a backward pass activation checkpointing runs layers again, for the call that it is in. One that
+        # was interrupted (Ctrl-C) may still be open.
+        return call if isinstance(call, Tensor) or call.task == backward_id() else current
 
     def _use(
         self, layer: Layer, call: Call, rule: Rule, args: Any, kwargs: Any, outputs: list[Tensor]
@@ -225,14 +247,18 @@ class Watch:
         if isinstance(layer.module, nn.Embedding):
             layout = layout_of(layer, call, args, kwargs)
         wanted = self._uses.counts(call)
-        with self._uses.unless_refused() if wanted else NOTHING:
+        with self._uses.collecting() if wanted else NOTHING as refused:
             activity = rule(layout, layer.module, *args, **kwargs)
             given, inner = layer.see(activity, outputs, self._plain)
-        bound = partial(_Gradients, self._reference, layer, layout, call)
+        if refused:
+            return
+        bound = partial(Gradients, self._reference, layer, layout, call)
         for node, use in inner:
             on_node(node, bound(use))
         if given is not None:
-            self._wait_at(layer, outputs, bound(given))
+            gradients = bound(given)
+            gradients.given = input_to_follow(layer, args, kwargs, outputs[0])
+            self._wait_at(layer, outputs, gradients)
         elif layer.bare:
             for node, use in inner:
                 self._uses.add(call, [node], use.others)
@@ -242,7 +268,7 @@ class Watch:
             ends = [*outputs, *(base for base in bases if base is not None)]
             self._uses.add(call, ends, tensors_in((args, kwargs)))
 
-    def _wait_at(self, layer: Layer, outputs: Sequence[Tensor], gradients: "_Gradients") -> None:
+    def _wait_at(self, layer: Layer, outputs: Sequence[Tensor], gradients: Gradients) -> None:
         """Hands the gradients of a layer's outputs on."""
         if len(outputs) != 1:
             on_gradients(outputs, gradients)
@@ -304,20 +330,26 @@ class Watch:
             tensor.register_hook(Hook(self._reference, Watch._on_output_gradient, call))
         known = self._records.names, self._plain, self._hooked
         if self._uses.counts(call) and self._uses.end(call, outputs, *known):
-            self._check_by_shapes(args, kwargs)
+            self._check_by_shapes(args, kwargs, outputs)
         return None
 
-    def _check_by_shapes(self, args: Any, kwargs: Any) -> None:
+    def _check_by_shapes(
+        self, args: Any, kwargs: Any, outputs: Sequence[Tensor] | None = None
+    ) -> None:
         """Holds the uses of layers against the graph of a forward pass without numbers."""
         model = self._model()
-        sharded = any(map(is_sharded, self._records.names))
-        if model is None or sharded or not self._handles:  # none once it is closed
+        if model is None or not self._handles:  # none once it is closed
             return
         known = {p: name for p, name in self._records.names.items() if p not in self._plain}
+        tapped = None if outputs is None else taps_in(outputs)
         self._probed = []
         try:
             with traced_by_shapes(model, known) as (run, names):
-                self._uses.check(run(args, kwargs), self._probed, names)
+                written = run(args, kwargs)
+                uses, layers = [use for use, _ in self._probed], [at for _, at in self._probed]
+                self._uses.check(written, uses, names)
+                if tapped is not None:
+                    self._uses.check_graphs(tapped, written, uses, layers)
         except TruestepError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever a model does that needs its numbers
@@ -348,8 +380,12 @@ class Watch:
         """Takes what a layer's rule makes of the gradients of its outputs."""
         if torch.is_grad_enabled():  # create_graph=True
             deltas = tuple(delta if delta is None else delta.detach() for delta in deltas)
+        self.receive(layer, layout, call, activity(*deltas))
+
+    def receive(self, layer: Layer, layout: Layout, call: Call, uses: dict[str, Activity]) -> None:
+        """Takes the activity of a layer's parameters."""
         pairs: list[tuple[Tensor, Activity]] = []
-        for name, found in activity(*deltas).items():
+        for name, found in uses.items():
             parameter = layer.present(name)
             if layer.sharded:
                 parameter = layer.owner(name, parameter)
@@ -369,6 +405,22 @@ class Watch:
             check_batch(layer, call, samples)
         if not self._records.gather(use):
             self._records.receive(*use.deliver_now())
+
+    def on_differentiable(
+        self,
+        layer: Layer,
+        layout: Layout,
+        call: Call,
+        given: Tensor | None,
+        deltas: Sequence[Tensor | None],
+    ) -> None:
+        """Waits for a gradient penalty on what a backward pass with create_graph=True computes."""
+        wait_for_penalty(self._reference, layer, layout, call, given, deltas)
+
+    def refuse(self, layer: Layer, reason: str) -> None:
+        """Makes it an error if the running backward pass gives a layer's parameters a gradient."""
+        owners = [owner for owner, _ in layer.trained(self._records.names)]
+        self._records.refuse([owner for owner in owners if owner not in self._plain], reason)
 
     def _on_gathered(self, owner: Tensor, _parameter: Tensor) -> None:
         self._records.hold(owner)
@@ -393,67 +445,3 @@ class Watch:
             layout = layout_of(layer, call, args, kwargs)
             for activity, gradients in compiled.delivered(layer, layout, args, kwargs, deltas):
                 self.on_gradients(layer, layout, call, activity, *gradients)
-
-
-class _ShortHook(Hook):
-    """The forward hook of a layer whose usual calls go the short way.
-
-    Args:
-        watch: gives the `Watch`, or None once it is gone.
-        layer: the layer.
-        other: the hook for other calls.
-    """
-
-    def __init__(self, watch: Callable[[], Watch | None], layer: Layer, other: Hook) -> None:
-        super().__init__(watch)
-        self._layer, self._other = layer, other
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        # Compiled code would be guarded by whatever is looked at here.
-        if torch.compiler.is_compiling():
-            return self._other(module, args, kwargs, output)
-        watch: Any = self.counter()
-        call, direct = None if watch is None else watch.usual, self._layer.direct
-        if call is None or direct is None or not direct.takes(module, args, output):
-            return self._other(module, args, kwargs, output)
-        output.grad_fn.register_prehook(Use(self.counter, self._layer, call, args[0]))
-        return None
-
-    uncompiled(__call__, inside=False)
-
-
-class _Gradients:
-    """Waits for the gradients of one use of a layer.
-
-    Attributes:
-        place: which of the gradients at its node is wanted; None for all that it is called with.
-        shape: of the layer's output, where the node's is another.
-    """
-
-    __slots__ = ("_activity", "_call", "_layer", "_layout", "_watch", "place", "shape")
-
-    def __init__(
-        self,
-        watch: Callable[[], Watch | None],
-        layer: Layer,
-        layout: Layout,
-        call: Call,
-        activity: Callable[..., dict[str, Activity]],
-    ) -> None:
-        self._watch, self._layer, self._layout = watch, layer, layout
-        self._call, self._activity = call, activity
-        self.place: int | None = None
-        self.shape: torch.Size | None = None
-
-    def __call__(self, *deltas: Any) -> None:
-        watch = self._watch()
-        if watch is None:
-            return
-        if self.place is not None:
-            delta = deltas[0][self.place]
-            if delta is None:
-                return
-            deltas = (delta if self.shape is None else delta.reshape(self.shape),)
-        watch.on_gradients(self._layer, self._layout, self._call, self._activity, *deltas)
-
-    uncompiled(__call__, inside=False)

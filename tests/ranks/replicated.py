@@ -2,12 +2,14 @@
 
 import contextlib
 import copy
+import functools
 import weakref
 
 import pytest
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,10 +41,15 @@ def parallel(model, **options):
     return wrapped, counter, optimizer
 
 
-def train_together(model, loss_fn, inputs, targets, steps=2, **options):
+def as_it_is(model):
+    return model
+
+
+def train_together(model, loss_fn, inputs, targets, steps=2, through=as_it_is, **options):
     """Some steps on uneven parts of a batch equal those of one process on the whole."""
     joint = Joint(model)
     wrapped, counter, optimizer = parallel(model, **options)
+    call = through(wrapped)
     inputs = wide(inputs)
     targets = wide(targets)
     for step in range(steps):
@@ -51,7 +58,7 @@ def train_together(model, loss_fn, inputs, targets, steps=2, **options):
         optimizer.zero_grad(set_to_none=set_to_none)
         loss_fn(joint.model(inputs), targets).backward()
         mine = deal(targets)
-        globally_normalised(loss_fn, wrapped(deal(inputs)), mine, len(targets)).backward()
+        globally_normalised(loss_fn, call(deal(inputs)), mine, len(targets)).backward()
         assert counter.batch_size == len(mine)
         assert_same_gradients(wrapped, joint)
         assert_same_counts(counter, joint)
@@ -82,6 +89,48 @@ def a_static_graph_equals_one_process():
     for view in (False, True):
         for name in ("mlp", "twice", "two tables"):
             train_together(*ZOO[name](), static_graph=True, gradient_as_bucket_view=view, steps=3)
+
+
+def a_compiled_wrapper_equals_one_process():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    through = functools.partial(torch.compile, backend=backend)
+    counts = {}
+    for name in ("mlp", "twice", "sequence", "tied"):
+        for small in (True, False):
+            torch.compiler.reset()
+            graphs.clear()
+            with pytest.MonkeyPatch.context() as patch:
+                if small:  # torch.compile makes a graph for each bucket
+                    patch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 64)
+                options = {"bucket_cap_mb": 1e-4} if small else {"gradient_as_bucket_view": True}
+                train_together(*ZOO[name](), steps=3, through=through, **options)
+            counts[name, small] = len(graphs)
+    for name in ("twice", "sequence", "tied"):
+        assert counts[name, True] > counts[name, False], counts
+
+
+def gradient_penalties_equal_one_process():
+    model, inputs = mlp(), sparse_inputs(9, 4).double()
+    joint, (wrapped, counter, optimizer) = Joint(model), parallel(model)
+
+    def backward(network, given):
+        given = given.clone().requires_grad_()
+        output = network(given)
+        (slope,) = torch.autograd.grad(output.sum(), given, create_graph=True)
+        (output.square().sum() + (slope.square().sum(1) - 1).square().sum()).backward()
+
+    for _ in range(3):
+        joint.optimizer.zero_grad()
+        optimizer.zero_grad()
+        backward(joint.model, inputs)
+        backward(wrapped, deal(inputs))
+        assert_same_counts(counter, joint)
+        assert_same_step_sizes(counter, joint, wrapped)
 
 
 def layers_with_stacked_parameters_equal_one_process():
@@ -461,6 +510,8 @@ CASES = [
     every_model_equals_one_process,
     gradients_may_be_views_of_buckets,
     a_static_graph_equals_one_process,
+    a_compiled_wrapper_equals_one_process,
+    gradient_penalties_equal_one_process,
     layers_with_stacked_parameters_equal_one_process,
     sparse_gradients_equal_one_process,
     even_batches_need_no_normalisation,

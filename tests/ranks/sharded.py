@@ -1,6 +1,7 @@
 """Cases with fully_shard (FSDP2): each rank owns some rows of each parameter."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -52,9 +53,14 @@ def sharded(model, **options):
     return model, counter, optimizer
 
 
-def train_together(model, loss_fn, inputs, targets, steps=2, **options):
+def as_it_is(model):
+    return model
+
+
+def train_together(model, loss_fn, inputs, targets, steps=2, through=as_it_is, **options):
     joint = Joint(model)
     mine, counter, optimizer = sharded(model, **options)
+    call = through(mine)
     inputs, targets = wide(inputs), wide(targets)
     for step in range(steps):
         set_to_none = step != 1
@@ -62,7 +68,7 @@ def train_together(model, loss_fn, inputs, targets, steps=2, **options):
         optimizer.zero_grad(set_to_none=set_to_none)
         loss_fn(joint.model(inputs), targets).backward()
         goals = deal(targets)
-        globally_normalised(loss_fn, mine(deal(inputs)), goals, len(targets)).backward()
+        globally_normalised(loss_fn, call(deal(inputs)), goals, len(targets)).backward()
         assert counter.batch_size == len(goals)
         assert_same_gradients(mine, joint)
         assert_same_counts(counter, joint)
@@ -79,6 +85,19 @@ def sharded_models_equal_one_process():
             train_together(*make(), parts=parts)
         except Exception as error:
             raise AssertionError(f"{name}, parts {parts}") from error
+
+
+COMPILE = functools.partial(torch.compile, backend="aot_eager")
+
+
+def compiled_models_equal_one_process():
+    for name in ("mlp", "twice", "sequence", "cnn", "tied embedding"):
+        for parts in (True, False):
+            torch.compiler.reset()
+            try:
+                train_together(*ZOO[name](), steps=3, through=COMPILE, parts=parts)
+            except Exception as error:
+                raise AssertionError(f"{name}, parts {parts}") from error
 
 
 def gradients_may_be_reduced_after_several_backward_passes():
@@ -116,6 +135,22 @@ def gradients_of_a_sharded_model_that_are_asked_for_are_not_counted():
     assert not counter._records._held
     globally_normalised(loss_fn, mine(deal(inputs)), deal(targets), len(inputs)).backward()
     assert_same_counts(counter, joint)
+
+
+def gradient_penalties_equal_one_process():
+    for parts in (True, False):
+        model, inputs = mlp(), sparse_inputs(9, 4).double()
+        joint, (mine, counter, _) = (
+            Joint(model),
+            sharded(model, parts=parts, reshard_after_forward=False),
+        )
+        mine.set_reshard_after_backward(False)  # torch differentiates no backward pass otherwise
+        for network, rows in ((joint.model, inputs), (mine, deal(inputs))):
+            given = rows.clone().requires_grad_()
+            output = network(given)
+            (slope,) = torch.autograd.grad(output.sum(), given, create_graph=True)
+            (output.square().sum() + (slope.square().sum(1) - 1).square().sum()).backward()
+        assert_same_counts(counter, joint)
 
 
 def transforms_work_on_shards():
@@ -217,6 +252,19 @@ def uses_that_bypass_a_sharded_module_are_refused():
     counter.close()
 
 
+def uses_that_bypass_a_sharded_module_in_a_graph_are_refused():
+    for parts in (True, False):
+        torch.compiler.reset()
+        model = nn.Sequential(Bypass(), nn.Linear(5, 3))
+        if parts:
+            fully_shard(model[0], mesh=mesh())
+        fully_shard(model, mesh=mesh())
+        counter = truestep.SampleCounter(model)
+        with pytest.raises(truestep.TruestepError, match=r"uses '0.table.weight' without calling"):
+            COMPILE(model)(torch.tensor([1, 2])).sum().backward()
+        counter.close()
+
+
 def other_ways_to_shard_are_refused():
     other = nn.Linear(12, 12, bias=False)
     fully_shard(other, mesh=mesh(), shard_placement_fn=lambda _: Shard(1))
@@ -280,14 +328,17 @@ def rows_of_a_sharded_embedding_travel_to_their_owners():
 
 CASES = [
     sharded_models_equal_one_process,
+    compiled_models_equal_one_process,
     gradients_may_be_reduced_after_several_backward_passes,
     gradients_of_a_sharded_model_that_are_asked_for_are_not_counted,
+    gradient_penalties_equal_one_process,
     transforms_work_on_shards,
     dasgd_steps_on_shards,
     mixed_precision_counts_what_is_computed,
     changed_classes_keep_their_rules,
     a_counter_made_before_sharding_says_so,
     uses_that_bypass_a_sharded_module_are_refused,
+    uses_that_bypass_a_sharded_module_in_a_graph_are_refused,
     other_ways_to_shard_are_refused,
     a_sharded_gradient_set_by_hand_has_no_record,
     a_rank_is_told_about_its_own_rows,

@@ -33,12 +33,17 @@ def compiled_loops(tensor: Tensor) -> bool:
     """
     return (
         tensor.is_cpu
-        and type(tensor) in PLAIN
         and tensor.dtype in DTYPES
         and tensor.layout is torch.strided
         and installed()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # noqa: SLF001
+        and is_plain(tensor)
     )
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor has numbers of its own, which can be looked at."""
+    wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # noqa: SLF001
+    return type(tensor) in PLAIN and not wrapped
 
 
 def all_plain(tensors: Iterable[Tensor]) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from truestep.kernels.dispatch import all_plain, compiled_loops, loops
+from truestep.kernels.dispatch import all_plain, compiled_loops, is_plain, loops
 from truestep.kernels.threads import spread
 
 __all__ = ["WORD", "join", "pack", "pack_rows", "unpack"]
@@ -29,14 +29,15 @@ def pack(values: Tensor) -> Tensor | None:
         values: ``[samples, units]`` or ``[samples, positions, units]``, bool or numbers.
 
     Returns:
-        int64 ``[ceil(samples * positions / 64), units]``; None where a compiled loop finds all bits on.
+        int64 ``[ceil(samples * positions / 64), units]``; None where all bits are on. On other devices than
+        the CPU, which would have to wait for the answer, the words are there all the same.
 
     Example:
         >>> pack(torch.tensor([[0.0, 2.0], [3.0, 1.0]])).tolist()
         [[2, 3]]
     """
     if not compiled_loops(values):
-        return pack_torch(values)
+        return _packed(values)
     shape, strides, size = values.shape, values.stride(), values.element_size()
     samples, units = shape[0], shape[-1]
     positions = 1 if len(shape) == 2 else shape[1]  # noqa: PLR2004
@@ -87,8 +88,14 @@ def pack_rows(tensors: Sequence[Tensor]) -> tuple[Tensor, list[int]] | None:
     return words, places
 
 
+def _packed(values: Tensor) -> Tensor | None:
+    """`pack` in torch operations."""
+    readable = values.is_cpu and values.numel() and is_plain(values)
+    return None if readable and bool((values != 0).all()) else pack_torch(values)
+
+
 def pack_torch(values: Tensor) -> Tensor:
-    """The twin of `pack` in torch operations."""
+    """The words of `pack` in torch operations, also where all bits are on."""
     mask = values if values.dtype == torch.bool else values != 0
     mask = mask.flatten(0, -2)
     length, units = mask.shape
@@ -123,7 +130,7 @@ def join(words: Tensor, samples: int, positions: int) -> Tensor | None:
     units = words.shape[1]
     if not (words.is_cpu and compiled_loops(words.new_empty(0, dtype=torch.bool))) or samples == 0:
         mask = unpack(words, samples * positions).reshape(samples, positions, units)
-        return pack_torch(mask.any(1))
+        return _packed(mask.any(1))
     joined = torch.empty((samples + WORD - 1) // WORD, units, dtype=torch.int64)
     full = loops().join(words.data_ptr(), samples, positions, units, joined.data_ptr())
     return None if full else joined

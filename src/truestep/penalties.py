@@ -1,0 +1,111 @@
+"""Gradient penalties: the samples that reach a parameter through its layer's backward pass.
+
+A penalty on ``torch.autograd.grad(..., create_graph=True)`` goes back through a backward pass. That of a
+linear map y = x W^T is a linear map too, dx = delta W: where a further backward pass gives dx the gradient
+gg, it gives W the gradient delta^T gg, whatever x is. Sample i reaches weight (j, k) if delta_ij and gg_ik
+are not zero at one position, so the layer's rule says which samples count when it is given gg in the place
+of the input.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from truestep.calls import Call, backward_id
+from truestep.graph import saved_tensors_are_packed
+from truestep.hooks import Hook
+from truestep.layers import Layer
+from truestep.layout import Layout
+from truestep.rules import convolution, embedding, linear, transposed_convolution, transposed_linear
+
+__all__ = ["input_to_follow", "wait_for_penalty"]
+
+LINEAR_MAPS = {linear, transposed_linear, convolution, transposed_convolution}
+
+
+def input_to_follow(layer: Layer, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+    """The input of a linear map, where autograd keeps it until the backward pass anyway.
+
+    Args:
+        layer: the layer that was called.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        output: its output.
+    """
+    if layer.rule not in LINEAR_MAPS or len(args) != 1 or kwargs:
+        return None
+    module, (given,) = layer.module, args
+    kept = (
+        # What other paddings put beside the input is not in the input's gradient.
+        getattr(module, "padding_mode", "zeros") == "zeros"
+        and module.get_parameter("weight").requires_grad
+        and given.dtype is output.dtype  # of what autocast casts, autograd keeps a copy
+        and not saved_tensors_are_packed()
+    )
+    return given if kept else None
+
+
+def wait_for_penalty(
+    watch: Callable[[], Any],
+    layer: Layer,
+    layout: Layout,
+    call: Call,
+    given: Tensor | None,
+    deltas: Sequence[Tensor | None],
+) -> None:
+    """Lets a watch know if a later backward pass goes through that of a layer, which is about to run.
+
+    Args:
+        watch: gives the watch, or None once it is gone.
+        layer: the layer.
+        layout: of the call of the layer.
+        call: of the model.
+        given: `input_to_follow`.
+        deltas: the gradients of the layer's outputs, as autograd has them.
+    """
+    if layer.rule is embedding:
+        return  # indices have no gradient that a table could be in
+    if layer.rule in LINEAR_MAPS and not layer.module.get_parameter("weight").requires_grad:
+        return  # a bias is no part of the backward pass
+    hook = partial(Hook, watch)
+    if given is None:
+        for delta in deltas:
+            if delta is not None and delta.requires_grad:
+                delta.register_hook(hook(_refuse, layer))
+    elif given.requires_grad and deltas[0] is not None:
+        _when_differentiated(given, hook(_count, layer, layout, call, deltas[0].detach()))
+
+
+def _when_differentiated(tensor: Tensor, hook: Callable[[Tensor], Any]) -> None:
+    """Calls a hook if a later backward pass goes through the gradient that the running one gives a tensor."""
+    task = backward_id()
+
+    def see(gradient: Tensor) -> None:
+        handle.remove()
+        if backward_id() == task and gradient.requires_grad:
+            gradient.register_hook(hook)
+
+    handle = tensor.register_hook(see)
+
+
+def _count(
+    watch: Any, layer: Layer, layout: Layout, call: Call, delta: Tensor, gradient: Tensor
+) -> None:
+    activity = layer.rule(layout, layer.module, gradient.detach())
+    assert callable(activity)  # noqa: S101
+    found = activity(delta)
+    found.pop("bias", None)
+    watch.receive(layer, layout, call, found)
+
+
+def _refuse(watch: Any, layer: Layer, _gradient: Tensor) -> None:
+    watch.refuse(
+        layer,
+        f"a gradient penalty (create_graph=True) goes through the backward pass of {layer.name!r} "
+        f"({type(layer.module).__name__}), and which samples reach its parameters that way is known of "
+        "linear layers and convolutions alone, called with one tensor, without autocast and activation "
+        "checkpointing, if the penalty's is the first backward pass through that call. Freeze its "
+        "parameters, or keep their plain gradients: rules without its class and unsupported='mean'",
+    )

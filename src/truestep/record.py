@@ -1,0 +1,59 @@
+"""What one parameter's gradient is made of: as a record, and on its way to one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from truestep.activity import Activity
+from truestep.calls import Call
+
+__all__ = ["Pending", "Record"]
+
+
+@dataclass(slots=True)
+class Record:
+    """What one parameter's gradient is made of.
+
+    Attributes:
+        activity: the samples that reach it.
+        batch_size: N of those samples' batches.
+        gradient: weakly, the `.grad` that the record describes.
+        version: that tensor's version when it was last known to agree with the record.
+        latest: the last call that it holds, with the backward pass.
+        uses: that call's uses, which a further use by the same samples must be joined with.
+        before: the record without that call.
+        corrected: whether it is a mean effective gradient already.
+        stepped: whether an optimizer has used it.
+        mixed: whether plain gradients were added to a corrected one after its step.
+        nonzero: of a sharded gradient, whether this rank's part had anything but zeros at first.
+    """
+
+    activity: Activity
+    batch_size: int | Tensor
+    gradient: Callable[[], Tensor | None]
+    version: int
+    latest: tuple[Call, int]
+    uses: list[Activity]
+    before: tuple[Activity, int | Tensor] | None
+    corrected: bool = False
+    stepped: bool = False
+    mixed: bool = False
+    nonzero: Tensor | None = None
+
+
+@dataclass(slots=True)
+class Pending:
+    """What a backward pass has found for one parameter whose gradient has not reached `.grad` yet.
+
+    Attributes:
+        fresh: whether a new batch begins with it.
+        task: the backward pass.
+        uses: the activity of the parameter's uses, by call of the model.
+        refusal: why it cannot be counted, if it cannot.
+    """
+
+    fresh: bool
+    task: int
+    uses: dict[Call, list[Activity]] = field(default_factory=dict)
+    refusal: str | None = None

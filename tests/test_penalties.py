@@ -1,0 +1,184 @@
+"""Gradient penalties: backward passes through backward passes, against each sample's own gradient."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import truestep
+from truestep import TruestepError
+from zoo import Tied, Twice, mlp, sparse_inputs
+
+SAMPLES = 6
+
+
+def penalty_of(output, inputs):
+    """Of each sample, how far the squared slope of its output is from 1 (as in WGAN-GP)."""
+    (slope,) = torch.autograd.grad(output.sum(), inputs, create_graph=True)
+    return (slope.flatten(1).square().sum(1) - 1).square()
+
+
+def loss_of(model, inputs, *, alone):
+    inputs = inputs.clone().requires_grad_()
+    output = model(inputs)
+    loss = penalty_of(output, inputs).sum()
+    return loss if alone else loss + output.flatten(1)[:, 0].square().sum()
+
+
+def counts_one_by_one(model, inputs, *, alone=False):
+    reference = copy.deepcopy(model)
+    names, parameters = zip(*reference.named_parameters(), strict=True)
+    counts = {
+        name: torch.zeros(p.shape, dtype=torch.int64) for name, p in reference.named_parameters()
+    }
+    for sample in inputs.split(1):
+        loss = loss_of(reference, sample, alone=alone)
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for name, gradient in zip(names, gradients, strict=True):
+            if gradient is not None:
+                counts[name] += gradient != 0
+    return counts
+
+
+def sequential(*layers):
+    return nn.Sequential(*layers).double()
+
+
+CRITICS = {
+    "mlp": (mlp, (4,)),
+    "smooth": (lambda: mlp(nn.Softplus), (4,)),
+    "linear layer alone": (lambda: nn.Linear(4, 3), (4,)),
+    "twice": (Twice, (4,)),
+    "tied": (Tied, (4,)),
+    "positions": (
+        lambda: nn.Sequential(
+            nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5, bias=False), nn.ReLU(), nn.Linear(5, 2)
+        ),
+        (3, 4),
+    ),
+    "convolutions": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 4, 3, stride=2, padding=1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(4, 4, 2, groups=2, bias=False),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(16, 1),
+        ),
+        (2, 5, 5),
+    ),
+    "transposed convolution": (
+        lambda: nn.Sequential(
+            nn.ConvTranspose1d(2, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Conv1d(4, 1, 3)
+        ),
+        (2, 4),
+    ),
+}
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("name", CRITICS)
+def test_samples_that_reach_a_weight_through_the_penalty_count(name, alone):
+    make, shape = CRITICS[name]
+    model, inputs = make().double(), sparse_inputs(SAMPLES, *shape).double()
+    expected = counts_one_by_one(model, inputs, alone=alone)
+    counter = truestep.SampleCounter(model)
+    for _ in range(2):
+        model.zero_grad()
+        loss_of(model, inputs, alone=alone).backward()
+        counts = counter.counts()
+        for key, values in expected.items():
+            assert torch.equal(counts.get(key, torch.zeros_like(values)), values), key
+        assert counter.batch_size == SAMPLES
+    assert any((values > 0).any() for values in expected.values())
+
+
+def test_micro_batches_add_up():
+    model, inputs = mlp().double(), sparse_inputs(SAMPLES, 4).double()
+    expected = counts_one_by_one(model, inputs)
+    counter = truestep.SampleCounter(model)
+    for part in inputs.split([1, 3, 2]):
+        loss_of(model, part, alone=False).backward()
+    assert counter.batch_size == SAMPLES
+    for key, values in counter.counts().items():
+        assert torch.equal(values, expected[key]), key
+
+
+def test_a_critic_with_three_calls_and_one_backward():
+    model = mlp().double()
+    real, fake, between = (sparse_inputs(SAMPLES, 4).double() for _ in range(3))
+    zeros = torch.zeros(SAMPLES, 0)
+    plain = lambda output, _: output.sum()  # noqa: E731
+    parts = [truestep.oracle.counts(model, plain, inputs, zeros) for inputs in (real, fake)]
+    parts.append(counts_one_by_one(model, between, alone=True))
+    counter = truestep.SampleCounter(model)
+    between.requires_grad_()
+    penalty = penalty_of(model(between), between).mean()
+    (model(fake).sum(1).mean() - model(real).sum(1).mean() + 10 * penalty).backward()
+    for key, values in counter.counts().items():
+        assert torch.equal(values, sum(part[key] for part in parts)), key
+    assert counter.batch_size == 3 * SAMPLES
+
+
+def test_a_penalty_that_is_only_looked_at_counts_nothing():
+    model, inputs = sequential(nn.Linear(4, 5), nn.LayerNorm(5)), sparse_inputs(SAMPLES, 4).double()
+    counter = truestep.SampleCounter(model)
+    loss = loss_of(model, inputs, alone=True)
+    torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    assert counter.counts() == {}
+
+
+def test_what_waits_goes_with_the_inputs_graph():
+    model, inputs = mlp().double(), sparse_inputs(SAMPLES, 4).double().requires_grad_()
+    counter = truestep.SampleCounter(model)
+    for _ in range(3):
+        model.zero_grad()
+        penalty_of(model(inputs), inputs).sum().backward()
+        inputs.grad = None
+    assert not inputs._backward_hooks
+    assert counter.batch_size == SAMPLES
+
+
+REFUSED = {
+    "a norm": lambda: sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.ReLU(), nn.Linear(5, 1)),
+    "slopes at the end": lambda: sequential(nn.Linear(4, 5), nn.PReLU()),
+    "a parametrization": lambda: sequential(
+        parametrizations.weight_norm(nn.Linear(4, 5)), nn.ReLU(), nn.Linear(5, 1)
+    ),
+    "another padding": lambda: sequential(
+        nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 2, 3, padding=1, padding_mode="circular")
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_layers_whose_backward_pass_is_not_known_are_refused_by_name(name):
+    model, inputs = REFUSED[name](), sparse_inputs(SAMPLES, 4).double()
+    counter = truestep.SampleCounter(model)
+    with pytest.raises(TruestepError, match=r"gradient penalty .* the backward pass of '\d'"):
+        loss_of(model, inputs, alone=True).backward()
+    model.zero_grad()
+    model(inputs).sum().backward()  # without it, the same model counts
+    assert counter.batch_size == SAMPLES
+
+
+def test_a_frozen_weight_with_a_trained_bias_does_not_matter():
+    model, inputs = CRITICS["mlp"][0]().double(), sparse_inputs(SAMPLES, 4).double()
+    model[2].weight.requires_grad_(requires_grad=False)
+    counter = truestep.SampleCounter(model)
+    loss_of(model, inputs, alone=False).backward()
+    counts = counter.counts()
+    reference = copy.deepcopy(model).requires_grad_()
+    for name, values in counts_one_by_one(reference, inputs).items():
+        if name != "2.weight":
+            assert torch.equal(counts[name], values), name
+
+
+def test_frozen_layers_on_the_way_do_not_matter():
+    model, inputs = REFUSED["a norm"](), sparse_inputs(SAMPLES, 4).double()
+    model[1].requires_grad_(requires_grad=False)
+    counter = truestep.SampleCounter(model)
+    loss_of(model, inputs, alone=True).backward()
+    assert counter.batch_size == SAMPLES
