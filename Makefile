@@ -25,7 +25,7 @@ types: install
 	$(BIN)/mypy
 
 unit: install
-	$(BIN)/pytest --cov --cov-report=term
+	$(BIN)/pytest -n auto --dist worksteal --cov --cov-report=term
 
 clean:
 	rm -rf .venv truestep-demo
