@@ -48,6 +48,7 @@ class Channels:
         scale: float64 ``[units]``; a unit here is scale * (what was done to all alike) + shift.
         shift: float64 ``[units]``.
         rising: whether what was done to all alike commutes with positive factors only, as a maximum does.
+        even: whether it leaves equal numbers as they are, as a mean does and a sum does not.
     """
 
     dim: int
@@ -58,6 +59,7 @@ class Channels:
     scale: Tensor | None = None
     shift: Tensor | None = None
     rising: bool = False
+    even: bool = True
 
     def but(self, **changes: Any) -> "Channels":
         """The same with some attributes changed."""
