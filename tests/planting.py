@@ -46,7 +46,7 @@ def brute_force(z, y, tolerance=1e-12):
         if float(y[:, k].max() - y[:, k].min()) <= tolerance * float(y[:, k].abs().max())
     }
     classes = []
-    size = z.abs().amax(0)
+    size = torch.minimum(z.abs().amax(0), y.abs().amax(0))
     for k in range(z.shape[1]):
         if k in constant:
             continue
