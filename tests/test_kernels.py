@@ -14,6 +14,7 @@ from truestep.activity import Elements, Outer, Rows, Window
 from truestep.bits import pack
 from truestep.fused import Pass
 from truestep.kernels import dispatch, packing, stepping, threads
+from truestep.kernels.scanning import scan, scan_torch
 from truestep.update import adaptive_factor, scale_
 from zoo import ZOO
 
@@ -69,6 +70,24 @@ def test_packing_takes_any_stride():
         values.reshape(10, 14, 70).permute(2, 0, 1),
     ):
         assert torch.equal(words_of(view), packing.pack_torch(view))
+
+
+@given(
+    st.sampled_from(DTYPES),
+    st.integers(1, 70),
+    st.sampled_from([1, 3, 15, 16, 511, 513, 1030]),
+    st.booleans(),
+    st.sampled_from([0.0, 0.05]),
+)
+def test_scanning_equals_its_twin(dtype, rows, units, positions, odd):
+    values = torch.randn(rows, 2, units) if positions else torch.randn(rows, units)
+    values = (values * 2).round() / 2
+    for number in (torch.nan, torch.inf, -torch.inf):
+        values[torch.rand_like(values) < odd] = number
+    values = values.to(dtype)
+    dim = values.dim() - 1
+    for ours, twin in zip(scan(values, dim), scan_torch(values, dim), strict=True):
+        torch.testing.assert_close(ours, twin, rtol=0, atol=0, equal_nan=True)
 
 
 @given(st.integers(1, 70), st.integers(0, 140), st.integers(1, 9), st.sampled_from([0.02, 0.5, 1]))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from truestep.duplicates import Duplicates
 from truestep.errors import TruestepError
+from truestep.kernels.scanning import scan
 from truestep.units import Channels, Key
 
 __all__ = ["KINDS", "LayerNodes", "Statistics"]
@@ -17,7 +18,6 @@ __all__ = ["KINDS", "LayerNodes", "Statistics"]
 KINDS = ("not finite", "true", "constant", "duplicate", "pseudo")
 # Rounding that is allowed for, in units of the last place.
 ROUNDING = 64
-AT_ONCE = 1 << 17  # numbers
 
 
 @dataclass(eq=False)
@@ -195,7 +195,7 @@ class _Total:
         if not z.numel():
             return
         self._rows += z.numel() // self.units
-        low, high, on = _scan(z, dim)
+        low, high, on = scan(z, dim)
         self._on += on
         if ends is not None:
             self._ends = ends(torch.stack([low, high])).double().cpu()
@@ -226,24 +226,3 @@ class _Total:
         ends = (self._lowest, self._highest, self._low, self._high)
         seen = max(1, min(samples, self._rows))
         return LayerNodes(*key, seen, rate, *ends, twin, ratio, self._tolerance)
-
-
-def _scan(z: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The smallest and the largest number of each unit, and how many are positive.
-
-    A few samples at a time, so that all three look at numbers that are still in the cache.
-    """
-    others = [other for other in range(z.dim()) if other != dim]
-    if not others:
-        return z, z, (z > 0).long().cpu()
-    # Numbers are added many times faster than bools; so few are exact in any type.
-    wide = torch.float64 if z.dtype == torch.float64 else torch.float32
-    step = len(z) if dim == 0 else max(1, AT_ONCE * len(z) // z.numel())
-    positive = torch.empty((step, *z.shape[1:]), dtype=wide, device=z.device)
-    lows, highs, counts = [], [], []
-    for part in z.split(step):
-        lows.append(part.amin(others))
-        highs.append(part.amax(others))
-        counts.append(torch.gt(part, 0, out=positive[: len(part)]).sum(others))
-    on = torch.stack(counts).double().sum(0).long().cpu()
-    return torch.stack(lows).amin(0), torch.stack(highs).amax(0), on

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from truestep.kernels.dispatch import all_plain, compiled_loops, loops
+from truestep.kernels.threads import spread
 
 __all__ = ["WORD", "join", "pack", "pack_rows", "unpack"]
 
 WORD = 64
+NANOSECONDS = 0.05  # for each byte
 # The bits that tell a number of so many bytes from zero: all but a float's sign.
 MAGNITUDE = {1: 0xFF, 2: 0x7FFF, 4: 0x7FFF_FFFF, 8: 0x7FFF_FFFF_FFFF_FFFF}
 
@@ -47,13 +49,14 @@ def pack(values: Tensor) -> Tensor | None:
     neighbours = positions > 1 and strides[1] == 1
     if (strides[-1] == 1 or units == 1) and not (neighbours and units == 1):
         inner = strides[1] * size if positions > 1 else 0
-        count = (total + WORD - 1) // WORD
-        full = loops().pack_units(0, count, *place, inner, words.data_ptr())
+        loop, length, last = loops().pack_units, len(words), inner
     elif neighbours:
-        full = loops().pack_positions(0, units, *place, strides[2] * size, words.data_ptr())
+        loop, length, last = loops().pack_positions, units, strides[2] * size
     else:
         return pack(values.contiguous())
-    return None if full else words
+    work = total * units * size * NANOSECONDS
+    full = spread(loop, length, work, *place, last, words.data_ptr())
+    return None if all(full) else words
 
 
 def pack_rows(tensors: Sequence[Tensor]) -> tuple[Tensor, list[int]] | None:

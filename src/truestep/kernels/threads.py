@@ -16,11 +16,11 @@ __all__ = ["GRAIN", "spread"]
 # a part that is shorter costs more than it saves.
 GRAIN = 75_000
 
-Loop = Callable[..., None]
-Done = SimpleQueue[BaseException | None]
+Loop = Callable[..., Any]
+Done = SimpleQueue[tuple[Any, BaseException | None]]
 
 
-def spread(loop: Loop, length: int, work: float, *arguments: Any) -> None:
+def spread(loop: Loop, length: int, work: float, *arguments: Any) -> list[Any]:
     """Calls ``loop(start, stop, *arguments)`` over all of ``[0, length)``, in parts where that is faster.
 
     There are at most `torch.get_num_threads()` parts, the first in the caller's thread. Returns or
@@ -32,42 +32,46 @@ def spread(loop: Loop, length: int, work: float, *arguments: Any) -> None:
         work: about how many nanoseconds one core takes for all of it.
         arguments: what the loop takes after its range.
 
+    Returns:
+        What the loop returned for each part, in no order.
+
     Example:
-        >>> found = []
-        >>> spread(lambda start, stop, name: found.append((start, stop, name)), 8, 100.0, "short")
-        >>> found
+        >>> spread(lambda start, stop, name: (start, stop, name), 8, 100.0, "short")
         [(0, 8, 'short')]
     """
     parts = 1 if work < 2 * GRAIN else min(torch.get_num_threads(), int(work / GRAIN), length)
     if parts < 2:  # noqa: PLR2004 - nothing to share
-        loop(0, length, *arguments)
-        return
+        return [loop(0, length, *arguments)]
     jobs, done = _jobs(parts - 1), Done()
     ends = [length * part // parts for part in range(1, parts + 1)]
     for start, stop in pairwise(ends):
         jobs.put((loop, start, stop, arguments, done))
     try:
-        loop(0, ends[0], *arguments)
+        results = [loop(0, ends[0], *arguments)]
     finally:
-        failures = _wait(done, parts - 1)
+        others, failures = _wait(done, parts - 1)
     if failures:
         raise failures[0]
+    return results + others
 
 
-def _wait(done: Done, parts: int) -> list[BaseException]:
-    """What the other parts raised, when all have ended."""
+def _wait(done: Done, parts: int) -> tuple[list[Any], list[BaseException]]:
+    """What the other parts returned and raised, when all have ended."""
+    results: list[Any] = []
     failures: list[BaseException] = []
     while parts > 0:
         try:
-            failure = done.get()
+            result, failure = done.get()
         except KeyboardInterrupt as error:
             # Raised later: until they end, the parts write to memory that the caller may then free.
             failures.append(error)
             continue
         parts -= 1
-        if failure is not None:
+        if failure is None:
+            results.append(result)
+        else:
             failures.append(failure)
-    return failures
+    return results, failures
 
 
 @functools.cache
@@ -84,11 +88,11 @@ def _serve(jobs: SimpleQueue[tuple[Loop, int, int, tuple[Any, ...], Done]]) -> N
     while True:
         loop, start, stop, arguments, done = jobs.get()
         try:
-            loop(start, stop, *arguments)
+            result = loop(start, stop, *arguments)
         except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
-            done.put(error)
+            done.put((None, error))
         else:
-            done.put(None)
+            done.put((result, None))
         del arguments, done  # nothing is kept alive while the thread sleeps
 
 

@@ -14,6 +14,7 @@ try:
     from truestep.kernels.loops import replicas, tables
     from truestep.kernels.loops.boost import boost, boosted_step
     from truestep.kernels.loops.pack import join, pack_positions, pack_units
+    from truestep.kernels.loops.scan import scan
     from truestep.kernels.loops.step import count, step
 finally:
     settings.CACHE_DIR = before
@@ -26,6 +27,7 @@ __all__ = [
     "pack_positions",
     "pack_units",
     "replicas",
+    "scan",
     "step",
     "tables",
 ]
