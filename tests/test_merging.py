@@ -281,3 +281,19 @@ def test_units_that_are_read_in_different_ways_are_not_written_as_each_other():
     before = copy.deepcopy(model.state_dict())
     compressed(model, data(200, 12), exact=1e-11)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers_without_a_bias_get_one(bias):
+    first = nn.Conv2d(3, 12, 3, bias=bias)
+    norm = nn.BatchNorm2d(12)
+    nn.init.constant_(norm.bias, 50.0)
+    model = Coded("relu", first, nn.Conv2d(12, 2, 1, bias=bias), norm).double().eval()
+    x = data(40, 3, 6, 6)
+    small, report, _ = compressed(model, x, exact=1e-11)
+    assert small.first.out_channels == small.between.num_features == 2
+    assert small.first.bias is not None
+    fresh = Coded("relu", nn.Conv2d(3, 12, 3, bias=bias), nn.Conv2d(12, 2, 1, bias=bias))
+    fresh.between = nn.BatchNorm2d(12)
+    same = shrink_to(fresh.double().eval(), report.checkpoint(small))
+    assert torch.equal(same(x), small(x))

@@ -102,6 +102,9 @@ def _merger(flow: Flow, site: Site, layer: LayerNodes) -> Merger | None:
     values = _first(flow.ledger, first, site, kept, made.T @ weights @ lines, news)
     for reader, part in zip(readers, made.split([r.size for r in readers]), strict=True):
         values |= reader.rewritten(part, constants, news)
+    added = sum(len(bias) for name, bias in values.items() if name not in flow.ledger.owned)
+    if len(gone) * (lines.shape[1] + len(weights)) <= added:
+        return None
     how = f"one of {len(units)} straight lines that became {len(kept)}"
     known = _known(layer, units, kept, home, news)
     return Merger(site.key, gone.tolist(), int(kept[0]), how, values, known)
@@ -119,9 +122,10 @@ def _home(activation: Activation) -> Piece | None:
 
 
 def _alone(ledger: Ledger, use: Use) -> bool:
-    """Whether a map's weight and bias are there, and used once."""
-    bias = use.bias is not None and ledger.weights[use.bias] == 1
-    return bias and ledger.weights[use.weight] == 1
+    """Whether a map's weight and bias are used once; there has to be a place for a bias."""
+    if use.bias is None:
+        return use.takes_bias and bool(use.module) and ledger.weights[use.weight] == 1
+    return ledger.weights[use.bias] == ledger.weights[use.weight] == 1
 
 
 def _removable(ledger: Ledger, site: Site, units: Tensor) -> Tensor:
@@ -196,13 +200,13 @@ def _first(
 ) -> dict[str, Tensor]:
     """The layer's own weight and bias."""
     scale, shift = site.inputs.scale, site.inputs.shift
-    assert scale is not None and shift is not None and use.bias is not None  # noqa: S101, PT018
+    assert scale is not None and shift is not None  # noqa: S101, PT018
     weight = _wide(ledger, use.weight).movedim(use.out_dim, 0).clone()
-    bias = _wide(ledger, use.bias).clone()
+    bias = _bias(ledger, use)
     rows = news.gain[:, None] * lines / scale[kept, None]
     weight[kept] = rows.view_as(weight[kept])
     bias[kept] = (news.lift - shift[kept]) / scale[kept]
-    return {use.weight: weight.movedim(0, use.out_dim).contiguous(), use.bias: bias}
+    return {use.weight: weight.movedim(0, use.out_dim).contiguous(), bias_of(use): bias}
 
 
 class _Reader:
@@ -230,10 +234,10 @@ class _Reader:
 
     def takes(self) -> bool:
         """Whether its bias can take over a constant, wherever the units come from."""
-        use, weights = self._use, self._ledger.weights
+        use = self._use
         assert use.inputs is not None  # noqa: S101
-        bias = weights[use.bias] == 1 if use.bias is not None else use.takes_bias and use.module
-        return bool(bias) and not use.borders and use.inputs.even and bool((self._scale != 0).all())
+        kept = not use.borders and use.inputs.even and bool((self._scale != 0).all())
+        return kept and _alone(self._ledger, use)
 
     def weights(self) -> Tensor:
         """What it multiplies each unit's output with, ``[size, units]``."""
@@ -256,10 +260,9 @@ class _Reader:
         self._weight[kept] = columns / (slope * self._scale[:new])
         levels = torch.zeros_like(constants)
         levels[:new] = news.level
-        name = bias_of(use)
-        bias = torch.zeros_like(old) if use.bias is None else _wide(self._ledger, name)
+        bias = _bias(self._ledger, use) + old - self._constant(levels)
         weight = self._weight.movedim(0, use.in_dim).contiguous()
-        return {use.weight: weight, name: bias + old - self._constant(levels)}
+        return {use.weight: weight, bias_of(use): bias}
 
     def _constant(self, numbers: Tensor) -> Tensor:
         """What it makes of units that have these outputs, ``[outputs]``."""
@@ -280,6 +283,12 @@ def _known(layer: LayerNodes, units: Tensor, kept: Tensor, home: Piece, news: _N
     alone = torch.isin(torch.arange(len(layer)), units) | torch.isin(layer.twin, units)
     twin = torch.where(alone, -1, layer.twin)
     return replace(layer, **ends, twin=twin, ratio=torch.where(alone, torch.nan, layer.ratio))
+
+
+def _bias(ledger: Ledger, use: Use) -> Tensor:
+    if use.bias is None:
+        return torch.zeros(ledger.owned[use.weight].shape[use.out_dim], dtype=torch.float64)
+    return _wide(ledger, use.bias).clone()
 
 
 def _wide(ledger: Ledger, name: str) -> Tensor:
