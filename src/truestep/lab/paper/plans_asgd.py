@@ -217,7 +217,8 @@ def compression(scale: str, seeds: int) -> list[Planned]:
         for first, data, lr, name, count in cells
         if data not in NOISE and first == 0 and lr in COMPRESSION_LRS[2:]
     ]
-    return main + wide
+    begun = sum(cell[0] == 0 for cell in cells)
+    return main[:begun] + wide + main[begun:]
 
 
 def _chunks(data: str, scale: str, seeds: int) -> list[tuple[int, int]]:
