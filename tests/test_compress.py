@@ -925,3 +925,20 @@ def test_units_to_which_different_things_were_done_are_not_merged():
     assert units(report.removed) == {2, 5}
     (kept,) = report.kept
     assert (kept.unit, "together with unit 1" in kept.reason) == (4, True)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_weight_that_another_modules_code_uses_has_no_place_for_a_bias(biased):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = plant(busy(nn.Linear(4, 6)), {2: "constant", 3: "true"})
+            self.second = nn.Linear(6, 2, bias=biased)
+
+        def forward(self, x):
+            return functional.linear(torch.relu(self.first(x)), self.second.weight)
+
+    _, report, _ = compressed(nn.Sequential(Block()).double(), data(100, 4))
+    assert units(report.removed) == {3}
+    (kept,) = report.kept
+    assert "is used where there is no place for a bias" in kept.reason

@@ -188,6 +188,7 @@ class Ledger:
         readers: by the identity of channels, how many calls read their tensor.
         weights: by name of a parameter, how many calls use it as a weight, a table or a bias.
         owned: parameters and buffers by name; of a tied one, by its first name.
+        vacant: parameters that modules have a place for and nothing in it, as `Linear(bias=False)` for a bias.
         origins: where units start: ("rows", number of the use) or ("units", number of the site).
         tracked: the units of every tensor that has some, in order.
         moved: results of `truestep.flow_rules` that depend on shapes alone.
@@ -209,6 +210,12 @@ class Ledger:
         self._known: dict[int, _Known] = {}
         self._views: dict[int, tuple[Callable[[], Tensor | None], View]] = {}
         self.tracked: list[Channels] = []  # keeps the identities in `readers`
+        self.vacant = {
+            f"{path}.{name}"
+            for path, module in model.named_modules(remove_duplicate=False)
+            for name, value in module._parameters.items()  # noqa: SLF001
+            if value is None
+        }
         for named in (model.named_parameters, model.named_buffers):
             for name, tensor in named(remove_duplicate=False):
                 first = self._names.setdefault(id(tensor), name)
