@@ -188,7 +188,7 @@ class Ledger:
         readers: by the identity of channels, how many calls read their tensor.
         weights: by name of a parameter, how many calls use it as a weight, a table or a bias.
         owned: parameters and buffers by name; of a tied one, by its first name.
-        vacant: parameters that modules have a place for and nothing in it, as `Linear(bias=False)` for a bias.
+        vacant: parameters for which modules have an empty place, as `Linear(bias=False)` for a bias.
         origins: where units start: ("rows", number of the use) or ("units", number of the site).
         tracked: the units of every tensor that has some, in order.
         moved: results of `truestep.flow_rules` that depend on shapes alone.
