@@ -46,7 +46,7 @@ def brute_force(z, y, tolerance=1e-12):
         if float(y[:, k].max() - y[:, k].min()) <= tolerance * float(y[:, k].abs().max())
     }
     classes = []
-    size = z.abs().amax(0)
+    size = torch.minimum(z.abs().amax(0), y.abs().amax(0))
     for k in range(z.shape[1]):
         if k in constant:
             continue
@@ -60,3 +60,20 @@ def brute_force(z, y, tolerance=1e-12):
         else:
             classes.append([k])
     return true, pseudo, constant, [set(members) for members in classes if len(members) > 1]
+
+
+def straighten(layer, chosen, low, high):
+    """Keeps pre-activations of some units of a layer between two ends, for inputs up to 3.
+
+    Args:
+        layer: a linear map or a convolution, with a bias.
+        chosen: units.
+        low: the lower end.
+        high: the upper end.
+    """
+    with torch.no_grad():
+        for unit in chosen:
+            weight = layer.weight[unit]
+            weight *= 0.45 * (high - low) / (3 * weight.abs().sum())
+            layer.bias[unit] = (low + high) / 2
+    return layer

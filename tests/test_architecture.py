@@ -71,7 +71,7 @@ LAYERS = [
         "nodes",
         "plan",
     },
-    {"surgery", "lines", "measuring", "optimizer_state"},
+    {"surgery", "lines", "merging", "measuring", "optimizer_state"},
     {"compression_report", "stages", "compress", "history"},
     {""},  # the public names
     {"lab", "integrations"},

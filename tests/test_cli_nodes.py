@@ -46,6 +46,16 @@ def test_compress_writes_what_shrink_to_takes(call, tmp_path):  # noqa: F811
     torch.testing.assert_close(small(x), saved_model.model.eval()(x), rtol=1e-5, atol=1e-5)
 
 
+def test_progress_is_shown_on_a_terminal_and_can_be_left_out(call, monkeypatch):  # noqa: F811
+    assert call("compress", FILE, "--out", "small.pt")[2] == ""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    _, _, err = call("compress", FILE, "--out", "small.pt")
+    assert "looking at units" in err
+    assert "comparing outputs" in err
+    _, _, err = call("compress", FILE, "--out", "small.pt", "--quiet")
+    assert err == ""
+
+
 def test_compress_as_json_has_the_report(call):  # noqa: F811
     code, out, err = call("compress", FILE, "--out", "small.pt", "--json")
     assert code == 0, err

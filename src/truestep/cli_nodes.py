@@ -188,11 +188,12 @@ class _Shown:
         from rich.progress import track  # noqa: PLC0415
 
         total = len(self._loader) if isinstance(self._loader, Sized) else None
+        console = Console(stderr=True)
         yield from track(
             self._loader,
             self.title,
             total=total,
-            console=Console(stderr=True, quiet=self._quiet),
-            disable=self._quiet,
+            console=console,
+            disable=self._quiet or not console.is_terminal,
             transient=True,
         )

@@ -28,14 +28,18 @@ def compress(
     """Makes a model smaller by its redundant units, with the same output on the data.
 
     True dummies of ReLU are removed, constants are folded into the next bias, duplicates are merged into
-    the unit that they are multiples of, units that are straight lines on the data are written as
-    combinations of others where they are, and a layer of straight lines alone becomes one with the next
-    where that is smaller. What cannot be removed exactly stays, and is listed with the reason.
+    the unit that they are multiples of, units that are straight lines on the data become the fewest that the
+    next layers need, and a layer of straight lines alone becomes one with the next where that is smaller.
+    What cannot be removed exactly stays, and is listed with the reason.
 
     The same modules with smaller parameters come back, in the same mode. With y_j = c + sum_i r_i y_i on the
     data, for the weight W and the bias b of each layer that reads unit j::
 
         b <- b + c W_j           W_i <- W_i + r_i W_j           W_j is left out
+
+    Several units that are straight lines B x + c, read by layers with the weights A, become as many as
+    A B = U V has rank: their own layer gets the weights V, shifted so far that the units stay on a straight
+    piece of their activation function, and the layers behind get U.
 
     Args:
         model: stays as it is.
@@ -68,6 +72,7 @@ def compress(
     work.remove(redundant)
     work.remove(combinations)
     work.fold()
+    work.merge()
     small, report = work.small, work.report()
     report.before, report.after = measure(model, small, example_input, nodes.forward)
     report.difference, report.largest, report.compared = largest_difference(

@@ -25,10 +25,12 @@ class _Class:
     Attributes:
         members: int64 ``[n]``.
         products: float64 ``[n]``, of each with the first, over all samples.
+        errors: float64 ``[n]``, the largest deviation of each from proportionality.
     """
 
     members: Tensor
     products: Tensor
+    errors: Tensor
 
     def ratios(self) -> Tensor:
         return self.products / self.products[0]
@@ -36,7 +38,7 @@ class _Class:
     def part(self, chosen: Tensor) -> "_Class":
         """Some of the members; products with the new first one are the old ones times its ratio."""
         members, products = self.members[chosen], self.products[chosen]
-        return _Class(members, products * self.ratios()[chosen][0])
+        return _Class(members, products * self.ratios()[chosen][0], self.errors[chosen])
 
 
 class Duplicates:
@@ -47,13 +49,13 @@ class Duplicates:
     Args:
         units: how many there are.
         tolerance: the largest deviation from proportionality, relative to a unit's largest
-            pre-activation.
+            pre-activation and to its largest output.
 
     Example:
         >>> found = Duplicates(3, tolerance=1e-6)
         >>> y = torch.tensor([[1.0, 2.0, 0.5], [0.0, 0.0, 3.0]])
         >>> found.update(y, 1, y.amin(0), y.amax(0), y.amax(0))
-        >>> [part.tolist() for part in found.pairs()]
+        >>> [part.tolist() for part in found.pairs(y.amax(0))]
         [[1], [0], [2.0]]
     """
 
@@ -86,18 +88,30 @@ class Duplicates:
             for places in self._candidates(values):
                 chosen = values[:, places.to(values.device)]
                 products = chosen[:, :1].double().mul(chosen.double()).sum(0).cpu()
-                kept += self._split(_Class(members[places], products), chosen, size)
+                whole = _Class(members[places], products, torch.zeros_like(products))
+                kept += self._split(whole, chosen, size)
         self._classes = kept
 
-    def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What was found: units, what each is a multiple of, and the factors (float64)."""
+    def pairs(self, largest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What was found.
+
+        Args:
+            largest: the largest magnitude of each unit's outputs, ``[units]``.
+
+        Returns:
+            Units, what each is a multiple of, and the factors (float64).
+        """
         empty = torch.empty(0, dtype=torch.int64)
         if not self._classes:
             return empty, empty, torch.empty(0, dtype=torch.float64)
         units = torch.cat([found.members[1:] for found in self._classes])
+        errors = torch.cat([found.errors[1:] for found in self._classes])
         firsts = [found.members[:1].expand(len(found.members) - 1) for found in self._classes]
         ratios = torch.cat([found.ratios()[1:] for found in self._classes])
-        return units, torch.cat(firsts), ratios
+        first = torch.cat(firsts)
+        sizes = largest.double()
+        near = errors <= self._tolerance * (sizes[units] + ratios.abs() * sizes[first])
+        return units[near], first[near], ratios[near]
 
     def _split(self, found: _Class, values: Tensor, size: Tensor) -> list[_Class]:
         """The classes that a batch leaves of one."""
@@ -106,6 +120,7 @@ class Duplicates:
             ratios = found.ratios()
             expected = values[:, :1].double() * ratios.to(values.device)
             errors = (values.double() - expected).abs().amax(0).cpu()
+            found.errors = torch.maximum(found.errors, errors)
             sizes = size[found.members].double()
             same = errors <= self._tolerance * (sizes + ratios.abs() * sizes[0])
             same[0] = True  # also where it is nan

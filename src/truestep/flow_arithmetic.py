@@ -60,7 +60,8 @@ def _with_one(
             return units.but(dim=dim, fixed=fixed, scale=line[0], shift=line[1])
     elif isinstance(other, Tensor) and factor and plain and not shift.any():
         rising = units.rising or bool((other < 0).any())
-        return units.but(dim=dim, fixed=fixed, rising=rising, starts=ledger.onward(units.starts))
+        starts = ledger.onward(units.starts)
+        return units.but(dim=dim, fixed=fixed, rising=rising, even=False, starts=starts)
     return units.bent(dim=dim, fixed=fixed)
 
 
@@ -130,7 +131,7 @@ def _by_vector(name: str, units: Channels, vector: Tensor, made: Channels) -> Ch
         "div": (units.scale / numbers, units.shift / numbers),
     }
     if name in lines:
-        made.starts, made.rising = units.starts, units.rising
+        made.starts, made.rising, made.even = units.starts, units.rising, units.even
         made.scale, made.shift = lines[name]
     return made
 

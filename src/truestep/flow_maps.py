@@ -123,12 +123,18 @@ def _map(ledger: Ledger, call: Call, output: Tensor, parts: _Parts) -> Channels 
         constants=_constants(data, units, len(read)),
         borders=parts.borders,
         local=parts.local,
-        takes_bias=parts.bias is not None,
+        takes_bias=shift is not None or _vacant(ledger, call, view.name, parts),
         module=call.module,
         number=len(ledger.uses),
     )
     ledger.uses.append(use)
     return outputs
+
+
+def _vacant(ledger: Ledger, call: Call, weight: str, parts: _Parts) -> bool:
+    """Whether the call is a module's own, which would pass a bias on if it had one."""
+    own = ledger.layer(call, weight) == call.module
+    return parts.bias is not None and own and f"{call.module}.bias" in ledger.vacant
 
 
 def _columns(ledger: Ledger, name: str, in_dim: int, weight: Tensor, parts: _Parts) -> Tensor:

@@ -98,6 +98,7 @@ def _side_by_side(
     made = Channels(dim, slots, layers, fixed)
     if any(part.starts is not None for part in parts):
         made.rising = any(part.rising for part in parts)
+        made.even = all(part.even for part in parts)
         made.starts = torch.cat(
             [torch.full_like(p.slots, -1) if p.starts is None else p.starts for p in parts]
         )
@@ -170,7 +171,8 @@ def pad(ledger: Ledger, call: Call, output: Tensor) -> Channels | None:
         return ledger.end(call)
     mode, value = call.get(2, "mode", "constant"), call.get(3, "value", None)
     if mode != "constant" or (units.shift is not None and not units.shift.any() and not value):
-        return units.but(starts=ledger.onward(units.starts))
+        even = units.even and mode != "constant"
+        return units.but(even=even, starts=ledger.onward(units.starts))
     return units.bent()
 
 

@@ -8,13 +8,14 @@ that only move numbers are not described: they are called once more, on the unit
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from truestep.errors import TruestepError
 from truestep.flow_arithmetic import ARITHMETIC
 from truestep.flow_maps import MAPS
 from truestep.flow_moves import MOVES
-from truestep.units import Call, Channels, Ledger, View, values_of
+from truestep.units import Call, Channels, Ledger, View, tensors_in, values_of
 
 __all__ = [
     "OPERATORS",
@@ -27,6 +28,8 @@ __all__ = [
 ]
 
 Rule = Callable[[Ledger, Call, Any], Any]
+# Of the weights of a resizing, which add up to 1 but for rounding.
+SMALLEST = 1e-12
 
 # Calls that make no tensor of numbers.
 PLAIN = {
@@ -152,16 +155,28 @@ def pool(ledger: Ledger, call: Call, output: Any) -> Any:
     units = ledger.channels(call.args[0])
     if units is None:
         return ledger.end(call)
-    found = _alike(ledger, units, rising="max" in call.name or "lp" in call.name)
+    rising = "max" in call.name or "lp" in call.name
+    found = _alike(ledger, units, rising=rising, even=_keeps_ones(call))
     return found if isinstance(output, Tensor) else [found] + [None] * (len(output) - 1)
 
 
-def _alike(ledger: Ledger, units: Channels, *, rising: bool) -> Channels:
+def _alike(ledger: Ledger, units: Channels, *, rising: bool, even: bool) -> Channels:
     """Units to all of which one homogeneous function was done: it leaves lines through zero."""
     scale, shift = units.scale, units.shift
     if scale is None or shift is None or bool(shift.any()) or (rising and bool((scale <= 0).any())):
         return units.bent()
-    return units.but(rising=units.rising or rising, starts=ledger.onward(units.starts))
+    return units.but(
+        rising=units.rising or rising,
+        even=units.even and even,
+        starts=ledger.onward(units.starts),
+    )
+
+
+def _keeps_ones(call: Call) -> bool:
+    """Whether a pool makes ones of ones, and so leaves every constant as it is."""
+    ones = torch.ones_like(call.args[0][:1], dtype=torch.float64)  # all samples are alike
+    made = next(tensors_in(call.function(ones, *call.args[1:], **call.kwargs)))
+    return bool(((made - 1).abs() < SMALLEST).all())
 
 
 def reduce(ledger: Ledger, call: Call, output: Any) -> Any:
@@ -179,7 +194,8 @@ def reduce(ledger: Ledger, call: Call, output: Any) -> Any:
     fixed = units.fixed
     if call.name == "sum" and fixed is not None:
         fixed = fixed & (values_of(call.args[0], units.dim) == 0)  # lengths differ between batches
-    made = _alike(ledger, units, rising=call.name in {"amax", "amin"})
+    rising = call.name in {"amax", "amin"}
+    made = _alike(ledger, units, rising=rising, even=call.name != "sum")
     made.dim, made.fixed = dim, fixed
     return made
 

@@ -217,7 +217,8 @@ class _Total:
 
     def result(self, key: Key, samples: int) -> LayerNodes:
         """What the statistics say."""
-        units, firsts, ratios = self._duplicates.pairs()
+        largest = torch.maximum(self._low.abs(), self._high.abs())
+        units, firsts, ratios = self._duplicates.pairs(largest)
         twin = torch.full((self.units,), -1)
         ratio = torch.full((self.units,), torch.nan, dtype=torch.float64)
         twin[units], ratio[units] = firsts, ratios

@@ -18,7 +18,7 @@ from truestep.plan import Candidate, Kept, Removal
 from truestep.surgery import copied, fit, put
 from truestep.units import Site, Use
 
-__all__ = ["Fold", "combinations", "fold", "foldable"]
+__all__ = ["Fold", "combinations", "fold", "foldable", "straight_rows"]
 
 # Coefficients larger than this would multiply rounding.
 LARGEST_COEFFICIENT = 1e3
@@ -37,14 +37,26 @@ def combinations(flow: Flow, nodes: DummyNodes) -> list[Candidate]:
         layer = nodes.find(site.key)
         if layer is None or any(one.site.key == site.key for one in found):
             continue
-        rows = _rows(flow, site, layer)
+        rows = straight_rows(flow, site, layer)
         if rows is not None:
-            found += _dependent(site, layer, *rows)
+            found += _dependent(site, layer, *rows[1:])
     return found
 
 
-def _rows(flow: Flow, site: Site, layer: LayerNodes) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Of units on a straight piece: their numbers, and the weights and constant of the line, float64."""
+def straight_rows(
+    flow: Flow, site: Site, layer: LayerNodes
+) -> tuple[Use, Tensor, Tensor, Tensor] | None:
+    """The units on a straight piece of their activation function, and the lines that they follow.
+
+    Args:
+        flow: of a forward call of the model.
+        site: the activation function.
+        layer: what is known of its units.
+
+    Returns:
+        The layer's map, the units' numbers, and of each what its output is of the layer's inputs: factors
+        ``[units, read]`` and a constant, float64; None where other layers are added, or channels grouped.
+    """
     start, scale, shift = flow.ledger.origin(site.inputs), site.inputs.scale, site.inputs.shift
     if start is None or start[0] != "rows" or scale is None or shift is None:
         return None
@@ -58,7 +70,7 @@ def _rows(flow: Flow, site: Site, layer: LayerNodes) -> tuple[Tensor, Tensor, Te
     weight, bias = _matrix(flow, use)
     factors = slopes * scale
     constants = slopes * (scale * bias + shift) + intercepts
-    return straight, (factors[:, None] * weight)[straight], constants[straight]
+    return use, straight, (factors[:, None] * weight)[straight], constants[straight]
 
 
 def _matrix(flow: Flow, use: Use) -> tuple[Tensor, Tensor]:

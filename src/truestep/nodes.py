@@ -39,7 +39,8 @@ def find_dummy_nodes(
 
         true dummy    z <= 0 everywhere        pseudo dummy    z > 0 everywhere
         constant      max y - min y <= tolerance * max |y|
-        duplicate     |y - r * y'| <= tolerance * (max |z| + |r| max |z'|) for another unit's y', everywhere
+        duplicate     |y - r * y'| <= tolerance * (s + |r| * s') for another unit's y', everywhere,
+                      with s the smaller of max |z| and max |y|
 
     Nothing is hooked on the model or changed, and its mode stays as it is. Memory beyond the forward pass:
     a few numbers for each unit, and a copy of a batch of one layer's outputs.

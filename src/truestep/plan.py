@@ -29,6 +29,7 @@ class Candidate:
         kind: "true", "constant", "duplicate" or "pseudo".
         terms: on the data its output is the sum of factor * other unit's output ...
         constant: ... plus this; for candidates without terms the number is read where it arrives.
+        how: what to say of it if it goes; by default what its kind and terms say.
     """
 
     site: Site
@@ -36,6 +37,7 @@ class Candidate:
     kind: str
     terms: tuple[tuple[int, float], ...] = ()
     constant: float = 0.0
+    how: str = ""
 
     @property
     def slot(self) -> int:
@@ -145,6 +147,8 @@ def _keep(candidate: Candidate, reason: str) -> Kept:
 
 
 def _how(candidate: Candidate, *, folded: bool) -> str:
+    if candidate.how:
+        return candidate.how
     if candidate.kind == "duplicate":
         return f"merged into unit {candidate.terms[0][0]}"
     if candidate.terms:
@@ -218,6 +222,8 @@ class _Reach:
             return f"is read by {use.weight!r}, which has other uses, or groups"
         if inputs.rising and (len(candidate.terms) > 1 or candidate.terms[0][1] <= 0):
             return f"goes through a maximum on its way to {use.weight!r}"
+        if candidate.constant and not inputs.even:
+            return f"has a constant part that does not stay one on its way to {use.weight!r}"
         for unit, _ in candidate.terms:
             others = self._of_unit(use, candidate.site, unit)
             alike = len(others) == len(columns) and torch.equal(

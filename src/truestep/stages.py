@@ -12,9 +12,10 @@ from truestep.errors import TruestepError
 from truestep.flow import Flow
 from truestep.layer_nodes import LayerNodes
 from truestep.lines import fold, foldable
+from truestep.merging import find_merger
 from truestep.nodes import DummyNodes, call_model
 from truestep.plan import Candidate, Kept, Plan, Removal, decide
-from truestep.surgery import Cut, copied, operate
+from truestep.surgery import Cut, copied, exchanged, operate
 from truestep.units import Channels, Key
 
 __all__ = ["Work", "follow", "key_of", "redundant"]
@@ -81,6 +82,25 @@ class Work:
             keys = {(one.layer,) for one in found.removals}
             layers = [layer for layer in self._nodes if (layer.layer,) not in keys]
             self._nodes = replace(self._nodes, layers=layers)
+
+    def merge(self) -> None:
+        """Writes straight units as the few that the layers behind them need, the last layer first."""
+        tried: set[Key] = set()
+        while True:
+            flow = follow(self.small, self._nodes, self._example)
+            found = None if flow.reads else find_merger(flow, self._nodes, tried)
+            if found is None:
+                return
+            tried.add(found.key)
+            before = self.small, self._nodes, len(self._removed)
+            layers = [found.layer if key_of(one) == found.key else one for one in self._nodes]
+            self.small = exchanged(self.small, found.values)
+            self._nodes = replace(self._nodes, layers=layers)
+            self.remove(found.candidates)
+            if len(self._removed) == before[2]:
+                self.small, self._nodes, _ = before
+            else:
+                self._anew |= found.values.keys()
 
     def report(self) -> CompressionReport:
         """What was done so far."""
@@ -161,7 +181,8 @@ class Work:
             self._removed.append(replace(one, unit=number))
         for other in plan.kept:
             number = int(self._numbers[keys[other.layer]][other.unit])
-            self._kept[other.layer, number] = replace(other, unit=number)
+            # What a unit itself lacks says more than what its whole layer does.
+            self._kept.setdefault((other.layer, number), replace(other, unit=number))
 
 
 def follow(model: nn.Module, nodes: DummyNodes, example_input: Any) -> Flow:

@@ -18,7 +18,17 @@ from truestep.hooks import inert
 from truestep.plan import Plan
 from truestep.units import Ledger, Use
 
-__all__ = ["Cut", "copied", "fit", "operate", "owners", "put", "shrink_to"]
+__all__ = [
+    "Cut",
+    "bias_of",
+    "copied",
+    "exchanged",
+    "fit",
+    "operate",
+    "owners",
+    "put",
+    "shrink_to",
+]
 
 
 @dataclass
@@ -91,6 +101,20 @@ def copied(model: nn.Module) -> nn.Module:
     return copy_of_it
 
 
+def exchanged(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a model with other numbers.
+
+    Args:
+        model: stays as it is.
+        values: by name of a parameter, in the copy in the type and on the device of the others.
+    """
+    copy_of_it = copied(model)
+    like = next(parameter for parameter in model.parameters())
+    for name, numbers in values.items():
+        _exchange(copy_of_it, name, numbers.to(like))
+    return copy_of_it
+
+
 def owners(model: nn.Module, name: str) -> Iterator[tuple[nn.Module, str]]:
     """Every module, with the attribute, that holds a parameter or buffer."""
     path, _, attribute = name.rpartition(".")
@@ -126,7 +150,7 @@ def _taken_over(ledger: Ledger, plan: Plan) -> dict[str, Tensor]:
     for number, shift in plan.shifts.items():
         use = ledger.uses[number]
         weight = ledger.owned[use.weight].detach()
-        bias = use.bias or _own_bias(use)
+        bias = bias_of(use)
         if (use.weight, bias) in biased:
             continue  # the same constants, in another use of the layer
         biased.add((use.weight, bias))
@@ -145,8 +169,9 @@ def _taken_over(ledger: Ledger, plan: Plan) -> dict[str, Tensor]:
     return changed
 
 
-def _own_bias(use: Use) -> str:
-    return f"{use.module}.bias" if use.module else "bias"
+def bias_of(use: Use) -> str:
+    """The name of a map's bias, or that which it would have."""
+    return use.bias or (f"{use.module}.bias" if use.module else "bias")
 
 
 def _shifted(weight: Tensor, shift: Tensor, use: Use) -> Tensor:

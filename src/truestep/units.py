@@ -48,6 +48,7 @@ class Channels:
         scale: float64 ``[units]``; a unit here is scale * (what was done to all alike) + shift.
         shift: float64 ``[units]``.
         rising: whether what was done to all alike commutes with positive factors only, as a maximum does.
+        even: whether it leaves equal numbers as they are, as a mean does and a sum does not.
     """
 
     dim: int
@@ -58,6 +59,7 @@ class Channels:
     scale: Tensor | None = None
     shift: Tensor | None = None
     rising: bool = False
+    even: bool = True
 
     def but(self, **changes: Any) -> "Channels":
         """The same with some attributes changed."""
@@ -186,6 +188,7 @@ class Ledger:
         readers: by the identity of channels, how many calls read their tensor.
         weights: by name of a parameter, how many calls use it as a weight, a table or a bias.
         owned: parameters and buffers by name; of a tied one, by its first name.
+        vacant: parameters for which modules have an empty place, as `Linear(bias=False)` for a bias.
         origins: where units start: ("rows", number of the use) or ("units", number of the site).
         tracked: the units of every tensor that has some, in order.
         moved: results of `truestep.flow_rules` that depend on shapes alone.
@@ -207,6 +210,12 @@ class Ledger:
         self._known: dict[int, _Known] = {}
         self._views: dict[int, tuple[Callable[[], Tensor | None], View]] = {}
         self.tracked: list[Channels] = []  # keeps the identities in `readers`
+        self.vacant = {
+            f"{path}.{name}"
+            for path, module in model.named_modules(remove_duplicate=False)
+            for name, value in module._parameters.items()  # noqa: SLF001
+            if value is None
+        }
         for named in (model.named_parameters, model.named_buffers):
             for name, tensor in named(remove_duplicate=False):
                 first = self._names.setdefault(id(tensor), name)

@@ -1,4 +1,3 @@
-import dataclasses
 import io
 
 import pandas as pd
@@ -9,8 +8,6 @@ from torch import nn
 from planting import plant
 from truestep import compress, find_dummy_nodes
 from truestep.lab import node_report
-from truestep.lab.compression import SETTINGS, compression_figure, compression_runs
-from truestep.lab.tasks import TASKS
 from truestep.nodes import DummyNodes
 
 
@@ -62,19 +59,3 @@ def test_the_heat_map_has_a_row_for_each_layer_and_a_colour_for_each_kind():
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert {"true", "pseudo", "constant"} <= set(names)
     node_report.heat_map(pd.DataFrame()).savefig(io.BytesIO())
-
-
-def test_the_experiment_gives_a_row_for_each_run_and_the_figure_a_panel_for_each_task(monkeypatch):
-    rates = {"asgd": (0.2,), "sgd": (0.1,)}
-    circles = dataclasses.replace(TASKS["circles"], learning_rates=rates)
-    monkeypatch.setitem(TASKS, "circles", circles)
-    table = compression_runs(["circles"], seeds=1, epochs=1)
-    assert table["setting"].tolist() == list(SETTINGS)
-    assert (table["accuracy"] == table["accuracy_after"]).all()
-    assert (table["parameters_after"] <= table["parameters"]).all()
-    assert (table["difference"] <= 1e-5 * table["largest"]).all()
-    assert (table["hidden"] == 50).all()
-    assert table["lr"].tolist() == [0.2, 0.2, 0.1]
-    figure = compression_figure(table)
-    assert figure.axes[0].get_title(loc="left") == "Two concentric circles"
-    figure.savefig(io.BytesIO())

@@ -22,6 +22,8 @@ FIGURES = {
     *(f"asgd-figure-{name}" for name in ("1", "2", "3", "4", "5", "6", "7", "8a", "8b")),
     *(f"dasgd-figure-{name}" for name in ("3", "4", "5a", "5b", "5c")),
     "asgd-stabilised",
+    "asgd-compression",
+    "asgd-compression-rates",
     "dasgd-premise",
     "dasgd-momentum",
 }

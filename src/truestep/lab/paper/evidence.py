@@ -11,7 +11,13 @@ from truestep.lab.paper.experiments import EXPERIMENTS
 from truestep.lab.paper.options import OPTIONS
 from truestep.lab.paper.planned import SCALES, Planned
 from truestep.lab.paper.store import UnitStore
-from truestep.lab.paper.tables import Found, of_curves, of_points, of_times
+from truestep.lab.paper.tables import (
+    Found,
+    of_compression,
+    of_curves,
+    of_points,
+    of_times,
+)
 from truestep.lab.paper.unit import Record, key
 
 __all__ = ["Evidence", "gather"]
@@ -50,6 +56,11 @@ class Evidence:
     def stabilised(self) -> pd.DataFrame:
         """Likewise, of asgd-stabilised."""
         return of_curves(self.found["asgd-stabilised"])
+
+    @cached_property
+    def compression(self) -> pd.DataFrame:
+        """Of :func:`tables.of_compression`, of asgd-compression."""
+        return of_compression(self.found["asgd-compression"])
 
     @cached_property
     def dasgd(self) -> pd.DataFrame:

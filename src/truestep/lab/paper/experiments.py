@@ -96,6 +96,13 @@ EXPERIMENTS = {
             plans_asgd.stabilised,
         ),
         Experiment(
+            "asgd-compression",
+            "accuracy and size after redundant units are taken out",
+            "aSGD section 2.2.3",
+            {"smoke": 2, "small": 10, "paper": 50},
+            plans_asgd.compression,
+        ),
+        Experiment(
             "dasgd-lr",
             "784-128-128-10 at batch 8, learning rates 0.001 to 0.01",
             "DA-SGD Fig 3",

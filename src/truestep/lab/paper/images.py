@@ -16,7 +16,7 @@ from truestep.lab.paper.engine import named, optimizer
 from truestep.lab.paper.torch_images import train_in_torch
 from truestep.lab.paper.unit import Cost, Outcome
 
-__all__ = ["DASGD_HIDDEN", "MNIST_HIDDEN", "Images", "book_start"]
+__all__ = ["CLASSES", "DASGD_HIDDEN", "MNIST_HIDDEN", "PIXELS", "Images", "book_start"]
 
 MNIST_HIDDEN = (30, 20)
 DASGD_HIDDEN = (128, 128)

@@ -4,18 +4,22 @@ import math
 from dataclasses import replace
 from typing import Any
 
+from truestep.lab.paper.compression import Compression
+from truestep.lab.paper.data import POINTS_TRAIN
 from truestep.lab.paper.images import MNIST_HIDDEN, Images
 from truestep.lab.paper.planned import Planned, at
-from truestep.lab.paper.points import Points
+from truestep.lab.paper.points import HIDDEN, NOISE, Points
 from truestep.lab.paper.small import Panels, Trajectories
 
 __all__ = [
     "ASGD_LRS",
+    "COMPRESSION_DATA",
     "GROUPS",
     "LR_GRIDS",
     "SGD_LRS",
     "STABILISED",
     "backprop",
+    "compression",
     "mnist",
     "stabilised",
     "synthetic",
@@ -180,3 +184,62 @@ def stabilised(scale: str, seeds: int) -> list[Planned]:
 
 
 _WITH_MOMENTUM = {"asgd": "asgd, momentum 0.9", "sgd": "momentum 0.9"}
+
+# The same for both optimizers, so that each is seen at the other's best.
+COMPRESSION_LRS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+COMPRESSION_DATA = ("circles", "spirals", "mnist", "fashion-mnist")
+# Trainings on images take about so many times as long as those on points.
+FEWER_IMAGES = 5
+# The paper's network leaves little to take out.
+WIDE_HIDDEN = (128, 64)
+WIDE = "hidden: 128-64"
+
+
+def compression(scale: str, seeds: int) -> list[Planned]:
+    """asgd-compression: every learning rate with aSGD and SGD, fewer seeds on images; then wider networks."""
+    rates = at(scale, COMPRESSION_LRS[2:4], COMPRESSION_LRS, COMPRESSION_LRS)
+    cells = [
+        (first, data, lr, name, count)
+        for data in COMPRESSION_DATA
+        for first, count in _chunks(data, scale, seeds)
+        for lr in rates
+        for name in ("asgd", "sgd")
+    ]
+    cells.sort(key=lambda cell: cell[0])
+    main = [
+        Planned(_compression_unit(scale, data, name, lr, first, count))
+        for first, data, lr, name, count in cells
+    ]
+    if scale != "paper":
+        return main
+    wide = [
+        Planned(_compression_unit(scale, data, name, lr, first, count, WIDE_HIDDEN), WIDE)
+        for first, data, lr, name, count in cells
+        if data not in NOISE and first == 0 and lr in COMPRESSION_LRS[2:]
+    ]
+    begun = sum(cell[0] == 0 for cell in cells)
+    return main[:begun] + wide + main[begun:]
+
+
+def _chunks(data: str, scale: str, seeds: int) -> list[tuple[int, int]]:
+    """First seeds and numbers of seeds of the units of a cell."""
+    images = data not in NOISE
+    count = max(1, seeds // FEWER_IMAGES) if images else seeds
+    size = at(scale, 1, 1, 5) if images else at(scale, 2, 10, 25)
+    return [(first, min(size, count - first)) for first in range(0, count, size)]
+
+
+def _compression_unit(
+    scale: str,
+    data: str,
+    name: str,
+    lr: float,
+    first: int,
+    replicas: int,
+    hidden: tuple[int, ...] = MNIST_HIDDEN,
+) -> Compression:
+    if data in NOISE:
+        epochs = at(scale, 60, 10_000, 10_000)
+        return Compression(data, HIDDEN, name, lr, POINTS_TRAIN, epochs, first, replicas)
+    epochs, train = at(scale, (2, 640), (5, 0), (20, 0))
+    return Compression(data, hidden, name, lr, 64, epochs, first, replicas, train)

@@ -7,11 +7,13 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from truestep.lab.board import duration
+from truestep.lab.paper import figures_compression as compressions
 from truestep.lab.paper import figures_curves as curves
 from truestep.lab.paper import figures_more as more
 from truestep.lab.paper import figures_points as points
 from truestep.lab.paper import figures_small as small
 from truestep.lab.paper.comparison import Grid, cells_table, level_table, stable_table
+from truestep.lab.paper.comparison_compression import compression_tables
 from truestep.lab.paper.evidence import Evidence
 from truestep.lab.paper.experiments import EXPERIMENTS
 from truestep.lab.paper.ledger_asgd import ENDING, main_only
@@ -213,6 +215,29 @@ def _stabilised(evidence: Evidence) -> Iterator[Drawing]:
     )
 
 
+def _compression(evidence: Evidence) -> Iterator[Drawing]:
+    table = main_only(evidence.compression)
+    protocol = (
+        "2-10-10-10-10-10-1 on 128 points, full batches, and 784-30-20-10 on images, batch 64; "
+        "units redundant on the training data are taken out, outputs there unchanged; test accuracy "
+        f"of points on 2,000 others; {_seeds(table)}"
+    )
+    yield Drawing(
+        "asgd-compression",
+        "Accuracy and size after compression",
+        f"{protocol}. Small marks are networks, large ones means; lines lead from the networks as they "
+        "were trained. Best: lowest mean validation loss of "
+        f"{', '.join(f'{lr:g}' for lr in sorted(table['lr'].unique()))}.",
+        compressions.accuracy_and_size(table),
+    )
+    yield Drawing(
+        "asgd-compression-rates",
+        "Size and accuracy at equal learning rates",
+        f"{protocol}; mean and 95 % interval, without trainings that diverged.",
+        compressions.by_rate(table),
+    )
+
+
 def _dasgd_protocol(table: pd.DataFrame) -> str:
     row = table.iloc[0]
     return (
@@ -281,6 +306,7 @@ DRAWINGS: dict[str, Callable[[Evidence], Iterator[Drawing]]] = {
     "asgd-synthetic": _synthetic,
     "asgd-mnist": _mnist,
     "asgd-stabilised": _stabilised,
+    "asgd-compression": _compression,
     "dasgd-lr": _rates,
     "dasgd-batch": _batch,
     "dasgd-premise": _premise,
@@ -289,4 +315,5 @@ DRAWINGS: dict[str, Callable[[Evidence], Iterator[Drawing]]] = {
 TABLES: dict[str, Callable[[Evidence], Iterator[Grid]]] = {
     "asgd-mnist": lambda evidence: iter([*cells_table(evidence), *level_table(evidence)]),
     "asgd-stabilised": lambda evidence: iter([stable_table(evidence)]),
+    "asgd-compression": compression_tables,
 }

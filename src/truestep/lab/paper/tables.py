@@ -7,11 +7,21 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from truestep.lab.paper.compression import MEASURES as COMPRESSED
 from truestep.lab.paper.planned import Planned
 from truestep.lab.paper.points import ENDINGS, HIDDEN
 from truestep.lab.paper.unit import Record
 
-__all__ = ["Found", "best", "by_seed", "last", "of_curves", "of_points", "of_times"]
+__all__ = [
+    "Found",
+    "best",
+    "by_seed",
+    "last",
+    "of_compression",
+    "of_curves",
+    "of_points",
+    "of_times",
+]
 
 # A planned unit and its record.
 Found = tuple[Planned, Record]
@@ -66,6 +76,40 @@ def of_curves(found: Iterable[Found]) -> pd.DataFrame:
                     "status": record.outcome.summary["status"],
                     "epoch": arrays["epochs"],
                     **columns,
+                }
+            )
+        )
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def of_compression(found: Iterable[Found]) -> pd.DataFrame:
+    """A row per training of kind compression.
+
+    Returns:
+        Columns: ``variant``, ``data``, ``optimizer``, ``lr``, ``seed``; of the units that were hidden
+        ``true``, ``constant``, ``duplicate``, ``pseudo`` (each unit once) and ``removed``;
+        ``parameters``, ``bytes`` and ``flops`` that are left, in percent; ``validation_loss``,
+        ``accuracy`` and ``accuracy_before`` (of test data), ``changed`` (test samples that get another
+        answer), ``difference`` (the largest of outputs on training data, relative to the largest
+        output). nan where training diverged.
+    """
+    tables = []
+    for planned, record in found:
+        settings, arrays = record.settings, record.outcome.arrays
+        before = record.outcome.summary["before"]
+        columns = {name: arrays[name].astype(float) for name in COMPRESSED}
+        tables.append(
+            pd.DataFrame(
+                {
+                    "variant": planned.variant,
+                    **{name: settings[name] for name in ("data", "optimizer", "lr")},
+                    "seed": settings["first"] + np.arange(settings["replicas"]),
+                    **columns,
+                    **{
+                        name: 100 * columns[name] / before.get(name, np.nan)
+                        for name in ("parameters", "bytes", "flops")
+                    },
+                    "difference": columns["difference"] / columns["largest"],
                 }
             )
         )
