@@ -1,6 +1,7 @@
 """Gradient penalties: backward passes through backward passes, against each sample's own gradient."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -141,7 +142,43 @@ def test_what_waits_goes_with_the_inputs_graph():
     assert counter.batch_size == SAMPLES
 
 
+class Mixing(nn.Module):
+    """Maps positions, for which the features come last."""
+
+    def __init__(self):
+        super().__init__()
+        self.features, self.positions, self.seen = nn.Linear(4, 5), nn.Linear(3, 2), None
+
+    def forward(self, x):
+        turned = torch.sigmoid(self.features(x)).transpose(1, 2)
+        self.seen = weakref.ref(turned)
+        return self.positions(turned)
+
+
+def test_no_input_is_kept_of_which_autograd_keeps_a_copy():
+    model, inputs = Mixing(), sparse_inputs(SAMPLES, 3, 4)
+    counter = truestep.SampleCounter(model)
+    for _ in range(2):
+        output = model(inputs)
+        assert model.seen() is None
+        output.sum().backward()
+    assert counter.batch_size == 2 * SAMPLES
+
+
+def test_an_input_that_is_followed_goes_with_the_first_backward_pass():
+    model, inputs = CRITICS["convolutions"][0](), sparse_inputs(SAMPLES, 2, 5, 5)
+    counter, seen = truestep.SampleCounter(model), []
+    model[2].register_forward_pre_hook(lambda _, given: seen.append(weakref.ref(given[0])))
+    for _ in range(2):
+        loss = model(inputs).sum()
+        assert seen[-1]() is not None
+        loss.backward()
+        assert seen[-1]() is None
+    assert counter.batch_size == 2 * SAMPLES
+
+
 REFUSED = {
+    "turned inputs": lambda: Mixing().double(),
     "a norm": lambda: sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.ReLU(), nn.Linear(5, 1)),
     "slopes at the end": lambda: sequential(nn.Linear(4, 5), nn.PReLU()),
     "a parametrization": lambda: sequential(
@@ -155,9 +192,12 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_layers_whose_backward_pass_is_not_known_are_refused_by_name(name):
-    model, inputs = REFUSED[name](), sparse_inputs(SAMPLES, 4).double()
+    shape = (3, 4) if name == "turned inputs" else (4,)
+    model, inputs = REFUSED[name](), sparse_inputs(SAMPLES, *shape).double()
     counter = truestep.SampleCounter(model)
-    with pytest.raises(TruestepError, match=r"gradient penalty .* the backward pass of '\d'"):
+    with pytest.raises(
+        TruestepError, match=r"gradient penalty .* backward pass of '(\d|positions)'"
+    ):
         loss_of(model, inputs, alone=True).backward()
     model.zero_grad()
     model(inputs).sum().backward()  # without it, the same model counts

@@ -41,7 +41,9 @@ def input_to_follow(layer: Layer, args: Any, kwargs: Any, output: Tensor) -> Ten
         # What other paddings put beside the input is not in the input's gradient.
         getattr(module, "padding_mode", "zeros") == "zeros"
         and module.get_parameter("weight").requires_grad
-        and given.dtype is output.dtype  # of what autocast casts, autograd keeps a copy
+        # Of what autocast casts or a product lays out anew, autograd keeps a copy.
+        and given.dtype is output.dtype
+        and (layer.rule not in {linear, transposed_linear} or given.is_contiguous())
         and not saved_tensors_are_packed()
     )
     return given if kept else None
@@ -105,7 +107,7 @@ def _refuse(watch: Any, layer: Layer, _gradient: Tensor) -> None:
         layer,
         f"a gradient penalty (create_graph=True) goes through the backward pass of {layer.name!r} "
         f"({type(layer.module).__name__}), and which samples reach its parameters that way is known of "
-        "linear layers and convolutions alone, called with one tensor, without autocast and activation "
-        "checkpointing, if the penalty's is the first backward pass through that call. Freeze its "
-        "parameters, or keep their plain gradients: rules without its class and unsupported='mean'",
+        "linear layers and convolutions alone: called with one contiguous tensor, without autocast and "
+        "activation checkpointing, and not gone back through before. Freeze its parameters, or keep their "
+        "plain gradients: rules without its class and unsupported='mean'",
     )
