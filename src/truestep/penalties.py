@@ -18,14 +18,10 @@ from truestep.graph import saved_tensors_are_packed
 from truestep.hooks import Hook
 from truestep.layers import Layer
 from truestep.layout import Given, Layout
-from truestep.rules import convolution, embedding, linear, transposed_convolution, transposed_linear
-from truestep.rules_norm import BATCH_NORM, normalization, normalization_twice
+from truestep.rules import CONVOLUTIONS, embedding
+from truestep.rules_norm import normalization, normalization_twice
 
 __all__ = ["input_to_follow", "wait_for_penalty"]
-
-CONVOLUTIONS = {convolution, transposed_convolution}
-# The rules of layers whose backward passes use the weight alone, in a way that is known.
-KNOWN = CONVOLUTIONS | {linear, transposed_linear, normalization}
 
 
 def input_to_follow(layer: Layer, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
@@ -37,17 +33,15 @@ def input_to_follow(layer: Layer, args: Any, kwargs: Any, output: Tensor) -> Ten
         kwargs: its keyword arguments.
         output: its output.
     """
-    if layer.rule not in KNOWN or len(args) != 1 or kwargs:
+    if not layer.followed or len(args) != 1 or kwargs:
         return None
-    module, (given,) = layer.module, args
+    given, weight = args[0], layer.module._parameters["weight"]  # noqa: SLF001
     kept = (
-        # What other paddings put beside the input is not in the input's gradient.
-        getattr(module, "padding_mode", "zeros") == "zeros"
-        and not isinstance(module, tuple(BATCH_NORM))  # a batch's statistics mix its samples
-        and module.get_parameter("weight").requires_grad
+        weight is not None
+        and weight.requires_grad
         # Of what autocast casts or other layers lay out anew, autograd keeps a copy.
         and given.dtype is output.dtype
-        and (layer.rule in CONVOLUTIONS or given.is_contiguous())
+        and (given.is_contiguous() or layer.rule in CONVOLUTIONS)
         and not saved_tensors_are_packed()
     )
     return given if kept else None
@@ -73,7 +67,7 @@ def wait_for_penalty(
     """
     if layer.rule is embedding:
         return  # indices have no gradient that a table could be in
-    if layer.rule in KNOWN and not layer.module.get_parameter("weight").requires_grad:
+    if layer.followed and not layer.module.get_parameter("weight").requires_grad:
         return  # a bias is no part of the backward pass
     hook = partial(Hook, watch)
     if given is None:
