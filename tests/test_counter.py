@@ -426,10 +426,26 @@ class Answer:
     logits: torch.Tensor
 
 
-def test_a_use_without_calling_the_module_shows_through_a_dataclass():
+class Plain:
+    """What no library knows: attributes, a slot, and a way back to itself."""
+
+    __slots__ = ("__dict__", "logits")
+
+    def __init__(self, logits):
+        self.me = self
+        self.logits = logits
+
+
+class Nesting:
+    def __init__(self, logits):
+        self.parts = [{"answer": Plain(logits)}]
+
+
+@pytest.mark.parametrize("answer", [Answer, Plain, Nesting])
+def test_a_use_without_calling_the_module_shows_through_objects(answer):
     class Wrapped(TiedHead):
         def forward(self, x):
-            return Answer(super().forward(x))
+            return answer(super().forward(x))
 
     model = Wrapped(call=False)
     counter = truestep.SampleCounter(model)
@@ -884,9 +900,41 @@ def test_copies_of_the_model_do_not_write_into_the_counter(model, counter):
         assert own.batch_size == 9
 
 
-def test_a_counter_cannot_be_copied(counter):
+class Owner(nn.Module):
+    """Has the counter of a part of it, as a LightningModule may."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+        self.counter = truestep.SampleCounter(self.net)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "average"])
+def test_a_counter_that_was_copied_with_its_model_says_so_when_it_is_used(how):
+    owner, inputs = Owner(), sparse_inputs(5, 4)
+    backward(owner.net, inputs)
+    stream = io.BytesIO()
+    torch.save(owner, stream)
+    stream.seek(0)
+    ways = {
+        "deepcopy": lambda: copy.deepcopy(owner),
+        "pickle": lambda: torch.load(stream, weights_only=False),
+        "average": lambda: torch.optim.swa_utils.AveragedModel(owner).module,
+    }
+    other = ways[how]()
+    backward(other.net, sparse_inputs(9, 4))
+    assert_counted(owner.counter, owner.net, inputs)
+    for use in ("counts", "batch_size", "correct_gradients", "statistics", "close"):
+        with pytest.raises(TruestepError, match="make a new SampleCounter on the copy"):
+            getattr(other.counter, use)
     with pytest.raises(TruestepError, match="make a new SampleCounter on the copy"):
-        copy.deepcopy(counter)
+        other.counter.batch_size = 3
+    with pytest.raises(TruestepError, match=r"pass .*SampleCounter\(model\)"):
+        truestep.AdaptiveBatchSGD(other.net.parameters(), lr=0.1, counter=other.counter)
+    copy.deepcopy(other)  # and again
+    assert "was copied" in repr(other.counter)
+    other.counter = truestep.SampleCounter(other.net)
+    assert other.counter.batch_size == 0
 
 
 def test_wrong_options_are_named(model):

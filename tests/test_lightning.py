@@ -205,6 +205,19 @@ def test_a_run_resumed_from_a_checkpoint_equals_one_that_was_not_interrupted(
     assert_equal(resumed.net, loop(make_optimizer, epochs=4, clip=0.9, accumulate=2))
 
 
+def test_weights_that_are_averaged_in_a_copy_of_the_module():
+    """The copy has the module's attributes, the counter among them."""
+    module, averages = Automatic(asgd), []
+    callback = lightning.callbacks.StochasticWeightAveraging(
+        swa_lrs=0.1,
+        swa_epoch_start=1,
+        avg_fn=lambda mean, new, n: averages.append(n) or (mean * n + new) / (n + 1),
+    )
+    fit(module, callback, epochs=3)
+    assert averages
+    assert module.counter.batch_size == 2  # the seventh batch's
+
+
 def test_an_optimizer_of_other_parameters_is_an_error():
     module = Automatic(plain)
     counter = truestep.SampleCounter(net())

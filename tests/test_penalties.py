@@ -1,6 +1,7 @@
 """Gradient penalties: backward passes through backward passes, against each sample's own gradient."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -69,6 +70,29 @@ CRITICS = {
         ),
         (2, 5, 5),
     ),
+    "layer norm": (
+        lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 1)),
+        (4,),
+    ),
+    "norms of positions": (
+        lambda: nn.Sequential(
+            nn.Linear(4, 5), nn.LayerNorm(5, bias=False), nn.ReLU(), nn.RMSNorm(5), nn.Linear(5, 2)
+        ),
+        (3, 4),
+    ),
+    "norms of channels": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 4, 2),
+            nn.GroupNorm(2, 4),
+            nn.ReLU(),
+            nn.Conv2d(4, 3, 2, bias=False),  # one would be taken out again
+            nn.InstanceNorm2d(3, affine=True),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(12, 1),
+        ),
+        (2, 4, 4),
+    ),
     "transposed convolution": (
         lambda: nn.Sequential(
             nn.ConvTranspose1d(2, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Conv1d(4, 1, 3)
@@ -123,7 +147,7 @@ def test_a_critic_with_three_calls_and_one_backward():
 
 
 def test_a_penalty_that_is_only_looked_at_counts_nothing():
-    model, inputs = sequential(nn.Linear(4, 5), nn.LayerNorm(5)), sparse_inputs(SAMPLES, 4).double()
+    model, inputs = sequential(nn.Linear(4, 5), nn.PReLU(5)), sparse_inputs(SAMPLES, 4).double()
     counter = truestep.SampleCounter(model)
     loss = loss_of(model, inputs, alone=True)
     torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
@@ -141,8 +165,44 @@ def test_what_waits_goes_with_the_inputs_graph():
     assert counter.batch_size == SAMPLES
 
 
+class Mixing(nn.Module):
+    """Maps positions, for which the features come last."""
+
+    def __init__(self):
+        super().__init__()
+        self.features, self.positions, self.seen = nn.Linear(4, 5), nn.Linear(3, 2), None
+
+    def forward(self, x):
+        turned = torch.sigmoid(self.features(x)).transpose(1, 2)
+        self.seen = weakref.ref(turned)
+        return self.positions(turned)
+
+
+def test_no_input_is_kept_of_which_autograd_keeps_a_copy():
+    model, inputs = Mixing(), sparse_inputs(SAMPLES, 3, 4)
+    counter = truestep.SampleCounter(model)
+    for _ in range(2):
+        output = model(inputs)
+        assert model.seen() is None
+        output.sum().backward()
+    assert counter.batch_size == 2 * SAMPLES
+
+
+def test_an_input_that_is_followed_goes_with_the_first_backward_pass():
+    model, inputs = CRITICS["convolutions"][0](), sparse_inputs(SAMPLES, 2, 5, 5)
+    counter, seen = truestep.SampleCounter(model), []
+    model[2].register_forward_pre_hook(lambda _, given: seen.append(weakref.ref(given[0])))
+    for _ in range(2):
+        loss = model(inputs).sum()
+        assert seen[-1]() is not None
+        loss.backward()
+        assert seen[-1]() is None
+    assert counter.batch_size == 2 * SAMPLES
+
+
 REFUSED = {
-    "a norm": lambda: sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.ReLU(), nn.Linear(5, 1)),
+    "turned inputs": lambda: Mixing().double(),
+    "slopes": lambda: sequential(nn.Linear(4, 5), nn.PReLU(5), nn.Linear(5, 1)),
     "slopes at the end": lambda: sequential(nn.Linear(4, 5), nn.PReLU()),
     "a parametrization": lambda: sequential(
         parametrizations.weight_norm(nn.Linear(4, 5)), nn.ReLU(), nn.Linear(5, 1)
@@ -155,13 +215,24 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_layers_whose_backward_pass_is_not_known_are_refused_by_name(name):
-    model, inputs = REFUSED[name](), sparse_inputs(SAMPLES, 4).double()
+    shape = (3, 4) if name == "turned inputs" else (4,)
+    model, inputs = REFUSED[name](), sparse_inputs(SAMPLES, *shape).double()
     counter = truestep.SampleCounter(model)
-    with pytest.raises(TruestepError, match=r"gradient penalty .* the backward pass of '\d'"):
+    with pytest.raises(
+        TruestepError, match=r"gradient penalty .* backward pass of '(\d|positions)'"
+    ):
         loss_of(model, inputs, alone=True).backward()
     model.zero_grad()
     model(inputs).sum().backward()  # without it, the same model counts
     assert counter.batch_size == SAMPLES
+
+
+def test_norms_that_mix_samples_are_refused():
+    model = sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 1))
+    counter = truestep.SampleCounter(model, rules=truestep.RULES | truestep.rules.BATCH_NORM)
+    with pytest.raises(TruestepError, match=r"the backward pass of '1' \(BatchNorm1d\)"):
+        loss_of(model, sparse_inputs(SAMPLES, 4).double(), alone=True).backward()
+    counter.close()
 
 
 def test_a_frozen_weight_with_a_trained_bias_does_not_matter():
@@ -177,7 +248,7 @@ def test_a_frozen_weight_with_a_trained_bias_does_not_matter():
 
 
 def test_frozen_layers_on_the_way_do_not_matter():
-    model, inputs = REFUSED["a norm"](), sparse_inputs(SAMPLES, 4).double()
+    model, inputs = REFUSED["slopes"](), sparse_inputs(SAMPLES, 4).double()
     model[1].requires_grad_(requires_grad=False)
     counter = truestep.SampleCounter(model)
     loss_of(model, inputs, alone=True).backward()

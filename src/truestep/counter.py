@@ -300,7 +300,26 @@ class SampleCounter:
         self._batch.release()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TruestepError(
-            "a SampleCounter belongs to its model and cannot be copied or pickled; "
-            "make a new SampleCounter on the copy of the model"
-        )
+        return _Copied, ()
+
+
+class _Copied:
+    """What is in a counter's place in a copied or unpickled model: a counter belongs to its own."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise _copied()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise _copied()
+
+    def __repr__(self) -> str:
+        return "<SampleCounter that was copied>"
+
+
+def _copied() -> TruestepError:
+    return TruestepError(
+        "this SampleCounter was copied or unpickled with its model, and a counter belongs to the model "
+        "that it was made on; make a new SampleCounter on the copy of the model"
+    )

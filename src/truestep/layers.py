@@ -16,7 +16,7 @@ from truestep.errors import TruestepError
 from truestep.graph import Recording
 from truestep.hooks import Hook
 from truestep.layout import Given, Inside, Layout, Rule, tensors_in
-from truestep.rules import find_rule, looks_up_positions, refused
+from truestep.rules import backward_is_known, find_rule, looks_up_positions, refused
 from truestep.rules_bare import LEAVE_OUT, UncountableError, bare, holders_in, own_parameters
 from truestep.rules_func import AloneError, PerSample, unusable
 
@@ -85,6 +85,7 @@ class Layer:
         began: of such a module, the calls that have not returned.
         builtin: whether its forward pass is torch's own.
         direct: where calls may go the short way.
+        followed: whether gradient penalties that go through its backward pass can be counted.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Layer:
     began: list[Recording] = field(default_factory=list)
     builtin: bool = False
     direct: Direct | None = None
+    followed: bool = False
     _seen: _Seen = field(default_factory=_Seen)
 
     def begin(self) -> None:
@@ -203,7 +205,10 @@ def make_layer(
         return Layer(name, module, rule, layout, sharded, True, lenient, holds)
     builtin = type(module).forward.__module__.startswith("torch.nn.")
     direct = Direct() if goes_directly(module, rule, layout) and not sharded else None
-    return Layer(name, module, rule, layout, sharded, builtin=builtin, direct=direct)
+    followed = backward_is_known(module, rule)
+    return Layer(
+        name, module, rule, layout, sharded, builtin=builtin, direct=direct, followed=followed
+    )
 
 
 def _own(

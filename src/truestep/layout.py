@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from truestep.activity import Activity
 
-__all__ = ["Given", "Inside", "Layout", "Rule", "Unit", "tensors_in"]
+__all__ = ["Given", "Inside", "Layout", "Rule", "Unit", "outputs_in", "tensors_in"]
 
 Unit = Literal["sample", "position"]
 Given = Callable[..., dict[str, Activity]]
@@ -75,3 +75,30 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif is_dataclass(value) and not isinstance(value, type):
         for field in fields(value):
             yield from tensors_in(getattr(value, field.name))
+
+
+def outputs_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in what a model returns: as `tensors_in`, and in the attributes of objects of other kinds.
+
+    Args:
+        value: what it returns.
+    """
+    found = list(tensors_in(value))
+    yield from found
+    if not found:
+        yield from _attributes_in(value, set())
+
+
+def _attributes_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    if id(value) in seen or isinstance(value, type | nn.Module):
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+        return
+    items: list[Any] = list(value) if isinstance(value, list | tuple) else []
+    items += value.values() if isinstance(value, Mapping) else []
+    items += vars(value).values() if hasattr(value, "__dict__") else []
+    items += [getattr(value, name, None) for name in getattr(value, "__slots__", ())]
+    for item in items:
+        yield from _attributes_in(item, seen)

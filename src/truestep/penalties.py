@@ -4,12 +4,12 @@ A penalty on ``torch.autograd.grad(..., create_graph=True)`` goes back through a
 linear map y = x W^T is a linear map too, dx = delta W: where a further backward pass gives dx the gradient
 gg, it gives W the gradient delta^T gg, whatever x is. Sample i reaches weight (j, k) if delta_ij and gg_ik
 are not zero at one position, so the layer's rule says which samples count when it is given gg in the place
-of the input.
+of the input. Norms have a function of their own for it (`normalization_twice`).
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -17,16 +17,15 @@ from truestep.calls import Call, backward_id
 from truestep.graph import saved_tensors_are_packed
 from truestep.hooks import Hook
 from truestep.layers import Layer
-from truestep.layout import Layout
-from truestep.rules import convolution, embedding, linear, transposed_convolution, transposed_linear
+from truestep.layout import Given, Layout
+from truestep.rules import CONVOLUTIONS, embedding
+from truestep.rules_norm import normalization, normalization_twice
 
 __all__ = ["input_to_follow", "wait_for_penalty"]
 
-LINEAR_MAPS = {linear, transposed_linear, convolution, transposed_convolution}
-
 
 def input_to_follow(layer: Layer, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
-    """The input of a linear map, where autograd keeps it until the backward pass anyway.
+    """The input of a linear map or a norm, where autograd keeps it until the backward pass anyway.
 
     Args:
         layer: the layer that was called.
@@ -34,14 +33,15 @@ def input_to_follow(layer: Layer, args: Any, kwargs: Any, output: Tensor) -> Ten
         kwargs: its keyword arguments.
         output: its output.
     """
-    if layer.rule not in LINEAR_MAPS or len(args) != 1 or kwargs:
+    if not layer.followed or len(args) != 1 or kwargs:
         return None
-    module, (given,) = layer.module, args
+    given, weight = args[0], layer.module._parameters["weight"]  # noqa: SLF001
     kept = (
-        # What other paddings put beside the input is not in the input's gradient.
-        getattr(module, "padding_mode", "zeros") == "zeros"
-        and module.get_parameter("weight").requires_grad
-        and given.dtype is output.dtype  # of what autocast casts, autograd keeps a copy
+        weight is not None
+        and weight.requires_grad
+        # Of what autocast casts or other layers lay out anew, autograd keeps a copy.
+        and given.dtype is output.dtype
+        and (given.is_contiguous() or layer.rule in CONVOLUTIONS)
         and not saved_tensors_are_packed()
     )
     return given if kept else None
@@ -67,7 +67,7 @@ def wait_for_penalty(
     """
     if layer.rule is embedding:
         return  # indices have no gradient that a table could be in
-    if layer.rule in LINEAR_MAPS and not layer.module.get_parameter("weight").requires_grad:
+    if layer.followed and not layer.module.get_parameter("weight").requires_grad:
         return  # a bias is no part of the backward pass
     hook = partial(Hook, watch)
     if given is None:
@@ -75,7 +75,8 @@ def wait_for_penalty(
             if delta is not None and delta.requires_grad:
                 delta.register_hook(hook(_refuse, layer))
     elif given.requires_grad and deltas[0] is not None:
-        _when_differentiated(given, hook(_count, layer, layout, call, deltas[0].detach()))
+        delta, kept = deltas[0].detach(), given.detach()
+        _when_differentiated(given, hook(_count, layer, layout, call, kept, delta))
 
 
 def _when_differentiated(tensor: Tensor, hook: Callable[[Tensor], Any]) -> None:
@@ -91,10 +92,19 @@ def _when_differentiated(tensor: Tensor, hook: Callable[[Tensor], Any]) -> None:
 
 
 def _count(
-    watch: Any, layer: Layer, layout: Layout, call: Call, delta: Tensor, gradient: Tensor
+    watch: Any,
+    layer: Layer,
+    layout: Layout,
+    call: Call,
+    given: Tensor,
+    delta: Tensor,
+    gradient: Tensor,
 ) -> None:
-    activity = layer.rule(layout, layer.module, gradient.detach())
-    assert callable(activity)  # noqa: S101
+    arrived, module = gradient.detach(), cast("Any", layer.module)
+    if layer.rule is normalization:
+        activity = normalization_twice(layout, module, given, arrived)
+    else:
+        activity = cast("Given", layer.rule(layout, module, arrived))
     found = activity(delta)
     found.pop("bias", None)
     watch.receive(layer, layout, call, found)
@@ -105,7 +115,7 @@ def _refuse(watch: Any, layer: Layer, _gradient: Tensor) -> None:
         layer,
         f"a gradient penalty (create_graph=True) goes through the backward pass of {layer.name!r} "
         f"({type(layer.module).__name__}), and which samples reach its parameters that way is known of "
-        "linear layers and convolutions alone, called with one tensor, without autocast and activation "
-        "checkpointing, if the penalty's is the first backward pass through that call. Freeze its "
-        "parameters, or keep their plain gradients: rules without its class and unsupported='mean'",
+        "linear layers, convolutions and norms alone: called with one contiguous tensor, without autocast "
+        "and activation checkpointing, and not gone back through before. Freeze its parameters, or keep "
+        "their plain gradients: rules without its class and unsupported='mean'",
     )

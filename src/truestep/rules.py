@@ -21,7 +21,15 @@ from truestep.rules_norm import BATCH_NORM, normalization
 from truestep.rules_parametrized import parametrized
 from truestep.rules_recurrent import cell, recurrent
 
-__all__ = ["BATCH_NORM", "RULES", "find_rule", "looks_up_positions", "refused"]
+__all__ = [
+    "BATCH_NORM",
+    "CONVOLUTIONS",
+    "RULES",
+    "backward_is_known",
+    "find_rule",
+    "looks_up_positions",
+    "refused",
+]
 
 
 def linear(
@@ -326,6 +334,24 @@ READ_SHAPES = {
     embedding,
     normalization,
 }
+
+
+CONVOLUTIONS = (convolution, transposed_convolution)
+
+
+def backward_is_known(module: nn.Module, rule: Rule) -> bool:
+    """Whether a layer's backward pass uses its weight, and nothing else of its own, in a way that is known.
+
+    Args:
+        module: the layer.
+        rule: its rule.
+    """
+    if rule not in (*CONVOLUTIONS, linear, transposed_linear, normalization):
+        return False
+    # What other paddings put beside the input is not in the input's gradient, and a batch's statistics mix
+    # its samples.
+    plain = getattr(module, "padding_mode", "zeros") == "zeros"
+    return plain and not isinstance(module, nn.modules.batchnorm._BatchNorm)  # noqa: SLF001
 
 
 def refused(module: nn.Module, rules: Mapping[Any, Rule]) -> str | None:  # noqa: PLR0911

@@ -10,7 +10,7 @@ from truestep.activity import Activity, Elements
 from truestep.bits import pack
 from truestep.layout import Layout, Rule
 
-__all__ = ["BATCH_NORM", "normalization"]
+__all__ = ["BATCH_NORM", "normalization", "normalization_twice"]
 
 Norm = (
     nn.LayerNorm
@@ -31,6 +31,37 @@ def normalization(
     input: Tensor,
 ) -> Callable[[Tensor], dict[str, Activity]]:
     """Norms with weights: weight j needs output gradient and normalised input j, bias j the former."""
+    normalized = None
+    if module.weight is not None and module.weight.requires_grad:
+        with torch.no_grad():
+            normalized = _normalize(module, input.detach())
+    return _activity(layout, module, normalized)
+
+
+def normalization_twice(
+    layout: Layout, module: Norm, input: Tensor, gradient: Tensor
+) -> Callable[[Tensor], dict[str, Activity]]:
+    """Norms in a backward pass through their backward pass, dx = J (weight * delta).
+
+    J, the derivative of the normalisation, is symmetric: where dx gets the gradient gg, weight j gets
+    delta_j (J gg)_j.
+
+    Args:
+        layout: of the call.
+        module: the norm.
+        input: of the call.
+        gradient: gg.
+    """
+    with torch.enable_grad():
+        given = input.detach().requires_grad_()
+        (turned,) = torch.autograd.grad(_normalize(module, given), given, gradient)
+    return _activity(layout, module, turned)
+
+
+def _activity(
+    layout: Layout, module: Norm, factors: Tensor | None
+) -> Callable[[Tensor], dict[str, Activity]]:
+    """From output gradients to activity; `factors` are what the weight's are multiplied with."""
     channels = not isinstance(module, nn.LayerNorm | nn.RMSNorm)
     unit_dims = len(module.normalized_shape) if isinstance(module, nn.LayerNorm | nn.RMSNorm) else 1
 
@@ -38,16 +69,13 @@ def normalization(
         return layout.arrange(mask.movedim(1, -1) if channels else mask, unit_dims)
 
     weight, bias = module.weight, getattr(module, "bias", None)
-    normalized = None
-    if weight is not None and weight.requires_grad:
-        with torch.no_grad():
-            normalized = pack(arrange(_normalize(module, input.detach())))
+    met = None if factors is None else pack(arrange(factors))
 
     def activity(delta: Tensor) -> dict[str, Activity]:
         outputs = pack(arrange(delta))
         found: dict[str, Activity] = {}
-        if normalized is not None:
-            found["weight"] = Elements(weight.shape, (outputs & normalized).any_position())
+        if met is not None:
+            found["weight"] = Elements(weight.shape, (outputs & met).any_position())
         if bias is not None and bias.requires_grad:
             found["bias"] = Elements(bias.shape, outputs.any_position())
         return found

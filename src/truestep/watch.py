@@ -36,7 +36,7 @@ from truestep.layers import (
     layout_of,
     sizes_of,
 )
-from truestep.layout import Layout, Rule, Unit, tensors_in
+from truestep.layout import Layout, Rule, Unit, outputs_in, tensors_in
 from truestep.penalties import input_to_follow, wait_for_penalty
 from truestep.records import FORWARD, Records, landing
 from truestep.shapes import traced_by_shapes
@@ -322,7 +322,7 @@ class Watch:
             return None
         call = compiled.call_of(call) if isinstance(call, Tensor) else call
         call.sizes.extend(sizes_of(output, self._batch_dim))
-        outputs = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
+        outputs = [tensor for tensor in outputs_in(output) if tensor.requires_grad]
         for tensor in outputs:
             # Looking at it brings the node of a view up to date whose base was written to in place:
             # register_hook crashes on an old one.
