@@ -16,6 +16,8 @@ PROJECTIONS = 4
 # How far projections of proportional outputs may differ: far above rounding, far below chance.
 CLOSE = 1e-4
 ROWS_AT_ONCE = 256
+# Of outputs this much smaller than what they come from, too few digits are left to make others of them.
+MOST_ROUNDING = 100.0
 
 
 @dataclass
@@ -55,7 +57,7 @@ class Duplicates:
         >>> found = Duplicates(3, tolerance=1e-6)
         >>> y = torch.tensor([[1.0, 2.0, 0.5], [0.0, 0.0, 3.0]])
         >>> found.update(y, 1, y.amin(0), y.amax(0), y.amax(0))
-        >>> [part.tolist() for part in found.pairs(y.amax(0))]
+        >>> [part.tolist() for part in found.pairs(y.amax(0), y.amax(0))]
         [[1], [0], [2.0]]
     """
 
@@ -92,26 +94,36 @@ class Duplicates:
                 kept += self._split(whole, chosen, size)
         self._classes = kept
 
-    def pairs(self, largest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def pairs(self, largest: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What was found.
+
+        Others of a class are multiples of its first unit whose outputs are about as large, beside the
+        pre-activations of whose rounding they have a part, as any's.
 
         Args:
             largest: the largest magnitude of each unit's outputs, ``[units]``.
+            size: that of its pre-activations.
 
         Returns:
             Units, what each is a multiple of, and the factors (float64).
         """
         empty = torch.empty(0, dtype=torch.int64)
-        if not self._classes:
-            return empty, empty, torch.empty(0, dtype=torch.float64)
-        units = torch.cat([found.members[1:] for found in self._classes])
-        errors = torch.cat([found.errors[1:] for found in self._classes])
-        firsts = [found.members[:1].expand(len(found.members) - 1) for found in self._classes]
-        ratios = torch.cat([found.ratios()[1:] for found in self._classes])
-        first = torch.cat(firsts)
-        sizes = largest.double()
-        near = errors <= self._tolerance * (sizes[units] + ratios.abs() * sizes[first])
-        return units[near], first[near], ratios[near]
+        units, firsts, factors = [empty], [empty], [torch.empty(0, dtype=torch.float64)]
+        largest, size = largest.double(), size.double()
+        for found in self._classes:
+            rounding = size[found.members] / largest[found.members]
+            best = int((rounding <= 2 * rounding.min()).nonzero()[0])
+            ratios = found.ratios() / found.ratios()[best]
+            errors = found.errors + ratios.abs() * found.errors[best]
+            first = found.members[best]
+            near = errors <= self._tolerance * (
+                largest[found.members] + ratios.abs() * largest[first]
+            )
+            near &= (found.members != first) & (rounding[best] <= MOST_ROUNDING)
+            units.append(found.members[near])
+            firsts.append(first.expand(int(near.sum())))
+            factors.append(ratios[near])
+        return torch.cat(units), torch.cat(firsts), torch.cat(factors)
 
     def _split(self, found: _Class, values: Tensor, size: Tensor) -> list[_Class]:
         """The classes that a batch leaves of one."""

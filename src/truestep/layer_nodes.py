@@ -218,7 +218,8 @@ class _Total:
     def result(self, key: Key, samples: int) -> LayerNodes:
         """What the statistics say."""
         largest = torch.maximum(self._low.abs(), self._high.abs())
-        units, firsts, ratios = self._duplicates.pairs(largest)
+        size = torch.maximum(self._lowest.abs(), self._highest.abs())
+        units, firsts, ratios = self._duplicates.pairs(largest, size)
         twin = torch.full((self.units,), -1)
         ratio = torch.full((self.units,), torch.nan, dtype=torch.float64)
         twin[units], ratio[units] = firsts, ratios

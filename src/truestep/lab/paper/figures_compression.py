@@ -88,9 +88,9 @@ def accuracy_and_size(table: pd.DataFrame) -> Figure:
     """
     figure = Figure(figsize=(8.0, 5.2), layout="constrained", facecolor=PAPER)
     marks = {
-        "asgd": ("aSGD at its best learning rate", LOOKS["asgd"].colour, "o"),
-        "sgd at asgd's": ("SGD at the same", BORROWED, "s"),
-        "sgd": ("SGD at its own best", LOOKS["sgd"].colour, "D"),
+        "asgd": ("aSGD at its lowest validation loss", LOOKS["asgd"].colour, "o"),
+        "sgd at asgd's": ("SGD at the same learning rate", BORROWED, "s"),
+        "sgd": ("SGD at its own lowest", LOOKS["sgd"].colour, "D"),
     }
     for axes, data in zip(figure.subplots(2, 2).flat, COMPRESSION_DATA, strict=True):
         plain_axes(axes)
@@ -170,5 +170,5 @@ def by_rate(table: pd.DataFrame) -> Figure:
         NAMES[name]: Line2D([], [], color=look.colour, marker=look.marker, markersize=4)
         for name, look in LOOKS.items()
     }
-    explain(figure, {**marks, "best on validation": ring()})
+    explain(figure, {**marks, "lowest validation loss": ring()})
     return figure
