@@ -265,20 +265,52 @@ def test_a_fused_step_is_seen_by_autograd():
     assert all(p._version > v for p, v in zip(model.parameters(), before, strict=True))
 
 
-def test_threads_give_the_same(monkeypatch):
-    monkeypatch.setattr(threads, "GRAIN", 1.0)
+def all_loops(dtype):
+    """What every loop that runs on several threads makes of the same numbers."""
     torch.manual_seed(0)
+    masks = torch.rand(700, 40) < 0.4, torch.rand(7, 40, 100).transpose(1, 2) < 0.4
+    found = [packing.pack(mask.to(dtype)) for mask in masks]
+    found.append(packing.pack(torch.ones(700, 40, dtype=dtype)) is None)
     outputs, inputs = torch.rand(100, 40) < 0.4, torch.rand(100, 30) < 0.4
     activity = Outer(torch.Size([40, 30]), pack(outputs), pack(inputs))
-    gradient = torch.randn(40, 30)
-    expected = gradient * adaptive_factor(activity.count_masks(), 100)
+    found += [activity.count(), scale_(torch.randn(40, 30, dtype=dtype), activity, 100)]
+    found += scan(torch.randn(50, 300, dtype=dtype), 1)
+    parameters = [torch.nn.Parameter(torch.randn(90, 7, dtype=dtype)) for _ in range(3)]
+    adam = torch.optim.Adam(parameters, lr=0.1)
+    boost = truestep.directional_boost()
+    truestep.attach(adam, boost)
+    for optimizer in (truestep.DASGD(parameters, lr=0.1, weight_decay=0.1), adam):
+        for _ in range(3):
+            for parameter in parameters:
+                parameter.grad = torch.randn(90, 7, dtype=dtype)
+            optimizer.step()
+        found += [parameter.detach().clone() for parameter in parameters]
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["torch's threads", "own threads"])
+def test_threads_give_the_same(kind, dtype, monkeypatch):
+    expected = all_loops(dtype)
+    ran = []
+    if kind == "own threads":
+        monkeypatch.setattr(threads, "teams", lambda: None)
+    elif threads.teams() is None:
+        pytest.skip("torch runs on another OpenMP than GNU's")
+    else:
+        run = threads._run
+        monkeypatch.setattr(threads, "_run", lambda *args: (ran.append(1), run(*args))[1])
+    monkeypatch.setattr(threads, "GRAIN", 1.0)
+    monkeypatch.setattr(threads, "TEAM_GRAIN", 1.0)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        assert torch.equal(activity.count(), activity.count_masks())
-        assert torch.equal(scale_(gradient, activity, 100), expected)
+        found = all_loops(dtype)
     finally:
         torch.set_num_threads(before)
+    assert bool(ran) == (kind == "torch's threads")
+    for ours, single in zip(found, expected, strict=True):
+        assert ours is single or torch.equal(ours, single)
 
 
 def test_masks_are_counted_exactly_under_autocast():

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from truestep.kernels import threads
+from truestep.kernels import dispatch, packing, threads
 from truestep.kernels.threads import GRAIN, spread
 
 
@@ -123,3 +123,28 @@ def test_a_forked_child_makes_threads_of_its_own():
     child.join(timeout=60)
     assert child.exitcode == 0
     assert results.get() == (True, 4)
+
+
+def pack_in_a_child(values, results):
+    results.put(int(packing.pack(values).sum()))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.skipif(not dispatch.installed(), reason="numba is not installed")
+@pytest.mark.usefixtures("four_threads")
+def test_a_forked_child_leaves_torchs_threads_alone(monkeypatch):
+    """OpenMP has none of its threads there, and would wait for them for ever."""
+    if "fork" not in multiprocessing.get_all_start_methods():
+        pytest.skip("this platform does not fork")
+    monkeypatch.setattr(threads, "TEAM_GRAIN", 1.0)
+    monkeypatch.setattr(threads, "GRAIN", 1.0)
+    values = torch.rand(700, 40) - 0.5
+    values[values < 0] = 0
+    expected = int(packing.pack(values).sum())
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    child = context.Process(target=pack_in_a_child, args=(values, results))
+    child.start()
+    child.join(timeout=60)
+    assert child.exitcode == 0
+    assert results.get() == expected

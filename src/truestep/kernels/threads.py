@@ -1,5 +1,11 @@
-"""One compiled loop on several cores: own threads, which sleep between the calls."""
+"""One compiled loop on several cores: on the threads of torch's own operations, or on some of our own.
 
+torch's threads are OpenMP's. They stay awake for a while after an operation: what they are handed begins at
+once, and what other threads do in that time has to share their cores. Where OpenMP is another than GNU's, or
+a loop is not compiled for it, there are own threads, which sleep between the calls.
+"""
+
+import ctypes
 import functools
 import os
 import threading
@@ -8,13 +14,19 @@ from itertools import pairwise
 from queue import SimpleQueue
 from typing import Any
 
+import numpy as np
 import torch
 
-__all__ = ["GRAIN", "spread"]
+from truestep.kernels.dispatch import installed, loops
+
+__all__ = ["GRAIN", "TEAM_GRAIN", "spread", "teams"]
 
 # Nanoseconds. Handing a part to a sleeping thread and hearing of its end took 60,000 on a virtual machine:
 # a part that is shorter costs more than it saves.
 GRAIN = 75_000
+# Handing it to OpenMP's threads, with all that Python does for it, took 20,000.
+TEAM_GRAIN = 30_000
+MOST = 24  # numbers that a team gets
 
 Loop = Callable[..., Any]
 Done = SimpleQueue[tuple[Any, BaseException | None]]
@@ -33,15 +45,21 @@ def spread(loop: Loop, length: int, work: float, *arguments: Any) -> list[Any]:
         arguments: what the loop takes after its range.
 
     Returns:
-        What the loop returned for each part, in no order.
+        What the loop returned for each part, in no order; of a team, whether all returned something but 0.
 
     Example:
         >>> spread(lambda start, stop, name: (start, stop, name), 8, 100.0, "short")
         [(0, 8, 'short')]
     """
-    parts = 1 if work < 2 * GRAIN else min(torch.get_num_threads(), int(work / GRAIN), length)
+    if work < 2 * TEAM_GRAIN:
+        return [loop(0, length, *arguments)]
+    team = _team(loop)
+    grain = GRAIN if team is None else TEAM_GRAIN
+    parts = min(torch.get_num_threads(), int(work / grain), length)
     if parts < 2:  # noqa: PLR2004 - nothing to share
         return [loop(0, length, *arguments)]
+    if team is not None:
+        return [_run(team, length, parts, arguments)]
     jobs, done = _jobs(parts - 1), Done()
     ends = [length * part // parts for part in range(1, parts + 1)]
     for start, stop in pairwise(ends):
@@ -53,6 +71,42 @@ def spread(loop: Loop, length: int, work: float, *arguments: Any) -> list[Any]:
     if failures:
         raise failures[0]
     return results + others
+
+
+@functools.cache
+def teams() -> Any:
+    """What starts a team of torch's threads; None where there is no GNU OpenMP.
+
+    It is looked up among the symbols that torch has loaded for the whole process.
+    """
+    try:
+        parallel = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError, TypeError):
+        return None
+    parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    parallel.restype = None
+    return parallel
+
+
+def _team(loop: Loop) -> Any:
+    there = installed() and teams() is not None and not _forked.is_set()
+    return loops().team(loop) if there else None
+
+
+def _run(team: Any, length: int, parts: int, arguments: tuple[Any, ...]) -> int:
+    """Lets a team run a loop; its result is 0 if that of any part was."""
+    numbers = [0, parts, length, 1]
+    for argument in arguments:
+        if isinstance(argument, np.ndarray):
+            numbers += [argument.ctypes.data, argument.size, argument.itemsize]
+        elif isinstance(argument, float):
+            numbers.append(int(np.float64(argument).view(np.int64)))
+        else:
+            numbers.append(int(argument))
+    work = np.zeros(MOST, np.int64)
+    work[: len(numbers)] = numbers
+    teams()(team.address, work.ctypes.data, parts, 0)
+    return int(work[3])
 
 
 def _wait(done: Done, parts: int) -> tuple[list[Any], list[BaseException]]:
@@ -96,6 +150,14 @@ def _serve(jobs: SimpleQueue[tuple[Loop, int, int, tuple[Any, ...], Done]]) -> N
         del arguments, done  # nothing is kept alive while the thread sleeps
 
 
-# A forked child has the queues but none of the threads.
+_forked = threading.Event()
+
+
+def _forget() -> None:
+    """In a forked child, which has the queues and OpenMP's state but none of the threads."""
+    _forked.set()
+    _jobs.cache_clear()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_jobs.cache_clear)
+    os.register_at_fork(after_in_child=_forget)

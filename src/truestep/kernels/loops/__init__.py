@@ -1,23 +1,36 @@
 """The compiled loops, which alone import numba; the compiler vectorises the inner ones, over units."""
 
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from numba import cfunc, types
 from numba.core import config
 
 from truestep.kernels.dispatch import machine_code
 
-# numba asks for the place when a function is defined.
 settings: Any = config
 before = settings.CACHE_DIR
-settings.CACHE_DIR = str(machine_code(before))
-try:
+
+
+@contextmanager
+def _keeping() -> Iterator[None]:
+    """Keeps the machine code of what is defined inside in a place of our own; numba asks for it then."""
+    settings.CACHE_DIR = str(machine_code(before))
+    try:
+        yield
+    finally:
+        settings.CACHE_DIR = before
+
+
+with _keeping():
     from truestep.kernels.loops import replicas, tables
     from truestep.kernels.loops.boost import boost, boosted_step
     from truestep.kernels.loops.pack import join, pack_positions, pack_units
     from truestep.kernels.loops.scan import scan
     from truestep.kernels.loops.step import count, step
-finally:
-    settings.CACHE_DIR = before
+    from truestep.kernels.loops.teams import TEAMS
 
 __all__ = [
     "boost",
@@ -30,4 +43,15 @@ __all__ = [
     "scan",
     "step",
     "tables",
+    "team",
 ]
+
+
+@functools.cache
+def team(loop: Any) -> Any:
+    """What OpenMP calls to run a loop, see `teams`; None for other functions."""
+    function = TEAMS.get(loop)
+    if function is None:
+        return None
+    with _keeping():
+        return cfunc(types.void(types.int64), cache=True)(function)

@@ -1,0 +1,143 @@
+"""The loops as a team of OpenMP's threads runs them: each thread takes parts until none is left.
+
+Such a function gets one address, of int64 numbers: the next part, how many there are, how far the loop runs,
+a result that begins as 1, and the loop's further arguments: an array as its address, size and item size, a
+float by its bits.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.extending import intrinsic
+
+from truestep.kernels.loops.boost import boost, boosted_step
+from truestep.kernels.loops.memory import pointer
+from truestep.kernels.loops.pack import pack_positions, pack_units
+from truestep.kernels.loops.scan import scan
+from truestep.kernels.loops.step import count, step
+
+__all__ = ["TEAMS"]
+
+PARTS, LENGTH, RESULT = 1, 2, 3
+MOST = 24  # numbers
+SINGLE = 4  # bytes
+OPTIONS = 8  # numbers
+
+
+@intrinsic
+def _take(_context: Any, address: Any) -> Any:
+    """The number at an address, which becomes one more in the same instant."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(64)
+        place = builder.inttoptr(arguments[0], word.as_pointer())
+        return builder.atomic_rmw("add", place, word(1), "seq_cst")
+
+    return types.int64(types.int64), generate
+
+
+@njit(cache=True, nogil=True)
+def _next(address: Any) -> Any:
+    """Start and stop of the next part; both 0 where none is left."""
+    work = carray(pointer(address), (MOST,), np.int64)
+    part, parts = _take(address), work[PARTS]
+    if part >= parts:
+        return np.int64(0), np.int64(0)
+    return work[LENGTH] * part // parts, work[LENGTH] * (part + 1) // parts
+
+
+def _pack_units(address: Any) -> None:
+    w = carray(pointer(address), (MOST,), np.int64)
+    start, stop = _next(address)
+    while stop > 0:
+        full = pack_units(
+            start, stop, w[4], w[5], w[6], w[7], w[8], w[9], w[10], w[11], w[12]
+        )  # fmt: skip
+        if full == 0:
+            w[RESULT] = 0
+        start, stop = _next(address)
+
+
+def _pack_positions(address: Any) -> None:
+    w = carray(pointer(address), (MOST,), np.int64)
+    start, stop = _next(address)
+    while stop > 0:
+        full = pack_positions(
+            start, stop, w[4], w[5], w[6], w[7], w[8], w[9], w[10], w[11], w[12]
+        )  # fmt: skip
+        if full == 0:
+            w[RESULT] = 0
+        start, stop = _next(address)
+
+
+def _step(address: Any) -> None:
+    w = carray(pointer(address), (MOST,), np.int64)
+    start, stop = _next(address)
+    while stop > 0:
+        if w[8] == SINGLE:
+            step(start, stop, w[4], w[5], carray(pointer(w[6]), (OPTIONS,), np.float32))
+        else:
+            step(start, stop, w[4], w[5], carray(pointer(w[6]), (OPTIONS,), np.float64))
+        start, stop = _next(address)
+
+
+def _count(address: Any) -> None:
+    w = carray(pointer(address), (MOST,), np.int64)
+    start, stop = _next(address)
+    while stop > 0:
+        count(start, stop, w[4], carray(pointer(w[5]), (OPTIONS,), np.float32), w[8])
+        start, stop = _next(address)
+
+
+def _boosted_step(address: Any) -> None:
+    w = carray(pointer(address), (MOST,), np.int64)
+    table = carray(pointer(w[4]), (5, w[5] // 5), np.int64)
+    floats = carray(pointer(address), (MOST,), np.float64)
+    start, stop = _next(address)
+    while stop > 0:
+        if w[9] == SINGLE:
+            like = carray(pointer(w[7]), (w[8],), np.float32)
+            boosted_step(start, stop, table, like, floats[10], floats[11], w[12] != 0)
+        else:
+            wide = carray(pointer(w[7]), (w[8],), np.float64)
+            boosted_step(start, stop, table, wide, floats[10], floats[11], w[12] != 0)
+        start, stop = _next(address)
+
+
+def _boost(address: Any) -> None:
+    w = carray(pointer(address), (MOST,), np.int64)
+    table = carray(pointer(w[4]), (4, w[5] // 4), np.int64)
+    start, stop = _next(address)
+    while stop > 0:
+        if w[9] == SINGLE:
+            boost(start, stop, table, carray(pointer(w[7]), (w[8],), np.float32))
+        else:
+            boost(start, stop, table, carray(pointer(w[7]), (w[8],), np.float64))
+        start, stop = _next(address)
+
+
+def _scan(address: Any) -> None:
+    w = carray(pointer(address), (MOST,), np.int64)
+    start, stop = _next(address)
+    while stop > 0:
+        if w[9] == SINGLE:
+            like = carray(pointer(w[7]), (w[8],), np.float32)
+            scan(start, stop, w[4], w[5], w[6], like, w[10], w[11], w[12])
+        else:
+            wide = carray(pointer(w[7]), (w[8],), np.float64)
+            scan(start, stop, w[4], w[5], w[6], wide, w[10], w[11], w[12])
+        start, stop = _next(address)
+
+
+TEAMS: dict[Any, Callable[[Any], None]] = {
+    pack_units: _pack_units,
+    pack_positions: _pack_positions,
+    step: _step,
+    count: _count,
+    boosted_step: _boosted_step,
+    boost: _boost,
+    scan: _scan,
+}
