@@ -14,6 +14,7 @@ from torch.nn import functional
 from truestep import oracle
 from truestep.counter import SampleCounter
 from truestep.kernels import dispatch
+from truestep.kernels.threads import teams
 
 __all__ = ["Check", "installed_packages", "paths_in_use", "self_check"]
 
@@ -72,14 +73,17 @@ def installed_packages() -> dict[str, str]:
 
 def paths_in_use() -> dict[str, str]:
     """Which code counts and scales on which device."""
-    compiled = "compiled loops (numba)" if dispatch.installed() else "torch operations (no numba)"
+    compiled, threads = "torch operations (no numba)", "threads"
+    if dispatch.installed():
+        compiled = "compiled loops (numba)"
+        threads = "of torch's threads" if teams() else "threads of our own (torch has no GNU OpenMP)"
     devices = "none"
     if torch.cuda.is_available():
         devices = ", ".join(
             torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
         )
     return {
-        "CPU": f"{compiled}, {torch.get_num_threads()} threads",
+        "CPU": f"{compiled}, {torch.get_num_threads()} {threads}",
         "other devices": f"torch operations; CUDA devices: {devices}",
     }
 
