@@ -76,7 +76,9 @@ def paths_in_use() -> dict[str, str]:
     compiled, threads = "torch operations (no numba)", "threads"
     if dispatch.installed():
         compiled = "compiled loops (numba)"
-        threads = "of torch's threads" if teams() else "threads of our own (torch has no GNU OpenMP)"
+        threads = (
+            "of torch's threads" if teams() else "threads of our own (torch has no GNU OpenMP)"
+        )
     devices = "none"
     if torch.cuda.is_available():
         devices = ", ".join(

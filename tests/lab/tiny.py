@@ -21,7 +21,8 @@ IMAGES = NUMBERS.integers(0, 100, (TRAIN + TEST, 28, 28)).astype(np.uint8)
 LABELS = NUMBERS.integers(0, 10, TRAIN + TEST).astype(np.uint8)
 ARRAYS = (IMAGES[:TRAIN], LABELS[:TRAIN], IMAGES[TRAIN:], LABELS[TRAIN:])
 PUBLISHED = {
-    name: gzip.compress(idx_bytes(array)) for name, array in zip(NAMES, ARRAYS, strict=True)
+    name: gzip.compress(idx_bytes(array), mtime=0)
+    for name, array in zip(NAMES, ARRAYS, strict=True)
 }
 
 

@@ -17,7 +17,8 @@ from truestep.kernels.threads import spread
 __all__ = ["WORD", "join", "pack", "pack_rows", "unpack"]
 
 WORD = 64
-NANOSECONDS = 0.05  # for each byte
+NANOSECONDS = 0.08  # for each byte, which is seldom in the nearest cache
+SHARED = 1 << 19  # bytes from which on it is worth asking whether others can help
 # The bits that tell a number of so many bytes from zero: all but a float's sign.
 MAGNITUDE = {1: 0xFF, 2: 0x7FFF, 4: 0x7FFF_FFFF, 8: 0x7FFF_FFFF_FFFF_FFFF}
 
@@ -83,7 +84,12 @@ def pack_rows(tensors: Sequence[Tensor]) -> tuple[Tensor, list[int]] | None:
         (samples, units), size = shapes[index], tensor.element_size()
         geometry = size, MAGNITUDE[size], samples, 1, units, units * size, 0
         count, to = (samples + WORD - 1) // WORD, start + 8 * places[index]
-        if pack_units(0, count, tensor.data_ptr(), *geometry, to):
+        arguments = tensor.data_ptr(), *geometry, to
+        if tensor.nbytes < SHARED:
+            full = pack_units(0, count, *arguments)
+        else:
+            full = all(spread(pack_units, count, tensor.nbytes * NANOSECONDS, *arguments))
+        if full:
             places[index] = -1
     return words, places
 
