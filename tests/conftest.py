@@ -1,3 +1,5 @@
+import signal
+
 import pytest
 import torch
 from hypothesis import register_random, settings
@@ -17,6 +19,11 @@ register_random(TORCH_RANDOM)
 # Machines are shared and slow; what hypothesis finds must not depend on the clock or on luck.
 settings.register_profile("truestep", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("truestep")
+
+
+# A shell that runs tests in the background ignores SIGINT, and so would all commands that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
