@@ -51,11 +51,9 @@ def spread(loop: Loop, length: int, work: float, *arguments: Any) -> list[Any]:
         >>> spread(lambda start, stop, name: (start, stop, name), 8, 100.0, "short")
         [(0, 8, 'short')]
     """
-    if work < 2 * TEAM_GRAIN:
-        return [loop(0, length, *arguments)]
-    team = _team(loop)
-    grain = GRAIN if team is None else TEAM_GRAIN
-    parts = min(torch.get_num_threads(), int(work / grain), length)
+    threads = 1 if work < 2 * TEAM_GRAIN else torch.get_num_threads()
+    team = None if threads == 1 else _team(loop, arguments)
+    parts = min(threads, int(work / (GRAIN if team is None else TEAM_GRAIN)), length)
     if parts < 2:  # noqa: PLR2004 - nothing to share
         return [loop(0, length, *arguments)]
     if team is not None:
@@ -88,9 +86,11 @@ def teams() -> Any:
     return parallel
 
 
-def _team(loop: Loop) -> Any:
-    there = installed() and teams() is not None and not _forked.is_set()
-    return loops().team(loop) if there else None
+def _team(loop: Loop, arguments: tuple[Any, ...]) -> Any:
+    if not installed() or teams() is None or _forked.is_set():
+        return None
+    numbers = [each.dtype.type for each in arguments if isinstance(each, np.ndarray)]
+    return loops().team(loop, numbers[-1] if numbers else None)
 
 
 def _run(team: Any, length: int, parts: int, arguments: tuple[Any, ...]) -> int:

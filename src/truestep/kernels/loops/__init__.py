@@ -48,10 +48,10 @@ __all__ = [
 
 
 @functools.cache
-def team(loop: Any) -> Any:
-    """What OpenMP calls to run a loop, see `teams`; None for other functions."""
-    function = TEAMS.get(loop)
-    if function is None:
+def team(loop: Any, number: Any) -> Any:
+    """What OpenMP calls to run a loop on numbers of a type, see `teams`; None for other functions."""
+    make = TEAMS.get(loop)
+    if make is None:
         return None
     with _keeping():
-        return cfunc(types.void(types.int64), cache=True)(function)
+        return cfunc(types.void(types.int64), cache=True)(make(number))

@@ -23,8 +23,8 @@ __all__ = ["TEAMS"]
 
 PARTS, LENGTH, RESULT = 1, 2, 3
 MOST = 24  # numbers
-SINGLE = 4  # bytes
 OPTIONS = 8  # numbers
+Team = Callable[[Any], None]
 
 
 @intrinsic
@@ -49,90 +49,101 @@ def _next(address: Any) -> Any:
     return work[LENGTH] * part // parts, work[LENGTH] * (part + 1) // parts
 
 
-def _pack_units(address: Any) -> None:
-    w = carray(pointer(address), (MOST,), np.int64)
-    start, stop = _next(address)
-    while stop > 0:
-        full = pack_units(
-            start, stop, w[4], w[5], w[6], w[7], w[8], w[9], w[10], w[11], w[12]
-        )  # fmt: skip
-        if full == 0:
-            w[RESULT] = 0
+def _pack_units(_number: Any) -> Team:
+    def run(address: Any) -> None:
+        w = carray(pointer(address), (MOST,), np.int64)
         start, stop = _next(address)
+        while stop > 0:
+            full = pack_units(
+                start, stop, w[4], w[5], w[6], w[7], w[8], w[9], w[10], w[11], w[12]
+            )  # fmt: skip
+            if full == 0:
+                w[RESULT] = 0
+            start, stop = _next(address)
+
+    return run
 
 
-def _pack_positions(address: Any) -> None:
-    w = carray(pointer(address), (MOST,), np.int64)
-    start, stop = _next(address)
-    while stop > 0:
-        full = pack_positions(
-            start, stop, w[4], w[5], w[6], w[7], w[8], w[9], w[10], w[11], w[12]
-        )  # fmt: skip
-        if full == 0:
-            w[RESULT] = 0
+def _pack_positions(_number: Any) -> Team:
+    def run(address: Any) -> None:
+        w = carray(pointer(address), (MOST,), np.int64)
         start, stop = _next(address)
+        while stop > 0:
+            full = pack_positions(
+                start, stop, w[4], w[5], w[6], w[7], w[8], w[9], w[10], w[11], w[12]
+            )  # fmt: skip
+            if full == 0:
+                w[RESULT] = 0
+            start, stop = _next(address)
+
+    return run
 
 
-def _step(address: Any) -> None:
-    w = carray(pointer(address), (MOST,), np.int64)
-    start, stop = _next(address)
-    while stop > 0:
-        if w[8] == SINGLE:
-            step(start, stop, w[4], w[5], carray(pointer(w[6]), (OPTIONS,), np.float32))
-        else:
-            step(start, stop, w[4], w[5], carray(pointer(w[6]), (OPTIONS,), np.float64))
+def _step(number: Any) -> Team:
+    def run(address: Any) -> None:
+        w = carray(pointer(address), (MOST,), np.int64)
+        options = carray(pointer(w[6]), (OPTIONS,), number)
         start, stop = _next(address)
+        while stop > 0:
+            step(start, stop, w[4], w[5], options)
+            start, stop = _next(address)
+
+    return run
 
 
-def _count(address: Any) -> None:
-    w = carray(pointer(address), (MOST,), np.int64)
-    start, stop = _next(address)
-    while stop > 0:
-        count(start, stop, w[4], carray(pointer(w[5]), (OPTIONS,), np.float32), w[8])
+def _count(number: Any) -> Team:
+    def run(address: Any) -> None:
+        w = carray(pointer(address), (MOST,), np.int64)
+        options = carray(pointer(w[5]), (OPTIONS,), number)
         start, stop = _next(address)
+        while stop > 0:
+            count(start, stop, w[4], options, w[8])
+            start, stop = _next(address)
+
+    return run
 
 
-def _boosted_step(address: Any) -> None:
-    w = carray(pointer(address), (MOST,), np.int64)
-    table = carray(pointer(w[4]), (5, w[5] // 5), np.int64)
-    floats = carray(pointer(address), (MOST,), np.float64)
-    start, stop = _next(address)
-    while stop > 0:
-        if w[9] == SINGLE:
-            like = carray(pointer(w[7]), (w[8],), np.float32)
+def _boosted_step(number: Any) -> Team:
+    def run(address: Any) -> None:
+        w = carray(pointer(address), (MOST,), np.int64)
+        table = carray(pointer(w[4]), (5, w[5] // 5), np.int64)
+        like = carray(pointer(w[7]), (w[8],), number)
+        floats = carray(pointer(address), (MOST,), np.float64)
+        start, stop = _next(address)
+        while stop > 0:
             boosted_step(start, stop, table, like, floats[10], floats[11], w[12] != 0)
-        else:
-            wide = carray(pointer(w[7]), (w[8],), np.float64)
-            boosted_step(start, stop, table, wide, floats[10], floats[11], w[12] != 0)
+            start, stop = _next(address)
+
+    return run
+
+
+def _boost(number: Any) -> Team:
+    def run(address: Any) -> None:
+        w = carray(pointer(address), (MOST,), np.int64)
+        table = carray(pointer(w[4]), (4, w[5] // 4), np.int64)
+        like = carray(pointer(w[7]), (w[8],), number)
         start, stop = _next(address)
+        while stop > 0:
+            boost(start, stop, table, like)
+            start, stop = _next(address)
+
+    return run
 
 
-def _boost(address: Any) -> None:
-    w = carray(pointer(address), (MOST,), np.int64)
-    table = carray(pointer(w[4]), (4, w[5] // 4), np.int64)
-    start, stop = _next(address)
-    while stop > 0:
-        if w[9] == SINGLE:
-            boost(start, stop, table, carray(pointer(w[7]), (w[8],), np.float32))
-        else:
-            boost(start, stop, table, carray(pointer(w[7]), (w[8],), np.float64))
+def _scan(number: Any) -> Team:
+    def run(address: Any) -> None:
+        w = carray(pointer(address), (MOST,), np.int64)
+        like = carray(pointer(w[7]), (w[8],), number)
         start, stop = _next(address)
-
-
-def _scan(address: Any) -> None:
-    w = carray(pointer(address), (MOST,), np.int64)
-    start, stop = _next(address)
-    while stop > 0:
-        if w[9] == SINGLE:
-            like = carray(pointer(w[7]), (w[8],), np.float32)
+        while stop > 0:
             scan(start, stop, w[4], w[5], w[6], like, w[10], w[11], w[12])
-        else:
-            wide = carray(pointer(w[7]), (w[8],), np.float64)
-            scan(start, stop, w[4], w[5], w[6], wide, w[10], w[11], w[12])
-        start, stop = _next(address)
+            start, stop = _next(address)
+
+    return run
 
 
-TEAMS: dict[Any, Callable[[Any], None]] = {
+# Each loop's function for numbers of a type, that of the loop's last array.
+TEAMS: dict[Any, Callable[[Any], Team]] = {
     pack_units: _pack_units,
     pack_positions: _pack_positions,
     step: _step,
