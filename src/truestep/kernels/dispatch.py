@@ -8,13 +8,29 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["PLAIN", "all_plain", "compiled_loops", "installed", "loops", "machine_code"]
+__all__ = [
+    "LIKE",
+    "PLAIN",
+    "all_plain",
+    "compiled_loops",
+    "installed",
+    "is_plain",
+    "loops",
+    "machine_code",
+]
 
 # numpy has no bfloat16: loops that take 16-bit floats read their bits.
 DTYPES = {torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.bool}
+# What tells compiled loops the dtype of numbers to reckon with.
+LIKE: dict[torch.dtype, NDArray[Any]] = {
+    torch.float32: np.empty(0, np.float32),
+    torch.float64: np.empty(0, np.float64),
+}
 # What has memory of its own to read; subclasses may not.
 PLAIN = {Tensor, torch.nn.Parameter}
 

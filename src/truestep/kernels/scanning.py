@@ -3,12 +3,11 @@
 import torch
 from torch import Tensor
 
-from truestep.kernels.dispatch import all_plain, loops
+from truestep.kernels.dispatch import LIKE, all_plain, loops
 from truestep.kernels.threads import spread
 
 __all__ = ["scan", "scan_torch"]
 
-ROW_TYPES = {torch.float32: torch.zeros(1).numpy(), torch.float64: torch.zeros(1).double().numpy()}
 NANOSECONDS = 0.25  # for each number
 AT_ONCE = 1 << 17  # numbers
 
@@ -27,7 +26,7 @@ def scan(values: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
         >>> scan(torch.tensor([[1.0, -1.0], [3.0, 0.0]]), 1)
         (tensor([ 1., -1.]), tensor([3., 0.]), tensor([2, 0]))
     """
-    if dim != values.dim() - 1 or values.dtype not in ROW_TYPES or not all_plain([values]):
+    if dim != values.dim() - 1 or values.dtype not in LIKE or not all_plain([values]):
         return scan_torch(values, dim)
     units = values.shape[-1]
     low, high = values.new_empty(units), values.new_empty(units)
@@ -39,7 +38,7 @@ def scan(values: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
         values.data_ptr(),
         values.numel() // units,
         units,
-        ROW_TYPES[values.dtype],
+        LIKE[values.dtype],
         low.data_ptr(),
         high.data_ptr(),
         positive.data_ptr(),

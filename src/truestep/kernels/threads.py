@@ -26,7 +26,6 @@ __all__ = ["GRAIN", "TEAM_GRAIN", "spread", "teams"]
 GRAIN = 75_000
 # Handing it to OpenMP's threads, with all that Python does for it, took 20,000.
 TEAM_GRAIN = 30_000
-MOST = 24  # numbers that a team gets
 
 Loop = Callable[..., Any]
 Done = SimpleQueue[tuple[Any, BaseException | None]]
@@ -103,8 +102,7 @@ def _run(team: Any, length: int, parts: int, arguments: tuple[Any, ...]) -> int:
             numbers.append(int(np.float64(argument).view(np.int64)))
         else:
             numbers.append(int(argument))
-    work = np.zeros(MOST, np.int64)
-    work[: len(numbers)] = numbers
+    work = np.array(numbers, np.int64)
     teams()(team.address, work.ctypes.data, parts, 0)
     return int(work[3])
 
