@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numba import carray, njit
 
-from truestep.kernels.loops.memory import count_bits, fma, pointer
+from truestep.kernels.loops.memory import count_bits, count_pairs, fma, pointer
 from truestep.kernels.loops.pack import align
 from truestep.kernels.loops.window import channels_first, positions_seen, sizes, unfold
 
@@ -21,6 +21,9 @@ ROWS, COLUMNS, OUTPUTS, INPUTS, SAMPLES, POSITIONS = range(5, 11)
 WINDOW, APART, ENTRIES, LOOKED_UP, OWNERS, BY_ENTRY, COUNTS = range(11, 18)
 FIELDS = 18
 
+# How many rows are counted at once.
+BLOCK = 4
+
 # How many elements with one factor are gone through at once.
 STRETCH = 1024
 
@@ -28,42 +31,33 @@ STRETCH = 1024
 LR, WEIGHT_DECAY, MOMENTUM, KEPT, NESTEROV, MAXIMIZE, EPS, LIMIT = range(8)
 
 
-# Division as numpy does it: a check for zeros would keep the loop from being vectorised.
+# Division as numpy does it: a check for zeros would keep loops from being vectorised.
 @njit(cache=True, nogil=True, error_model="numpy")
-def _factors(counts: Any, batch_size: Any, options: Any, factors: Any) -> None:
-    eps, limit, one = options[EPS], options[LIMIT], options.dtype.type(1)
-    for column in range(len(factors)):
-        count = counts[column]
-        factor = batch_size / (options.dtype.type(count) + eps)
-        factor = min(factor, limit)
-        factors[column] = one if count == 0 else factor
+def _factor(adaptive: Any, batch_size: Any, eps: Any, limit: Any, one: Any) -> Any:
+    """``N / (m + eps)``, at most the limit; 1 where m, `adaptive`, is 0."""
+    return one if adaptive == 0 else min(batch_size / (adaptive + eps), limit)
 
 
 @njit(cache=True, nogil=True)
-def _count_samples(outputs: Any, inputs: Any, row: Any, group: Any, counts: Any) -> None:
-    """The bits that are on in both: ``outputs[:, :, row]`` and ``inputs[:, :, group]``."""
-    counts[:] = 0
-    words, columns = outputs.shape[1], len(counts)
+def _count_samples(
+    outputs: Any, inputs: Any, row: Any, rows: Any, group: Any, counts: Any
+) -> None:
+    """The bits that are on in both ``outputs[:, :, row : row + rows]`` and ``inputs[:, :, group]``."""
+    counts[:rows] = 0
+    columns, words = counts.shape[1], outputs.shape[1]
+    width = inputs.shape[2] * columns
     for sample in range(outputs.shape[0]):
-        word, image = 0, sample % inputs.shape[0]
-        while word + 4 <= words:
-            a, b = outputs[sample, word, row], outputs[sample, word + 1, row]
-            c, d = outputs[sample, word + 2, row], outputs[sample, word + 3, row]
-            p, q = inputs[image, word, group], inputs[image, word + 1, group]
-            r, s = inputs[image, word + 2, group], inputs[image, word + 3, group]
-            for column in range(columns):
-                counts[column] += (
-                    count_bits(a & p[column])
-                    + count_bits(b & q[column])
-                    + count_bits(c & r[column])
-                    + count_bits(d & s[column])
-                )
-            word += 4
-        while word < words:
-            a, p = outputs[sample, word, row], inputs[image, word, group]
-            for column in range(columns):
-                counts[column] += count_bits(a & p[column])
-            word += 1
+        image = sample % inputs.shape[0]
+        count_pairs(
+            outputs.ctypes.data + 8 * (sample * words * outputs.shape[2] + row),
+            8 * outputs.shape[2],
+            inputs.ctypes.data + 8 * (image * words * width + group * columns),
+            8 * width,
+            words,
+            rows,
+            columns,
+            counts.ctypes.data,
+        )
 
 
 @njit(cache=True, nogil=True)
@@ -119,35 +113,38 @@ def _count_on(words: Any, unit: Any, joined: Any) -> Any:
 
 
 @njit(cache=True, nogil=True)
-def _update(entry: Any, first: Any, factors: Any, options: Any) -> None:
-    """Elements from `first` on, one for each factor: ``w <- w - lr g N / (m + eps)``, or g alone."""
-    columns = len(factors)
+def _update(entry: Any, first: Any, counts: Any, options: Any) -> None:
+    """Elements from `first` on, one for each count: ``w <- w - lr g N / (m + eps)``, or g alone."""
+    columns, number = len(counts), options.dtype.type
     place = first * options.itemsize
     gradient = carray(pointer(entry[GRADIENT] + place), (columns,), options.dtype)
+    size, eps, limit, one = number(entry[BATCH_SIZE]), options[EPS], options[LIMIT], number(1)
     if entry[PARAMETER] == 0:
         for column in range(columns):
-            gradient[column] *= factors[column]
+            gradient[column] *= _factor(number(counts[column]), size, eps, limit, one)
         return
     parameter = carray(pointer(entry[PARAMETER] + place), (columns,), options.dtype)
     # In the order of torch's SGD, and with its roundings.
-    sign = options.dtype.type(-1) if options[MAXIMIZE] != 0 else options.dtype.type(1)
+    sign = number(-1) if options[MAXIMIZE] != 0 else one
     back, decay = -options[LR], options[WEIGHT_DECAY]
+    if entry[BUFFER] == 0 and decay == 0:
+        for column in range(columns):
+            factor = _factor(number(counts[column]), size, eps, limit, one)
+            direction = sign * (gradient[column] * factor)
+            parameter[column] = fma(back, direction, parameter[column])
+        return
     if entry[BUFFER] == 0:
-        if decay == 0:
-            for column in range(columns):
-                direction = sign * (gradient[column] * factors[column])
-                parameter[column] = fma(back, direction, parameter[column])
-        else:
-            for column in range(columns):
-                direction = sign * (gradient[column] * factors[column])
-                direction = fma(decay, parameter[column], direction)
-                parameter[column] = fma(back, direction, parameter[column])
+        for column in range(columns):
+            factor = _factor(number(counts[column]), size, eps, limit, one)
+            direction = fma(decay, parameter[column], sign * (gradient[column] * factor))
+            parameter[column] = fma(back, direction, parameter[column])
         return
     buffer = carray(pointer(entry[BUFFER] + place), (columns,), options.dtype)
     momentum, kept = options[MOMENTUM], options[KEPT]
     nesterov, fresh = options[NESTEROV] != 0, entry[FRESH] != 0
     for column in range(columns):
-        direction = sign * (gradient[column] * factors[column])
+        factor = _factor(number(counts[column]), size, eps, limit, one)
+        direction = sign * (gradient[column] * factor)
         if decay != 0:
             direction = fma(decay, parameter[column], direction)
         speed = direction if fresh else fma(kept, direction, momentum * buffer[column])
@@ -241,18 +238,16 @@ def _linear(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> No
     joined = entry[POSITIONS] > 1 and entry[APART] == 0
     if entry[APART] != 0:
         samples *= entry[POSITIONS]
-    counts, hits = np.empty(columns, np.int64), np.empty(columns, np.int64)
-    factors = np.empty(columns, options.dtype)
-    batch_size = options.dtype.type(entry[BATCH_SIZE])
+    counts, hits = np.empty(columns, np.int32), np.empty(columns, np.int64)
+    block, block_start, block_stop = np.empty((BLOCK, columns), np.int32), first, first
     groups, taps = sizes(entry[WINDOW])
-    ordered = np.empty(columns, np.int64) if taps > 1 else counts
+    ordered = np.empty(columns, np.int32) if taps > 1 else counts
     by_row = entry[INPUTS] == 0 and entry[WINDOW] == 0
     by_column = entry[OUTPUTS] == 0
     known = -1
     constant = by_row and by_column
     if constant and counted.shape[0] == 0:
-        same = np.empty(STRETCH, options.dtype)
-        _factors(np.full(STRETCH, samples), batch_size, options, same)
+        same = np.full(STRETCH, np.int32(samples))
         _stretch(entry, first * columns, last * columns, same, options)
         return
     if constant:
@@ -275,19 +270,24 @@ def _linear(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> No
             if joined:
                 _count_joined(outputs, view, row, group, hits, counts, entry[WINDOW])
             else:
-                _count_samples(outputs, view[0], row, group, counts)
+                if row == block_stop:
+                    left = min(last, (group + 1) * (rows // groups)) - row
+                    block_start, block_stop = row, row + (BLOCK if left >= BLOCK else 1)
+                    _count_samples(outputs, view[0], row, block_stop - row, group, block)
+                counts = block[row - block_start]
+                if taps == 1:
+                    ordered = counts
         elif known != group:
             _count_columns(view[0], group, joined, counts)
-            counts *= outputs.shape[0] // view[0].shape[0]
+            counts *= np.int32(outputs.shape[0] // view[0].shape[0])
         if by_row or not by_column or known != group:
             if taps > 1:
                 channels_first(counts, taps, ordered)
-            _factors(ordered, batch_size, options, factors)
             known = group
         if counted.shape[0] > 0:
             counted[row] = ordered
         else:
-            _update(entry, row * columns, factors, options)
+            _update(entry, row * columns, ordered, options)
 
 
 @njit(cache=True, nogil=True)
@@ -344,9 +344,7 @@ def _table(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> Non
             on = np.int32((source[column] >> shift) & 1)
             count[column] += on & np.int32(last_seen[column] != sample)
             last_seen[column] = sample if on else last_seen[column]
-    batch_size = options.dtype.type(entry[BATCH_SIZE])
-    factors = np.empty(columns, options.dtype)
-    ones = np.ones(STRETCH, options.dtype)
+    nobody = np.zeros(STRETCH, np.int32)
     row = first
     while row < last:
         index = place[row - first]
@@ -355,20 +353,19 @@ def _table(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> Non
             while row < last and place[row - first] < 0:
                 row += 1
             if counted.shape[0] == 0 and entry[PARAMETER] != 0:
-                _stretch(entry, start * columns, row * columns, ones, options)
+                _stretch(entry, start * columns, row * columns, nobody, options)
             continue
         if counted.shape[0] > 0:
             for column in range(columns):
                 counted[row, column] = counts[index, column]
         else:
-            _factors(counts[index], batch_size, options, factors)
-            _update(entry, row * columns, factors, options)
+            _update(entry, row * columns, counts[index], options)
         row += 1
 
 
 @njit(cache=True, nogil=True)
 def _stretch(entry: Any, first: Any, last: Any, same: Any, options: Any) -> None:
-    """Elements `first` to `last`, whose factors are all the one that `same` is filled with."""
+    """Elements `first` to `last`, whose counts are all the one that `same` is filled with."""
     for start in range(first, last, len(same)):
         _update(entry, start, same[: min(len(same), last - start)], options)
 
@@ -376,12 +373,12 @@ def _stretch(entry: Any, first: Any, last: Any, same: Any, options: Any) -> None
 @njit(cache=True, nogil=True)
 def _counted(entry: Any, first: Any, last: Any, options: Any) -> None:
     """Rows whose counts are there already."""
-    counts = carray(pointer(entry[COUNTS]), (entry[ROWS], entry[COLUMNS]), np.int64)
-    factors = np.empty(entry[COLUMNS], options.dtype)
-    batch_size = options.dtype.type(entry[BATCH_SIZE])
+    known = carray(pointer(entry[COUNTS]), (entry[ROWS], entry[COLUMNS]), np.int64)
+    counts = np.empty(entry[COLUMNS], np.int32)
     for row in range(first, last):
-        _factors(counts[row], batch_size, options, factors)
-        _update(entry, row * entry[COLUMNS], factors, options)
+        for column in range(len(counts)):
+            counts[column] = np.int32(known[row, column])
+        _update(entry, row * entry[COLUMNS], counts, options)
 
 
 @njit(cache=True, nogil=True)
