@@ -64,17 +64,23 @@ class Layout:
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """The tensors in nested lists, tuples, mappings and dataclasses."""
+    found: list[Tensor] = []
+    _find(value, found)
+    return iter(found)
+
+
+def _find(value: Any, found: list[Tensor]) -> None:
     if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
+        found.append(value)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from tensors_in(item)
+            _find(item, found)
+    elif isinstance(value, dict | Mapping):  # the usual kind is found sooner
+        for item in value.values():
+            _find(item, found)
     elif is_dataclass(value) and not isinstance(value, type):
         for field in fields(value):
-            yield from tensors_in(getattr(value, field.name))
+            _find(getattr(value, field.name), found)
 
 
 def outputs_in(value: Any) -> Iterator[Tensor]:

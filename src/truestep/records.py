@@ -164,7 +164,7 @@ class Records:
         have no gradient yet.
         """
         size = None if self.follows else use.begin()
-        if size is None or self._gathered_bytes + size > MOST_GATHERED:
+        if size is None or size > MOST_WAITING or self._gathered_bytes + size > MOST_GATHERED:
             return False
         task = backward_id()
         if task not in self._pending:
@@ -408,8 +408,9 @@ def landing(records: Records) -> Callable[[Tensor], None]:
 # Stands for a forward pass where others stand for backward passes.
 FORWARD = -1
 
-# Bytes of small inputs and output gradients that a backward pass may hold until it ends.
-MOST_GATHERED = 1 << 22
+# Bytes of small inputs and output gradients that a backward pass may hold until it ends, of one layer and of
+# all. Larger ones are packed while they are in the processor's caches, and their memory is free sooner.
+MOST_WAITING, MOST_GATHERED = 1 << 20, 1 << 22
 
 # Backward passes can nest (activation checkpointing), though not this deep.
 MOST_BACKWARDS = 64

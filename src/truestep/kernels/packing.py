@@ -6,6 +6,7 @@ Bits run along samples, and along the positions of each: row ``s * positions + p
 
 import functools
 import math
+from array import array
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +19,7 @@ __all__ = ["WORD", "join", "pack", "pack_rows", "unpack"]
 
 WORD = 64
 NANOSECONDS = 0.08  # for each byte, which is seldom in the nearest cache
-SHARED = 1 << 19  # bytes from which on it is worth asking whether others can help
+PACK_FIELDS = 10  # of `pack_many`'s table
 # The bits that tell a number of so many bytes from zero: all but a float's sign.
 MAGNITUDE = {1: 0xFF, 2: 0x7FFF, 4: 0x7FFF_FFFF, 8: 0x7FFF_FFFF_FFFF_FFFF}
 
@@ -73,25 +74,22 @@ def pack_rows(tensors: Sequence[Tensor]) -> tuple[Tensor, list[int]] | None:
     """
     if not all_plain(tensors):
         return None
-    shapes = [tensor.shape for tensor in tensors]
-    places, total = [], 0
-    for samples, units in shapes:
+    places: list[int] = []
+    total = read = 0
+    for tensor in tensors:
+        samples, units = tensor.shape
         places.append(total)
         total += (samples + WORD - 1) // WORD * units
-    words, pack_units = torch.empty(total, dtype=torch.int64), loops().pack_units
-    start = words.data_ptr()
-    for index, tensor in enumerate(tensors):
-        (samples, units), size = shapes[index], tensor.element_size()
+        read += tensor.nbytes
+    words = torch.empty(total, dtype=torch.int64)
+    start, table = words.data_ptr(), array("q")
+    for place, tensor in zip(places, tensors, strict=True):
+        (samples, units), size = tensor.shape, tensor.element_size()
         geometry = size, MAGNITUDE[size], samples, 1, units, units * size, 0
-        count, to = (samples + WORD - 1) // WORD, start + 8 * places[index]
-        arguments = tensor.data_ptr(), *geometry, to
-        if tensor.nbytes < SHARED:
-            full = pack_units(0, count, *arguments)
-        else:
-            full = all(spread(pack_units, count, tensor.nbytes * NANOSECONDS, *arguments))
-        if full:
-            places[index] = -1
-    return words, places
+        table.extend((tensor.data_ptr(), *geometry, start + 8 * place, 1))
+    spread(loops().pack_many, total, read * NANOSECONDS, table.buffer_info()[0], len(places))
+    full = table[PACK_FIELDS - 1 :: PACK_FIELDS]
+    return words, [-1 if on else place for place, on in zip(places, full, strict=True)]
 
 
 def _packed(values: Tensor) -> Tensor | None:

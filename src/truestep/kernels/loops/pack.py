@@ -25,7 +25,7 @@ from truestep.kernels.loops.memory import (
     pointer,
 )
 
-__all__ = ["align", "join", "pack_positions", "pack_units"]
+__all__ = ["align", "join", "pack_many", "pack_positions", "pack_units"]
 
 ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 
@@ -156,6 +156,32 @@ def pack_units(
                 piece[place] = block[place]
                 every &= block[place] | unused
     return 1 if every == ALL else 0
+
+
+@njit(cache=True, nogil=True)
+def pack_many(start: Any, stop: Any, address: Any, lines: Any) -> None:
+    """`pack_units` of several tensors, since a call from Python costs more than a small one's packing.
+
+    Args:
+        start: first of all tensors' words, one tensor's after the other's; the row of words that it lies
+            in goes to whoever has the row's first one.
+        stop: the word after the last.
+        address: of a table, int64 ``[lines, 10]``: the arguments of `pack_units` after its range, and a 1
+            that becomes 0 where not all bits are on.
+        lines: how many tensors.
+    """
+    table = carray(pointer(address), (lines, 10), np.int64)
+    before = 0
+    for index in range(lines):
+        t = table[index]
+        rows, units = (t[3] * t[4] + 63) // 64, t[5]
+        first = max(0, (start - before + units - 1) // units)
+        last = min(rows, (stop - before + units - 1) // units)
+        before += rows * units
+        if first < last:
+            full = pack_units(first, last, t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8])
+            if full == 0:
+                t[9] = 0
 
 
 @njit(cache=True, nogil=True)

@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 
 from truestep.kernels.loops.boost import boost, boosted_step
 from truestep.kernels.loops.memory import pointer
-from truestep.kernels.loops.pack import pack_positions, pack_units
+from truestep.kernels.loops.pack import pack_many, pack_positions, pack_units
 from truestep.kernels.loops.scan import scan
 from truestep.kernels.loops.step import count, step
 
@@ -59,6 +59,17 @@ def _pack_units(_number: Any) -> Team:
             )  # fmt: skip
             if full == 0:
                 w[RESULT] = 0
+            start, stop = _next(address)
+
+    return run
+
+
+def _pack_many(_number: Any) -> Team:
+    def run(address: Any) -> None:
+        w = carray(pointer(address), (MOST,), np.int64)
+        start, stop = _next(address)
+        while stop > 0:
+            pack_many(start, stop, w[4], w[5])
             start, stop = _next(address)
 
     return run
@@ -145,6 +156,7 @@ def _scan(number: Any) -> Team:
 # Each loop's function for numbers of a type, that of the loop's last array.
 TEAMS: dict[Any, Callable[[Any], Team]] = {
     pack_units: _pack_units,
+    pack_many: _pack_many,
     pack_positions: _pack_positions,
     step: _step,
     count: _count,
