@@ -28,12 +28,12 @@ def trained(short, held, monkeypatch, batches, *, unit="sample", penalty=False, 
     """Counts, batch sizes and weights of a small model after some steps."""
     with monkeypatch.context() as patch:
         if not short:
-            patch.setattr(direct.Direct, "takes", lambda *_: False)
+            patch.setattr(direct.Direct, "node", lambda *_: None)
         patch.setattr(records, "MOST_GATHERED", held)
         torch.manual_seed(0)
         shared = nn.Linear(4, 4)
         model = nn.Sequential(
-            nn.Linear(3, 4), nn.ReLU(), shared, nn.ReLU(), shared, nn.Linear(4, 2)
+            nn.Linear(3, 4), nn.ReLU(inplace=True), shared, nn.ReLU(), shared, nn.Linear(4, 2)
         )
         counter = truestep.SampleCounter(model, unit=unit)
         optimizer = truestep.AdaptiveBatchSGD(model.parameters(), lr=0.1, counter=counter)
@@ -55,8 +55,9 @@ def trained(short, held, monkeypatch, batches, *, unit="sample", penalty=False, 
 @pytest.mark.parametrize("penalty", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("unit", ["sample", "position"])
-def test_both_ways_lead_to_the_same(held, penalty, accumulate, unit, monkeypatch, uses):
-    batches = [torch.randn(size, 3) for size in (5, 70, 64, 130, 1, 7)]
+@pytest.mark.parametrize("positions", [(), (7,), (2, 3)])
+def test_both_ways_lead_to_the_same(held, penalty, accumulate, unit, positions, monkeypatch, uses):
+    batches = [torch.randn(size, *positions, 3).relu() for size in (5, 70, 64, 130, 1, 7)]
     options = {"penalty": penalty, "accumulate": accumulate, "unit": unit}
     one, other = (trained(short, held, monkeypatch, batches, **options) for short in (True, False))
     # All calls but the first, which is compared with the autograd graph.
@@ -93,6 +94,10 @@ def of_positions(model):
     return model(torch.randn(5, 6, 3))
 
 
+def of_strided_positions(model):
+    return model(torch.randn(6, 5, 3).transpose(0, 1))
+
+
 def under_autocast(model):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         return model(torch.randn(5, 3)).float()
@@ -102,7 +107,8 @@ def under_autocast(model):
     ("make", "call", "expected"),
     [
         (nn.Sequential, of_rows, ["0", "1"]),
-        (nn.Sequential, of_positions, []),
+        (nn.Sequential, of_positions, ["0", "1"]),
+        (nn.Sequential, of_strided_positions, ["1"]),
         (nn.Sequential, under_autocast, ["1"]),  # what "1" is given is in bfloat16 already
         (Checkpointed, of_rows, []),
     ],

@@ -95,6 +95,10 @@ class Bits:
         """Each position as a sample of its own."""
         return Bits(self.words, self.length, 1, self.units)
 
+    def with_positions(self, positions: int) -> "Bits":
+        """So many samples in a row as the positions of one: the inverse of `apart`."""
+        return Bits(self.words, self.samples // positions, positions, self.units)
+
     def __and__(self, other: "Bits") -> "Bits":
         if self.words is None or other.words is None:
             return other if self.words is None else self

@@ -1,7 +1,7 @@
-"""The short way of the layer that most models are made of: a plain `nn.Linear`, called on rows of a batch.
+"""The short way of the layer that most models are made of: a plain `nn.Linear` whose batch comes first.
 
 It leads to the very records of the long way by rule, layout and `Watch`. What it leaves out is what this
-layer is known not to need: positions, views, several outputs, gathered parameters. It packs the input late,
+layer is known not to need: other layouts, several outputs, gathered parameters. It packs the input late,
 in the backward pass, where the weight's gradient reads it again anyway; until then autograd holds it and
 guards it against changes. A small model's step is made of such calls and feels each of them.
 """
@@ -45,11 +45,11 @@ class Direct:
         trained = all(parameter.requires_grad for parameter in module.parameters())
         self.weight, self.bias = (module.weight, module.bias) if trained else (None, None)
 
-    def takes(self, module: nn.Module, args: Any, output: Any) -> bool:
-        """Whether nothing about a call is unusual."""
+    def node(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """The autograd node of a call's product, or None where anything about the call is unusual."""
         held = module._parameters  # noqa: SLF001
         weight, bias = held.get("weight"), held.get("bias")
-        return (
+        if not (
             weight is self.weight
             and bias is self.bias
             and weight is not None
@@ -57,12 +57,23 @@ class Direct:
             and (bias is None or bias.requires_grad)
             and type(output) is Tensor
             and (node := output.grad_fn) is not None
-            and type(node).__name__ in PRODUCTS
             and len(args) == 1
-            and args[0].dtype is output.dtype  # autocast keeps a copy of its own
+            and (given := args[0]).dtype is output.dtype  # autocast keeps a copy of its own
             # Activation checkpointing would not hold the input.
             and torch._C._autograd._top_saved_tensors_default_hooks(True) is None  # noqa: SLF001
-        )
+        ):
+            return None
+        if len(given.shape) != 2:  # noqa: PLR2004 - with positions: a view of their rows' product
+            rows = output._base  # noqa: SLF001
+            if (
+                rows is None
+                or len(given.shape) < 2  # noqa: PLR2004
+                or rows.shape != (output.numel() // output.shape[-1], output.shape[-1])
+                or not (given.is_contiguous() and output.is_contiguous())
+            ):
+                return None
+            node = rows.grad_fn
+        return node if type(node).__name__ in PRODUCTS else None
 
 
 class ShortHook(Hook):
@@ -85,14 +96,12 @@ class ShortHook(Hook):
             return self._other(module, args, kwargs, output)
         watch: Any = self.counter()
         call, direct = None if watch is None else watch.usual, self._layer.direct
-        if (
-            call is None
-            or direct is None
-            or watch.in_backward()
-            or not direct.takes(module, args, output)
-        ):
+        if call is None or direct is None or watch.in_backward():
             return self._other(module, args, kwargs, output)
-        output.grad_fn.register_prehook(Use(self.counter, self._layer, call, args[0]))
+        node = direct.node(module, args, output)
+        if node is None:
+            return self._other(module, args, kwargs, output)
+        node.register_prehook(Use(self.counter, self._layer, call, args[0]))
         return None
 
     uncompiled(__call__, inside=False)
@@ -108,11 +117,24 @@ class Use:
         given: the layer's input.
     """
 
-    __slots__ = ("_bias", "_call", "_delta", "_given", "_layer", "_versions", "_watch", "_weight")
+    __slots__ = (
+        "_bias",
+        "_call",
+        "_delta",
+        "_given",
+        "_layer",
+        "_positions",
+        "_versions",
+        "_watch",
+        "_weight",
+    )
 
     def __init__(self, watch: Callable[[], Any], layer: Any, call: Call, given: Tensor) -> None:
         self._watch, self._layer, self._call = watch, layer, call
         self._given: Tensor | Bits = given
+        shape = given.shape
+        apart = len(shape) == 2 or layer.layout.unit == "position"  # noqa: PLR2004
+        self._positions = 1 if apart else shape[1:-1].numel()
         self._delta: Tensor | None = None
         self._versions = 0
         self._weight, self._bias = layer.direct.weight, layer.direct.bias
@@ -123,13 +145,16 @@ class Use:
         if watch is not None and delta is not None:
             self._delta = delta
             if torch.is_grad_enabled():  # create_graph=True
-                given = self._given if isinstance(self._given, Tensor) else None
-                watch.on_differentiable(
-                    self._layer, self._layer.layout, self._call, given, gradients
-                )
-            watch.on_rows(self, self._layer, self._call, delta.shape[0])
+                self._tell_differentiable(watch, gradients)
+            watch.on_samples(self, self._layer, self._call, delta.shape[0] // self._positions)
 
     uncompiled(__call__, inside=False)
+
+    def _tell_differentiable(self, watch: Any, gradients: Any) -> None:
+        given = self._given if isinstance(self._given, Tensor) else None
+        if given is not None:
+            gradients = [gradients[0].reshape(*given.shape[:-1], -1)]
+        watch.on_differentiable(self._layer, self._layer.layout, self._call, given, gradients)
 
     def begin(self) -> int | None:
         """The bytes of input and output gradient, which are both kept as they are now for a while.
@@ -148,8 +173,11 @@ class Use:
         return given.nbytes + delta.nbytes
 
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """What is to be packed in the first backward pass: input and output gradient."""
-        return self._given, self._delta  # type: ignore[return-value]
+        """What is to be packed in the first backward pass, as rows: input and output gradient."""
+        given, delta = self._given, self._delta
+        assert isinstance(given, Tensor)  # noqa: S101
+        assert delta is not None  # noqa: S101
+        return given if len(given.shape) == 2 else given.flatten(0, -2), delta  # noqa: PLR2004
 
     def is_unchanged(self, *, strict: bool) -> bool:
         """Whether both are as they were at `begin`.
@@ -157,8 +185,9 @@ class Use:
         Raises:
             TruestepError: where `strict`, if they are not.
         """
-        given, delta = self.tensors()
-        unchanged = given._version + delta._version == self._versions  # noqa: SLF001
+        given: Any = self._given
+        delta: Any = self._delta
+        unchanged: bool = given._version + delta._version == self._versions  # noqa: SLF001
         if strict and not unchanged:
             raise TruestepError(
                 f"the input of {self._layer.name!r} or the gradient of its output was changed in place "
@@ -167,16 +196,20 @@ class Use:
         return unchanged
 
     def deliver(self, inputs: Bits, outputs: Bits) -> tuple[Call, list[tuple[Tensor, Activity]]]:
-        """The call of the model, and the parameters with their activity."""
+        """The call of the model, and the parameters with their activity; takes the bits of rows."""
         self._given, self._delta = inputs, None
         weight, bias = self._weight, self._bias
+        if self._positions != 1:
+            inputs, outputs = (bits.with_positions(self._positions) for bits in (inputs, outputs))
         found: list[tuple[Tensor, Activity]] = [(weight, Outer(weight.shape, outputs, inputs))]
         if bias is not None:
-            found.append((bias, Elements(bias.shape, outputs)))
+            found.append((bias, Elements(bias.shape, outputs.any_position())))
         return self._call, found
 
     def deliver_now(self) -> tuple[Call, list[tuple[Tensor, Activity]]]:
         """`deliver`, after packing."""
-        given, delta = self._given, self._delta
-        assert delta is not None  # noqa: S101
-        return self.deliver(pack(given) if isinstance(given, Tensor) else given, pack(delta))
+        if isinstance(self._given, Bits):
+            assert self._delta is not None  # noqa: S101
+            return self.deliver(self._given, pack(self._delta))
+        given, delta = self.tensors()
+        return self.deliver(pack(given), pack(delta))

@@ -232,7 +232,7 @@ class Records:
             for parameter, activity in pairs:
                 key = id(parameter)
                 if not pending and (task, key) not in found and self._unit == "sample":
-                    found[task, key] = call, activity, outputs.samples
+                    found[task, key] = call, activity, activity.samples
                     continue
                 entry = pending.setdefault(key, Pending(True, task))
                 earlier = found.pop((task, key), None)

@@ -6,6 +6,7 @@ the layer's own parameters. What the rule closes over is all that stays in memor
 it packs the inputs to bits at once. The rules are structural: see `truestep.activity`.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -81,37 +82,49 @@ def convolution(
     input: Tensor,
 ) -> Callable[[Tensor], dict[str, Activity]]:
     """`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`: a linear map at each output position, any position counts."""
-    rank = len(module.kernel_size)
-    # Positions are kept apart: the kernel's view of the input is only laid out when counts are wanted.
-    apart = Layout(layout.batch_dim)
+    rank, weight, bias = len(module.kernel_size), module.weight, module.bias
     inputs, size = None, tuple(input.shape[-rank:])
-    if module.weight.requires_grad:
-        inputs = pack(apart.arrange(input.movedim(-rank - 1, -1)))
+    if weight.requires_grad:
+        inputs = pack(_channels_last(input, rank, layout.batch_dim))
 
     def activity(delta: Tensor) -> dict[str, Activity]:
-        outputs = pack(apart.arrange(delta.movedim(-rank - 1, -1)))
+        outputs = pack(_channels_last(delta, rank, layout.batch_dim))
         found: dict[str, Activity] = {}
         if inputs is not None:
             zeros = module.padding_mode == "zeros"
-            window = Window(
-                size=size,
-                positions=tuple(delta.shape[-rank:]),
-                kernel=tuple(module.kernel_size),
-                stride=tuple(module.stride),
-                dilation=tuple(module.dilation),
-                padding=tuple(module._reversed_padding_repeated_twice),  # noqa: SLF001
-                padding_mode="constant" if zeros else module.padding_mode,
-                channels=module.in_channels,
-                groups=module.groups,
-                by_position=layout.unit == "position",
+            window = _window(
+                size,
+                tuple(delta.shape[-rank:]),
+                tuple(module.kernel_size),
+                tuple(module.stride),
+                tuple(module.dilation),
+                tuple(module._reversed_padding_repeated_twice),  # noqa: SLF001
+                "constant" if zeros else module.padding_mode,
+                module.in_channels,
+                module.groups,
+                layout.unit == "position",
             )
-            found["weight"] = Outer(module.weight.shape, outputs, inputs, window)
-        if module.bias is not None and module.bias.requires_grad:
+            found["weight"] = Outer(weight.shape, outputs, inputs, window)
+        if bias is not None and bias.requires_grad:
             ends = outputs.apart() if layout.unit == "position" else outputs.any_position()
-            found["bias"] = Elements(module.bias.shape, ends)
+            found["bias"] = Elements(bias.shape, ends)
         return found
 
     return activity
+
+
+# Made once: every call of a layer on images of one size has the same.
+_window = functools.lru_cache(maxsize=256)(Window)
+
+
+def _channels_last(images: Tensor, rank: int, batch_dim: int | None) -> Tensor:
+    """Images as ``[samples, positions, channels]``.
+
+    Positions are kept apart: the kernel's view of the input is only laid out when counts are wanted.
+    """
+    if batch_dim == 0 and images.dim() == rank + 2:
+        return images.flatten(2).transpose(1, 2)
+    return Layout(batch_dim).arrange(images.movedim(-rank - 1, -1))
 
 
 def transposed_convolution(
@@ -123,27 +136,26 @@ def transposed_convolution(
     """`nn.ConvTranspose1d` to `3d`: a convolution with input and output gradient in changed places."""
     del output_size
     rank = len(module.kernel_size)
-    apart = Layout(layout.batch_dim)
     inputs, positions = None, tuple(input.shape[-rank:])
     if module.weight.requires_grad:
-        inputs = pack(apart.arrange(input.movedim(-rank - 1, -1)))
+        inputs = pack(_channels_last(input, rank, layout.batch_dim))
 
     def activity(delta: Tensor) -> dict[str, Activity]:
-        outputs = pack(apart.arrange(delta.movedim(-rank - 1, -1)))
+        outputs = pack(_channels_last(delta, rank, layout.batch_dim))
         found: dict[str, Activity] = {}
         if inputs is not None:
             padding = cast("tuple[int, ...]", module.padding)  # a transposed one takes no string
-            window = Window(
-                size=tuple(delta.shape[-rank:]),
-                positions=positions,
-                kernel=tuple(module.kernel_size),
-                stride=tuple(module.stride),
-                dilation=tuple(module.dilation),
-                padding=tuple(side for side in reversed(padding) for _ in range(2)),
-                padding_mode="constant",
-                channels=module.out_channels,
-                groups=module.groups,
-                by_position=layout.unit == "position",
+            window = _window(
+                tuple(delta.shape[-rank:]),
+                positions,
+                tuple(module.kernel_size),
+                tuple(module.stride),
+                tuple(module.dilation),
+                tuple(side for side in reversed(padding) for _ in range(2)),
+                "constant",
+                module.out_channels,
+                module.groups,
+                layout.unit == "position",
             )
             found["weight"] = Outer(module.weight.shape, inputs, outputs, window, transposed=True)
         if module.bias is not None and module.bias.requires_grad:
@@ -208,9 +220,8 @@ def embedding(
     def activity(delta: Tensor) -> dict[str, Activity]:
         if not module.weight.requires_grad:
             return {}
-        mask = layout.arrange(delta != 0).flatten(0, -2)
-        owners = torch.arange(len(rows), device=rows.device).repeat_interleave(rows.shape[1])
-        return {"weight": _rows(module, rows.flatten(), owners, mask, len(rows), by_entry=True)}
+        values, owners = layout.arrange(delta).flatten(0, -2), _owners(*rows.shape, rows.device)
+        return {"weight": _rows(module, rows.flatten(), owners, values, len(rows), by_entry=True)}
 
     return activity
 
@@ -243,7 +254,7 @@ def embedding_bag(
     del layout
     if input.dim() == 2:  # noqa: PLR2004
         bags, length = input.shape
-        owners = torch.arange(bags, device=input.device).repeat_interleave(length)
+        owners = _owners(bags, length, input.device)
         starts = torch.arange(bags, device=input.device) * length
     else:
         if offsets is None:
@@ -264,22 +275,26 @@ def embedding_bag(
     def activity(delta: Tensor) -> dict[str, Activity]:
         if not module.weight.requires_grad:
             return {}
-        mask = delta != 0
+        values = delta
         if largest is not None:
-            chosen = largest[owners] == rows.unsqueeze(-1)
-            mask = mask[owners] & chosen
+            values = (delta[owners] != 0) & (largest[owners] == rows.unsqueeze(-1))
         entries = (rows, owners) if kept is None else (rows[kept], owners[kept])
         by_entry = largest is not None
-        return {"weight": _rows(module, *entries, mask, bags, by_entry=by_entry)}
+        return {"weight": _rows(module, *entries, values, bags, by_entry=by_entry)}
 
     return activity
+
+
+def _owners(samples: int, length: int, device: torch.device) -> Tensor:
+    """For each entry its sample, where all samples have as many entries."""
+    return torch.arange(samples, dtype=torch.int32, device=device).repeat_interleave(length)
 
 
 def _rows(
     module: nn.Embedding | nn.EmbeddingBag,
     rows: Tensor,
     owners: Tensor,
-    mask: Tensor,
+    values: Tensor,
     samples: int,
     *,
     by_entry: bool,
@@ -287,8 +302,8 @@ def _rows(
     if module.padding_idx is not None:
         kept = rows != module.padding_idx
         rows, owners = rows[kept], owners[kept]
-        mask = mask[kept] if by_entry else mask
-    outputs = pack(mask)
+        values = values[kept] if by_entry else values
+    outputs = pack(values)
     # A copy, in one piece: the caller may fill int32 indices anew before the step.
     rows = rows.to(torch.int32, copy=True, memory_format=torch.contiguous_format)
     return Rows(module.weight.shape, samples, rows, owners.int(), outputs, by_entry)

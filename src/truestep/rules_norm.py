@@ -1,6 +1,7 @@
 """The rule for normalisations with weights."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +9,8 @@ from torch.nn import functional
 
 from truestep.activity import Activity, Elements
 from truestep.bits import pack
-from truestep.layout import Layout, Rule
+from truestep.graph import saved_tensors_are_packed
+from truestep.layout import Given, Inside, Layout, Rule
 
 __all__ = ["BATCH_NORM", "normalization", "normalization_twice"]
 
@@ -24,18 +26,37 @@ Norm = (
     | nn.BatchNorm3d
 )
 
+# The autograd nodes of those norms that keep the means of what they have normalised.
+MEANS_KEPT = {"NativeLayerNormBackward0", "NativeGroupNormBackward0"}
 
-def normalization(
-    layout: Layout,
-    module: Norm,
-    input: Tensor,
-) -> Callable[[Tensor], dict[str, Activity]]:
+
+def normalization(layout: Layout, module: Norm, input: Tensor) -> Given | Inside:
     """Norms with weights: weight j needs output gradient and normalised input j, bias j the former."""
-    normalized = None
-    if module.weight is not None and module.weight.requires_grad:
+    if module.weight is None or not module.weight.requires_grad:
+        return _activity(layout, module, None)
+    given = input.detach()
+    if isinstance(module, nn.RMSNorm):
+        return _activity(layout, module, given)  # only divided by its row's root mean square
+
+    def see(outputs: list[Tensor]) -> tuple[Given, list[tuple[Any, Given]]]:
         with torch.no_grad():
-            normalized = _normalize(module, input.detach())
-    return _activity(layout, module, normalized)
+            factors = _off_mean(module, given, outputs[0])
+            if factors is None:
+                factors = _normalize(module, given)
+        return _activity(layout, module, factors), []
+
+    return Inside(see)
+
+
+def _off_mean(module: Norm, given: Tensor, output: Tensor) -> Tensor | None:
+    """Where the normalised input is not zero, by the mean that autograd keeps; None where it shows none."""
+    node: Any = output.grad_fn
+    if saved_tensors_are_packed() or type(node).__name__ not in MEANS_KEPT:
+        return None
+    means: Tensor = node._saved_result1  # noqa: SLF001
+    if isinstance(module, nn.GroupNorm):
+        return given.reshape(*means.shape, -1).ne(means.unsqueeze(-1)).reshape(given.shape)
+    return given.ne(means)
 
 
 def normalization_twice(

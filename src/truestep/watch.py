@@ -400,8 +400,8 @@ class Watch:
             pairs.append((parameter, found))
         self._records.receive(call, pairs)
 
-    def on_rows(self, use: Use, layer: Layer, call: Call, samples: int) -> None:
-        """Takes what a layer's use finds on rows of a batch, now or when the backward pass ends."""
+    def on_samples(self, use: Use, layer: Layer, call: Call, samples: int) -> None:
+        """Takes what a layer's use finds on so many samples, now or when the backward pass ends."""
         if self._unit == "sample" and call.batch_size != samples:
             check_batch(layer, call, samples)
         if not self._records.gather(use):

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numba import carray, njit
 
-from truestep.kernels.loops.memory import count_bits, count_pairs, fma, pointer
+from truestep.kernels.loops.memory import count_bits, fma, pointer
 from truestep.kernels.loops.pack import align
+from truestep.kernels.loops.pairs import count_pairs, join_pairs
 from truestep.kernels.loops.window import channels_first, positions_seen, sizes, unfold
 
 __all__ = ["count", "step"]
@@ -39,9 +40,7 @@ def _factor(adaptive: Any, batch_size: Any, eps: Any, limit: Any, one: Any) -> A
 
 
 @njit(cache=True, nogil=True)
-def _count_samples(
-    outputs: Any, inputs: Any, row: Any, rows: Any, group: Any, counts: Any
-) -> None:
+def _count_samples(outputs: Any, inputs: Any, row: Any, rows: Any, group: Any, counts: Any) -> None:
     """The bits that are on in both ``outputs[:, :, row : row + rows]`` and ``inputs[:, :, group]``."""
     counts[:rows] = 0
     columns, words = counts.shape[1], outputs.shape[1]
@@ -67,35 +66,31 @@ def _count_joined(
     """The samples with any position where both are on; `view` is what `_operands` returns."""
     inputs, ready, packed, silent = view
     counts[:] = 0
-    columns = len(counts)
+    # Samples that hit every column.
+    whole = np.int32(0)
+    columns, words = len(counts), outputs.shape[1]
     for sample in range(outputs.shape[0]):
         seen, missing, image = False, columns, sample % inputs.shape[0]
-        for word in range(outputs.shape[1]):
+        for word in range(words):
             output = outputs[sample, word, row]
             if output == 0:
                 continue
             if not ready[image, word]:
                 unfold(packed, image, word, window, _flat(inputs, image, word))
                 ready[image, word] = True
-            source = inputs[image, word, group]
-            missing = 0
-            if seen:
-                for column in range(columns):
-                    hits[column] |= output & source[column]
-                    missing += hits[column] == 0
-            else:
-                for column in range(columns):
-                    hits[column] = output & source[column]
-                    missing += hits[column] == 0
+            line = (image * words + word) * inputs.shape[2] + group
+            source = inputs.ctypes.data + 8 * line * columns
+            missing = join_pairs(output, source, columns, hits.ctypes.data, not seen)
             seen = True
             if missing <= silent[image, group]:
                 break
         if missing == 0:
-            for column in range(columns):
-                counts[column] += 1
+            whole += np.int32(1)
         elif seen:
             for column in range(columns):
-                counts[column] += hits[column] != 0
+                counts[column] += np.int32(hits[column] != 0)
+    for column in range(columns):
+        counts[column] += whole
 
 
 @njit(cache=True, nogil=True)

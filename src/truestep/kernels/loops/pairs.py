@@ -1,0 +1,184 @@
+"""Outputs and inputs that are on together: the innermost loops of counting, vector by vector.
+
+They are written out since compilers take vectors of half the width, and load inputs for one output alone.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+__all__ = ["count_pairs", "join_pairs"]
+
+WORD, HALF = ir.IntType(64), ir.IntType(32)
+LANES = 8
+
+
+def _read(builder: Any, address: Any, kind: Any) -> Any:
+    """A vector at an address that need not be aligned to more than its items."""
+    vector = builder.load(builder.inttoptr(address, kind.as_pointer()))
+    vector.align = kind.element.width // 8
+    return vector
+
+
+def _write(builder: Any, vector: Any, address: Any) -> None:
+    stored = builder.store(vector, builder.inttoptr(address, vector.type.as_pointer()))
+    stored.align = vector.type.element.width // 8
+
+
+def _repeat(builder: Any, word: Any, kind: Any) -> Any:
+    """A vector of one word."""
+    nothing = ir.Constant(kind, ir.Undefined)
+    first = builder.insert_element(nothing, word, HALF(0))
+    return builder.shuffle_vector(
+        first, nothing, ir.Constant(ir.VectorType(HALF, kind.count), None)
+    )
+
+
+def _counting(rows: int, lanes: int) -> Callable[..., Any]:
+    """`count_pairs` for so many rows and columns: each count stays in a register for all words."""
+    kind, half = ir.VectorType(WORD, lanes), ir.VectorType(HALF, lanes)
+
+    @intrinsic
+    def add(
+        _context: Any,
+        outputs: Any,
+        output_stride: Any,
+        inputs: Any,
+        input_stride: Any,
+        words: Any,
+        counts: Any,
+        count_stride: Any,
+    ) -> Any:
+        def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            output, output_step, source, source_step, length, target, target_step = arguments
+            function = ir.FunctionType(kind, [kind])
+            name = f"llvm.ctpop.v{lanes}i64"
+            population = cgutils.get_or_insert_function(builder.module, function, name)
+            places = [builder.add(target, builder.mul(target_step, WORD(r))) for r in range(rows)]
+            before = [builder.zext(_read(builder, place, half), kind) for place in places]
+            totals = [cgutils.alloca_once_value(builder, vector) for vector in before]
+            at_output = cgutils.alloca_once_value(builder, output)
+            at_source = cgutils.alloca_once_value(builder, source)
+            with cgutils.for_range(builder, length):
+                here, there = builder.load(at_output), builder.load(at_source)
+                line = _read(builder, there, kind)
+                for row, total in enumerate(totals):
+                    place = builder.inttoptr(builder.add(here, WORD(8 * row)), WORD.as_pointer())
+                    same = _repeat(builder, builder.load(place), kind)
+                    found = builder.call(population, [builder.and_(line, same)])
+                    builder.store(builder.add(builder.load(total), found), total)
+                builder.store(builder.add(here, output_step), at_output)
+                builder.store(builder.add(there, source_step), at_source)
+            for total, place in zip(totals, places, strict=True):
+                _write(builder, builder.trunc(builder.load(total), half), place)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7), generate
+
+    return add
+
+
+def _joining(lanes: int, *, fresh: bool) -> Callable[..., Any]:
+    """`join_pairs` for so many columns at a time; `fresh` where hits hold nothing yet."""
+    kind = ir.VectorType(WORD, lanes)
+    none, one = ir.Constant(kind, None), ir.Constant(kind, [1] * lanes)
+
+    @intrinsic
+    def join(_context: Any, output: Any, inputs: Any, hits: Any, vectors: Any) -> Any:
+        def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            word, source, target, length = arguments
+            same = _repeat(builder, word, kind)
+            missing = cgutils.alloca_once_value(builder, none)
+            with cgutils.for_range(builder, length) as loop:
+                offset = builder.mul(loop.index, WORD(8 * lanes))
+                place = builder.add(target, offset)
+                found = builder.and_(same, _read(builder, builder.add(source, offset), kind))
+                if not fresh:
+                    found = builder.or_(found, _read(builder, place, kind))
+                _write(builder, found, place)
+                off = builder.select(builder.icmp_unsigned("==", found, none), one, none)
+                builder.store(builder.add(builder.load(missing), off), missing)
+            total = builder.load(missing)
+            result = builder.extract_element(total, HALF(0))
+            for lane in range(1, lanes):
+                result = builder.add(result, builder.extract_element(total, HALF(lane)))
+            return result
+
+        return types.int64(*[types.int64] * 4), generate
+
+    return join
+
+
+COUNT_1_1, COUNT_1_8, COUNT_4_1, COUNT_4_8 = (
+    _counting(rows, lanes) for rows in (1, 4) for lanes in (1, LANES)
+)
+BEGIN_1, BEGIN_8 = (_joining(lanes, fresh=True) for lanes in (1, LANES))
+JOIN_1, JOIN_8 = (_joining(lanes, fresh=False) for lanes in (1, LANES))
+
+
+@njit(cache=True, nogil=True)
+def count_pairs(
+    outputs: Any,
+    output_stride: Any,
+    inputs: Any,
+    input_stride: Any,
+    words: Any,
+    rows: Any,
+    columns: Any,
+    counts: Any,
+) -> None:
+    """Adds to ``counts[r, c]`` how many bits are on in both ``outputs[w, r]`` and ``inputs[w, c]``.
+
+    Args:
+        outputs: address of int64.
+        output_stride: bytes from word to word.
+        inputs: address of int64.
+        input_stride: bytes from word to word.
+        words: how many.
+        rows: how many: 4 or 1.
+        columns: how many.
+        counts: address of int32 ``[rows, columns]``.
+    """
+    stride, column = 4 * columns, 0
+    while column + LANES <= columns:
+        source, target = inputs + 8 * column, counts + 4 * column
+        if rows == 4:
+            COUNT_4_8(outputs, output_stride, source, input_stride, words, target, stride)
+        else:
+            COUNT_1_8(outputs, output_stride, source, input_stride, words, target, stride)
+        column += LANES
+    while column < columns:
+        source, target = inputs + 8 * column, counts + 4 * column
+        if rows == 4:
+            COUNT_4_1(outputs, output_stride, source, input_stride, words, target, stride)
+        else:
+            COUNT_1_1(outputs, output_stride, source, input_stride, words, target, stride)
+        column += 1
+
+
+@njit(cache=True, nogil=True)
+def join_pairs(output: Any, inputs: Any, columns: Any, hits: Any, fresh: Any) -> Any:
+    """Adds to ``hits[c]`` the bits that are on in both a word of an output and ``inputs[c]``.
+
+    Args:
+        output: int64.
+        inputs: address of int64 ``[columns]``.
+        columns: how many.
+        hits: address of int64 ``[columns]``.
+        fresh: whether hits hold nothing yet.
+
+    Returns:
+        How many columns have no hit.
+    """
+    vectors = columns // LANES
+    whole = vectors * LANES
+    source, target, left = inputs + 8 * whole, hits + 8 * whole, columns - whole
+    if fresh:
+        missing = BEGIN_8(output, inputs, hits, vectors)
+        return missing + BEGIN_1(output, source, target, left)
+    missing = JOIN_8(output, inputs, hits, vectors)
+    return missing + JOIN_1(output, source, target, left)
