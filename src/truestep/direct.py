@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from truestep.activity import Activity, Elements, Outer
-from truestep.bits import Bits, pack
+from truestep.bits import Bits, pack, pack_all
 from truestep.calls import Call
 from truestep.errors import TruestepError
 from truestep.hooks import Hook, uncompiled
@@ -211,5 +211,4 @@ class Use:
         if isinstance(self._given, Bits):
             assert self._delta is not None  # noqa: S101
             return self.deliver(self._given, pack(self._delta))
-        given, delta = self.tensors()
-        return self.deliver(pack(given), pack(delta))
+        return self.deliver(*pack_all(self.tensors()))

@@ -220,7 +220,8 @@ def embedding(
     def activity(delta: Tensor) -> dict[str, Activity]:
         if not module.weight.requires_grad:
             return {}
-        values, owners = layout.arrange(delta).flatten(0, -2), _owners(*rows.shape, rows.device)
+        values = layout.arrange(delta).flatten(0, -2)
+        owners = _owners(len(rows), rows.shape[1], rows.device)
         return {"weight": _rows(module, rows.flatten(), owners, values, len(rows), by_entry=True)}
 
     return activity

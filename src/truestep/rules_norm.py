@@ -1,7 +1,6 @@
 """The rule for normalisations with weights."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +8,7 @@ from torch.nn import functional
 
 from truestep.activity import Activity, Elements
 from truestep.bits import pack
-from truestep.graph import saved_tensors_are_packed
-from truestep.layout import Given, Inside, Layout, Rule
+from truestep.layout import Layout, Rule
 
 __all__ = ["BATCH_NORM", "normalization", "normalization_twice"]
 
@@ -26,37 +24,19 @@ Norm = (
     | nn.BatchNorm3d
 )
 
-# The autograd nodes of those norms that keep the means of what they have normalised.
-MEANS_KEPT = {"NativeLayerNormBackward0", "NativeGroupNormBackward0"}
 
-
-def normalization(layout: Layout, module: Norm, input: Tensor) -> Given | Inside:
+def normalization(
+    layout: Layout,
+    module: Norm,
+    input: Tensor,
+) -> Callable[[Tensor], dict[str, Activity]]:
     """Norms with weights: weight j needs output gradient and normalised input j, bias j the former."""
     if module.weight is None or not module.weight.requires_grad:
         return _activity(layout, module, None)
-    given = input.detach()
-    if isinstance(module, nn.RMSNorm):
-        return _activity(layout, module, given)  # only divided by its row's root mean square
-
-    def see(outputs: list[Tensor]) -> tuple[Given, list[tuple[Any, Given]]]:
-        with torch.no_grad():
-            factors = _off_mean(module, given, outputs[0])
-            if factors is None:
-                factors = _normalize(module, given)
-        return _activity(layout, module, factors), []
-
-    return Inside(see)
-
-
-def _off_mean(module: Norm, given: Tensor, output: Tensor) -> Tensor | None:
-    """Where the normalised input is not zero, by the mean that autograd keeps; None where it shows none."""
-    node: Any = output.grad_fn
-    if saved_tensors_are_packed() or type(node).__name__ not in MEANS_KEPT:
-        return None
-    means: Tensor = node._saved_result1  # noqa: SLF001
-    if isinstance(module, nn.GroupNorm):
-        return given.reshape(*means.shape, -1).ne(means.unsqueeze(-1)).reshape(given.shape)
-    return given.ne(means)
+    if isinstance(module, nn.RMSNorm):  # each row divided by one number
+        return _activity(layout, module, input.detach())
+    with torch.no_grad():
+        return _activity(layout, module, _normalize(module, input.detach()))
 
 
 def normalization_twice(
