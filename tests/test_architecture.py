@@ -72,7 +72,7 @@ LAYERS = [
         "plan",
     },
     {"surgery", "lines", "merging", "measuring", "optimizer_state"},
-    {"compression_report", "stages", "compress", "history"},
+    {"compression_report", "stages", "compression", "history"},
     {""},  # the public names
     {"lab", "integrations"},
     {"terminal", "cli_nodes", "cli_paper", "cli"},

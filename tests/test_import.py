@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 LISTING = """
 import sys, torch
 before = set(sys.modules)
@@ -21,4 +23,23 @@ def test_importing_truestep_loads_torch_and_nothing_heavy():
     roots = {name.split(".")[0] for name in loaded} - sys.stdlib_module_names
     assert roots <= {"truestep", "torch", "numpy"}
     assert not loaded & HEAVY
-    assert "truestep.kernels.loops" not in loaded
+    later = {
+        "kernels.loops",
+        "compression",
+        "ensemble",
+        "history",
+        "monitor",
+        "nodes",
+        "oracle",
+        "surgery",
+    }
+    assert not loaded & {f"truestep.{name}" for name in later}
+
+
+def test_what_is_imported_later_is_there_all_the_same():
+    import truestep  # noqa: PLC0415
+
+    assert set(truestep.__all__) <= set(dir(truestep))
+    assert all(getattr(truestep, name) is not None for name in truestep.__all__)
+    with pytest.raises(AttributeError, match="'truestep' has no attribute 'compres'"):
+        truestep.compres  # noqa: B018
