@@ -1,4 +1,4 @@
-"""The short way of `nn.Linear`: the same records as the long one, and who has to take the long one."""
+"""The short ways: the same records as the long one, and who has to take the long one."""
 
 import pytest
 import torch
@@ -14,35 +14,63 @@ from truestep.errors import TruestepError
 def uses(monkeypatch):
     """The uses that go the short way, counted by layer."""
     found = []
-    start = direct.Use.__init__
+    start, late = direct.Use.__init__, direct.Late.__init__
 
     def init(use, watch, layer, call, given):
         found.append(layer.name)
         start(use, watch, layer, call, given)
 
+    def init_late(self, layer, given):
+        found.append(layer.name)
+        late(self, layer, given)
+
     monkeypatch.setattr(direct.Use, "__init__", init)
+    monkeypatch.setattr(direct.Late, "__init__", init_late)
     return found
 
 
-def trained(short, held, monkeypatch, batches, *, unit="sample", penalty=False, accumulate=1):
+def linear():
+    """Layers of rows, one of them used twice."""
+    shared = nn.Linear(4, 4)
+    return nn.Sequential(
+        nn.Linear(3, 4), nn.ReLU(inplace=True), shared, nn.ReLU(), shared, nn.Linear(4, 2)
+    )
+
+
+def convolutional():
+    """Layers of images and of rows."""
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.GroupNorm(2, 4),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(4, 4, 2, stride=2, groups=2, bias=False),
+        nn.ReLU(),
+        nn.Flatten(2),
+        nn.LayerNorm(4),
+        nn.Conv1d(4, 3, 2),
+        nn.Flatten(),
+        nn.Linear(9, 2),
+    )
+
+
+def trained(
+    short, held, monkeypatch, batches, *, make=linear, unit="sample", penalty=False, accumulate=1
+):
     """Counts, batch sizes and weights of a small model after some steps."""
     with monkeypatch.context() as patch:
         if not short:
             patch.setattr(direct.Direct, "node", lambda *_: None)
         patch.setattr(records, "MOST_GATHERED", held)
         torch.manual_seed(0)
-        shared = nn.Linear(4, 4)
-        model = nn.Sequential(
-            nn.Linear(3, 4), nn.ReLU(inplace=True), shared, nn.ReLU(), shared, nn.Linear(4, 2)
-        )
+        model = make()
         counter = truestep.SampleCounter(model, unit=unit)
-        optimizer = truestep.AdaptiveBatchSGD(model.parameters(), lr=0.1, counter=counter)
+        optimizer = truestep.AdaptiveBatchSGD(model.parameters(), lr=1e-6, counter=counter)
         found = []
         for number, batch in enumerate(batches):
             loss = model(batch).relu().square().sum()
             if penalty:
                 gradients = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
-                loss = loss + sum(g.square().sum() for g in gradients)
+                loss = loss + 1e-6 * sum(g.square().sum() for g in gradients)
             loss.backward()
             if number % accumulate == accumulate - 1:
                 found.append((counter.batch_size, counter.counts()))
@@ -62,6 +90,22 @@ def test_both_ways_lead_to_the_same(held, penalty, accumulate, unit, positions, 
     one, other = (trained(short, held, monkeypatch, batches, **options) for short in (True, False))
     # All calls but the first, which is compared with the autograd graph.
     assert len(uses) == 4 * (len(batches) - 1)
+    for (size, counts), (same_size, same_counts) in zip(one[0], other[0], strict=True):
+        assert size == same_size
+        assert all(torch.equal(counts[name], same_counts[name]) for name in same_counts)
+    assert all(torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True))
+
+
+@pytest.mark.parametrize("penalty", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("unit", ["sample", "position"])
+def test_both_ways_of_other_layers_lead_to_the_same(penalty, accumulate, unit, monkeypatch, uses):
+    batches = [torch.randn(size, 2, 4, 4).relu() for size in (5, 70, 1, 7)]
+    options = {
+        "make": convolutional, "penalty": penalty, "accumulate": accumulate, "unit": unit
+    }  # fmt: skip
+    one, other = (trained(short, 0, monkeypatch, batches, **options) for short in (True, False))
+    assert uses == ["0", "1", "3", "6", "7", "9"] * (len(batches) - 1)
     for (size, counts), (same_size, same_counts) in zip(one[0], other[0], strict=True):
         assert size == same_size
         assert all(torch.equal(counts[name], same_counts[name]) for name in same_counts)
@@ -116,6 +160,23 @@ def under_autocast(model):
 def test_who_takes_which_way(make, call, expected, uses):
     model = make(nn.Linear(3, 4), nn.Linear(4, 2))
     assert stepped(model, lambda: call(model).sum().backward(), uses) == expected
+
+
+@pytest.mark.parametrize(
+    ("layer", "inputs", "short"),
+    [
+        (nn.Conv1d(2, 3, 1), torch.randn(5, 2, 4), True),
+        (nn.Conv1d(2, 3, 1), torch.randn(5, 4, 2).transpose(1, 2), True),
+        (nn.Conv1d(2, 3, 3, padding=1, padding_mode="circular"), torch.randn(5, 2, 4), False),
+        (nn.LayerNorm(2), torch.randn(5, 4, 2), True),
+        (nn.LayerNorm(2), torch.randn(5, 2, 4).transpose(1, 2), False),
+        (nn.GroupNorm(1, 2), torch.randn(5, 2, 4), True),
+        (nn.RMSNorm(2), torch.randn(5, 2), False),
+    ],
+)
+def test_which_other_layers_take_the_short_way(layer, inputs, short, uses):
+    model = nn.Sequential(layer)
+    assert stepped(model, lambda: model(inputs).sum().backward(), uses) == ["0"] * short
 
 
 def test_a_layer_that_is_partly_frozen_takes_the_long_way(uses):

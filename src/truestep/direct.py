@@ -1,9 +1,10 @@
-"""The short way of the layer that most models are made of: a plain `nn.Linear` whose batch comes first.
+"""The short way of the layers that most models are made of, where the batch comes first.
 
-It leads to the very records of the long way by rule, layout and `Watch`. What it leaves out is what this
-layer is known not to need: other layouts, several outputs, gathered parameters. It packs the input late,
+It leads to the very records of the long way by rule, layout and `Watch`. What it leaves out is what these
+layers are known not to need: other layouts, several outputs, gathered parameters. They see the input late,
 in the backward pass, where the weight's gradient reads it again anyway; until then autograd holds it and
-guards it against changes. A small model's step is made of such calls and feels each of them.
+guards it against changes. A small model's step is made of such calls and feels each of them, most of all
+those of `nn.Linear`, which has a way of its own to many layers' bits at once.
 """
 
 from collections.abc import Callable
@@ -16,29 +17,50 @@ from truestep.activity import Activity, Elements, Outer
 from truestep.bits import Bits, pack, pack_all
 from truestep.calls import Call
 from truestep.errors import TruestepError
+from truestep.gradients import Gradients
 from truestep.hooks import Hook, uncompiled
 from truestep.layout import Layout, Rule
-from truestep.rules import linear
+from truestep.rules import RULES, linear
 
 __all__ = ["Direct", "ShortHook", "Use", "goes_directly"]
 
-# What `nn.Linear` adds to the autograd graph for rows, with and without a bias.
-PRODUCTS = {"AddmmBackward0", "MmBackward0"}
+# What layers add to the autograd graph whose backward pass reads the input that they were given.
+NODES = {
+    nn.Linear: {"AddmmBackward0", "MmBackward0"},  # for rows, with and without a bias
+    nn.Conv1d: {"ConvolutionBackward0"},
+    nn.Conv2d: {"ConvolutionBackward0"},
+    nn.Conv3d: {"ConvolutionBackward0"},
+    nn.LayerNorm: {"NativeLayerNormBackward0"},
+    nn.GroupNorm: {"NativeGroupNormBackward0"},
+}
 
 
 def goes_directly(module: nn.Module, rule: Rule, layout: Layout) -> bool:
     """Whether a layer's usual calls can go the short way."""
-    return type(module) is nn.Linear and rule is linear and layout.batch_dim == 0
+    return (
+        type(module) in NODES
+        and rule is RULES[type(module)]
+        and layout.batch_dim == 0
+        and getattr(module, "padding_mode", "zeros") == "zeros"  # others pad what they are given
+    )
 
 
 class Direct:
-    """A layer's parameters as they were in a call that went the long way, which gave them their hooks."""
+    """A layer's parameters as they were in a call that went the long way, which gave them their hooks.
 
-    __slots__ = ("bias", "weight")
+    Args:
+        module: the layer.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_dims", "_names", "bias", "weight")
+
+    def __init__(self, module: nn.Module) -> None:
         self.weight: Any = None
         self.bias: Any = None
+        self._names = NODES[type(module)]
+        kernel = getattr(module, "kernel_size", None)
+        # The input's dimensions, where others have no batch among them.
+        self._dims = None if kernel is None else len(kernel) + 2
 
     def know(self, module: nn.Module) -> None:
         """Notes the parameters if all are trained: those have their hooks now."""
@@ -46,7 +68,7 @@ class Direct:
         self.weight, self.bias = (module.weight, module.bias) if trained else (None, None)
 
     def node(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """The autograd node of a call's product, or None where anything about the call is unusual."""
+        """The autograd node to wait at, or None where anything about the call is unusual."""
         held = module._parameters  # noqa: SLF001
         weight, bias = held.get("weight"), held.get("bias")
         if not (
@@ -63,17 +85,27 @@ class Direct:
             and torch._C._autograd._top_saved_tensors_default_hooks(True) is None  # noqa: SLF001
         ):
             return None
-        if len(given.shape) != 2:  # noqa: PLR2004 - with positions: a view of their rows' product
-            rows = output._base  # noqa: SLF001
-            if (
-                rows is None
-                or len(given.shape) < 2  # noqa: PLR2004
-                or rows.shape != (output.numel() // output.shape[-1], output.shape[-1])
-                or not (given.is_contiguous() and output.is_contiguous())
-            ):
-                return None
-            node = rows.grad_fn
-        return node if type(node).__name__ in PRODUCTS else None
+        if type(module) is nn.Linear:
+            if len(given.shape) != 2:  # noqa: PLR2004 - with positions: a view of their rows' product
+                node = _behind_view(given, output)
+        elif self._dims is None and not given.is_contiguous():
+            return None  # autograd keeps a copy
+        elif self._dims is not None and len(given.shape) != self._dims:
+            return None
+        return node if type(node).__name__ in self._names else None
+
+
+def _behind_view(given: Tensor, output: Tensor) -> Any:
+    """The node of the product of rows that an output with positions is a view of, or None."""
+    rows = output._base  # noqa: SLF001
+    known = (
+        rows is not None
+        and len(given.shape) > 2  # noqa: PLR2004
+        and rows.shape == (output.numel() // output.shape[-1], output.shape[-1])
+        and given.is_contiguous()
+        and output.is_contiguous()
+    )
+    return rows.grad_fn if known and rows is not None else None
 
 
 class ShortHook(Hook):
@@ -101,10 +133,41 @@ class ShortHook(Hook):
         node = direct.node(module, args, output)
         if node is None:
             return self._other(module, args, kwargs, output)
-        node.register_prehook(Use(self.counter, self._layer, call, args[0]))
+        layer, given = self._layer, args[0]
+        if layer.rule is linear:
+            node.register_prehook(Use(self.counter, layer, call, given))
+            return None
+        gradients = Gradients(self.counter, layer, layer.layout, call, Late(layer, given))
+        gradients.place, gradients.given = 0, given
+        node.register_prehook(gradients)
         return None
 
     uncompiled(__call__, inside=False)
+
+
+class Late:
+    """A rule's function from the gradient of a layer's output to activity, made when it is first called.
+
+    Args:
+        layer: the layer.
+        given: its input.
+    """
+
+    __slots__ = ("_activity", "_given", "_layer")
+
+    def __init__(self, layer: Any, given: Tensor) -> None:
+        self._layer = layer
+        self._given: Tensor | None = given
+        self._activity: Any = None
+
+    def __call__(self, delta: Tensor) -> dict[str, Activity]:
+        """The activity of the layer's parameters."""
+        layer, given = self._layer, self._given
+        if given is not None:
+            self._activity = layer.rule(layer.layout, layer.module, given.detach())
+            self._given = None
+        found: dict[str, Activity] = self._activity(delta)
+        return found
 
 
 class Use:

@@ -1,7 +1,7 @@
 """What waits in the autograd graph for the gradients of one use of a layer."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -9,8 +9,10 @@ from torch import Tensor
 from truestep.activity import Activity
 from truestep.calls import Call
 from truestep.hooks import uncompiled
-from truestep.layers import Layer
 from truestep.layout import Layout
+
+if TYPE_CHECKING:
+    from truestep.layers import Layer
 
 __all__ = ["Gradients"]
 
@@ -36,7 +38,7 @@ class Gradients:
     def __init__(
         self,
         watch: Callable[[], Any],
-        layer: Layer,
+        layer: "Layer",
         layout: Layout,
         call: Call,
         activity: Callable[..., dict[str, Activity]],

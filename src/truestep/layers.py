@@ -204,7 +204,7 @@ def make_layer(
         )
         return Layer(name, module, rule, layout, sharded, True, lenient, holds)
     builtin = type(module).forward.__module__.startswith("torch.nn.")
-    direct = Direct() if goes_directly(module, rule, layout) and not sharded else None
+    direct = Direct(module) if goes_directly(module, rule, layout) and not sharded else None
     followed = backward_is_known(module, rule)
     return Layer(
         name, module, rule, layout, sharded, builtin=builtin, direct=direct, followed=followed
