@@ -3,7 +3,8 @@
     python benchmarks/floor.py [--rounds 400] [--tasks 784-30,784-128,cnn] [--json FILE] [--markdown]
     python benchmarks/floor.py --read FILE --markdown
 
-Five training steps take turns in one process: SGD; SGD with empty hooks where counting has hooks; SGD with a
+Training steps take turns in one process: SGD; SGD with empty hooks where counting has hooks; SGD with hooks
+that read each layer's input and output gradient once, by torch's sum, as any way to count must; SGD with a
 counter that watches; AdaptiveBatchSGD; and, for sequences of linear layers, the least that hooks in Python
 can do: pack and step, with no check and no record. Printed: lower quartiles of microseconds for each phase;
 and what a layer more costs in forward and backward pass, from sequences of small linear layers.
@@ -38,12 +39,15 @@ def plain(task: Task) -> torch.optim.Optimizer:
     return torch.optim.SGD(task.model.parameters(), lr=LR)
 
 
-def with_empty_hooks(task: Task) -> torch.optim.Optimizer:
-    def nothing(*_: Any) -> None:
-        pass
+def nothing(*_: Any) -> None:
+    pass
 
-    def on_layer(_module: nn.Module, _args: Any, _kwargs: Any, output: Tensor) -> None:
-        output.grad_fn.register_prehook(nothing)
+
+def with_hooks(task: Task, make: Callable[[Any], Callable[..., None]]) -> torch.optim.Optimizer:
+    """SGD with hooks where counting has hooks; `make` gets a layer's arguments."""
+
+    def on_layer(_module: nn.Module, args: Any, _kwargs: Any, output: Tensor) -> None:
+        output.grad_fn.register_prehook(make(args))
 
     for layer in task.model.modules():
         if type(layer) in truestep.RULES:
@@ -53,6 +57,21 @@ def with_empty_hooks(task: Task) -> torch.optim.Optimizer:
     for parameter in task.model.parameters():
         parameter.register_post_accumulate_grad_hook(nothing)
     return plain(task)
+
+
+def with_empty_hooks(task: Task) -> torch.optim.Optimizer:
+    return with_hooks(task, lambda _args: nothing)
+
+
+def with_reading_hooks(task: Task) -> torch.optim.Optimizer:
+    def make(args: tuple[Tensor]) -> Callable[..., None]:
+        def read(gradients: tuple[Tensor]) -> None:
+            for tensor in (args[0], gradients[0]):
+                tensor.sum()
+
+        return read
+
+    return with_hooks(task, make)
 
 
 def watched(task: Task) -> torch.optim.Optimizer:
@@ -117,6 +136,7 @@ class Least(torch.optim.Optimizer):
 CANDIDATES: dict[str, Callable[[Task], torch.optim.Optimizer]] = {
     "SGD": plain,
     "SGD, empty hooks": with_empty_hooks,
+    "SGD, reading hooks": with_reading_hooks,
     "SGD, counter": watched,
     "AdaptiveBatchSGD": adaptive,
 }
@@ -204,7 +224,9 @@ def markdown(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=400)
-    parser.add_argument("--tasks", default="784-30,784-128,cnn", help="parts of names, by commas")
+    parser.add_argument(
+        "--tasks", default="784-,cnn,gpt b8 by sample", help="parts of names, by commas"
+    )
     parser.add_argument("--json", type=Path, help="file for all figures")
     parser.add_argument("--read", type=Path, help="figures of an earlier run instead of a new one")
     parser.add_argument("--markdown", action="store_true", help="print the table as markdown")

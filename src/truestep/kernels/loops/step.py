@@ -321,24 +321,33 @@ def _table(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> Non
             place[row] = found
             found += 1
     counts = np.zeros((found, columns), np.int32)
-    # The last sample counted: one that looks a row up twice counts once.
-    latest = np.full((found, columns), np.int32(-1), np.int32)
+    # The last sample counted: one that looks a row up twice counts once. Where its entries share their bits,
+    # one number stands for all columns.
+    by_entry = entry[BY_ENTRY] != 0 and not full
+    latest = np.full((found, columns if by_entry else 1), np.int32(-1), np.int32)
     for index in range(entries):
         if rows[index] < first or rows[index] >= last:
             continue
-        sample = owners[index]
-        bit = index if entry[BY_ENTRY] != 0 else np.int64(sample)
-        count, last_seen = counts[place[rows[index] - first]], latest[place[rows[index] - first]]
+        sample, line = owners[index], place[rows[index] - first]
+        if not by_entry and latest[line, 0] == sample:
+            continue
+        count, last_seen = counts[line], latest[line]
         if full:
             for column in range(columns):
-                count[column] += np.int32(last_seen[column] != sample)
-                last_seen[column] = sample
+                count[column] += np.int32(1)
+            last_seen[0] = sample
             continue
+        bit = index if by_entry else np.int64(sample)
         source, shift = words[bit // 64], np.int64(bit % 64)
-        for column in range(columns):
-            on = np.int32((source[column] >> shift) & 1)
-            count[column] += on & np.int32(last_seen[column] != sample)
-            last_seen[column] = sample if on else last_seen[column]
+        if by_entry:
+            for column in range(columns):
+                on = np.int32((source[column] >> shift) & 1)
+                count[column] += on & np.int32(last_seen[column] != sample)
+                last_seen[column] = sample if on else last_seen[column]
+        else:
+            for column in range(columns):
+                count[column] += np.int32((source[column] >> shift) & 1)
+            last_seen[0] = sample
     nobody = np.zeros(STRETCH, np.int32)
     row = first
     while row < last:
