@@ -20,9 +20,9 @@ def uses(monkeypatch):
         found.append(layer.name)
         start(use, watch, layer, call, given)
 
-    def init_late(self, layer, given):
+    def init_late(self, layer, given, seen):
         found.append(layer.name)
-        late(self, layer, given)
+        late(self, layer, given, seen)
 
     monkeypatch.setattr(direct.Use, "__init__", init)
     monkeypatch.setattr(direct.Late, "__init__", init_late)

@@ -206,6 +206,19 @@ def test_a_constant_input_does_not_reach_the_weight_of_a_norm():
     assert counter.counts()["bias"].tolist() == [2, 2, 2]
 
 
+@pytest.mark.parametrize("norm", [nn.LayerNorm(4), nn.GroupNorm(2, 4)])
+def test_norms_are_not_computed_twice(norm, monkeypatch):
+    inputs = torch.cat([torch.ones(1, 4), torch.tensor([[1.0, 3.0, 2.0, 2.0]]), torch.randn(4, 4)])
+    expected, _ = count(norm, weighted, inputs, torch.ones(6, 4))
+    counter = truestep.SampleCounter(norm)
+    norm(inputs).sum().backward()  # the first call goes the long way
+    norm.zero_grad()
+    monkeypatch.setattr("truestep.rules_norm._normalize", None)
+    norm(inputs).sum().backward()
+    assert torch.equal(counter.counts()["weight"], expected["weight"])
+    assert expected["weight"].tolist() == [5, 5, 4, 4]
+
+
 POSITIONWISE = {
     "linear": lambda: nn.Linear(3, 2),
     "embedding": lambda: nn.Embedding(5, 2),

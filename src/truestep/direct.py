@@ -21,6 +21,7 @@ from truestep.gradients import Gradients
 from truestep.hooks import Hook, uncompiled
 from truestep.layout import Layout, Rule
 from truestep.rules import RULES, linear
+from truestep.rules_norm import normalization
 
 __all__ = ["Direct", "ShortHook", "Use", "goes_directly"]
 
@@ -137,7 +138,8 @@ class ShortHook(Hook):
         if layer.rule is linear:
             node.register_prehook(Use(self.counter, layer, call, given))
             return None
-        gradients = Gradients(self.counter, layer, layer.layout, call, Late(layer, given))
+        seen = {"means": node._saved_result1} if layer.rule is normalization else {}  # noqa: SLF001
+        gradients = Gradients(self.counter, layer, layer.layout, call, Late(layer, given, seen))
         gradients.place, gradients.given = 0, given
         node.register_prehook(gradients)
         return None
@@ -151,12 +153,13 @@ class Late:
     Args:
         layer: the layer.
         given: its input.
+        seen: what else the rule is given.
     """
 
-    __slots__ = ("_activity", "_given", "_layer")
+    __slots__ = ("_activity", "_given", "_layer", "_seen")
 
-    def __init__(self, layer: Any, given: Tensor) -> None:
-        self._layer = layer
+    def __init__(self, layer: Any, given: Tensor, seen: dict[str, Tensor]) -> None:
+        self._layer, self._seen = layer, seen
         self._given: Tensor | None = given
         self._activity: Any = None
 
@@ -164,8 +167,8 @@ class Late:
         """The activity of the layer's parameters."""
         layer, given = self._layer, self._given
         if given is not None:
-            self._activity = layer.rule(layer.layout, layer.module, given.detach())
-            self._given = None
+            self._activity = layer.rule(layer.layout, layer.module, given.detach(), **self._seen)
+            self._given, self._seen = None, {}
         found: dict[str, Activity] = self._activity(delta)
         return found
 

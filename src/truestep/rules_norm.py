@@ -29,14 +29,30 @@ def normalization(
     layout: Layout,
     module: Norm,
     input: Tensor,
+    *,
+    means: Tensor | None = None,
 ) -> Callable[[Tensor], dict[str, Activity]]:
-    """Norms with weights: weight j needs output gradient and normalised input j, bias j the former."""
+    """Norms with weights: weight j needs output gradient and normalised input j, bias j the former.
+
+    Args:
+        layout: of the call.
+        module: the norm.
+        input: of the call.
+        means: of a LayerNorm or GroupNorm, as autograd has kept them: what is equal is normalised to zero.
+    """
     if module.weight is None or not module.weight.requires_grad:
         return _activity(layout, module, None)
     if isinstance(module, nn.RMSNorm):  # each row divided by one number
         return _activity(layout, module, input.detach())
     with torch.no_grad():
-        return _activity(layout, module, _normalize(module, input.detach()))
+        if means is None:
+            factors = _normalize(module, input.detach())
+        elif isinstance(module, nn.GroupNorm):
+            grouped = input.reshape(*means.shape, -1)
+            factors = (grouped - means.unsqueeze(-1)).reshape(input.shape)
+        else:
+            factors = input - means
+    return _activity(layout, module, factors)
 
 
 def normalization_twice(
