@@ -348,23 +348,35 @@ def _table(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> Non
             for column in range(columns):
                 count[column] += np.int32((source[column] >> shift) & 1)
             last_seen[0] = sample
-    nobody = np.zeros(STRETCH, np.int32)
-    row = first
-    while row < last:
-        index = place[row - first]
-        if index < 0:
-            start = row
-            while row < last and place[row - first] < 0:
-                row += 1
-            if counted.shape[0] == 0 and entry[PARAMETER] != 0:
-                _stretch(entry, start * columns, row * columns, nobody, options)
-            continue
-        if counted.shape[0] > 0:
-            for column in range(columns):
-                counted[row, column] = counts[index, column]
-        else:
-            _update(entry, row * columns, counts[index], options)
-        row += 1
+    _looked_up(entry, first, last, place, counts, options, counted)
+
+
+@njit(cache=True, nogil=True)
+def _looked_up(
+    entry: Any, first: Any, last: Any, place: Any, counts: Any, options: Any, counted: Any
+) -> None:
+    """Rows `first` to `last` of an embedding, whose counts are ``counts[place[row - first]]``, or 0."""
+    # Stretch after stretch, since most rows are not looked up; views by address cost no reference counts.
+    columns = counts.shape[1]
+    size = max(1, STRETCH // columns)
+    stretch = np.zeros(size * columns, np.int32)
+    source, target = counts.ctypes.data, stretch.ctypes.data
+    for start in range(first, last, size):
+        stop, looked_up = min(last, start + size), False
+        for row in range(start, stop):
+            line = np.int64(place[row - first])
+            if line >= 0:
+                looked_up = True
+                count = carray(pointer(source + 4 * line * columns), (columns,), np.int32)
+                held = carray(pointer(target + 4 * (row - start) * columns), (columns,), np.int32)
+                for column in range(columns):
+                    held[column] = count[column]
+        if counted.shape[0] > 0 and looked_up:
+            counted[start:stop] = stretch[: (stop - start) * columns].reshape((-1, columns))
+        elif looked_up or (entry[PARAMETER] != 0 and counted.shape[0] == 0):
+            _update(entry, start * columns, stretch[: (stop - start) * columns], options)
+        if looked_up:
+            stretch[:] = 0
 
 
 @njit(cache=True, nogil=True)
