@@ -47,8 +47,25 @@ def backward(
     lr: Any,
     step: Any,
     place: Any,
+    compared: Any,
 ) -> None:
-    """The backward pass and the step, layer by layer from the last one."""
+    """The backward pass and the step, layer by layer from the last one.
+
+    Args:
+        scratch: address of this thread's memory.
+        options: `Options`.
+        plan: `Plan`.
+        state: `State`.
+        records: `Records`.
+        replica: which.
+        x: address of the inputs, float32 ``[samples, features]``.
+        index: address of int32 ``[n]``, the samples of the batch.
+        n: how many there are.
+        lr: this step's learning rate.
+        step: how many steps there were before.
+        place: of what is measured at this step; -1 where nothing is.
+        compared: whether gradients are measured at this step or the next one, which looks at this one's.
+    """
     sizes, settings = plan.sizes, state.settings[replica]
     row, padded = sizes.width * 4, (n + PAD - 1) // PAD * PAD
     weights = state.parameters[replica:].ctypes.data
@@ -109,7 +126,8 @@ def backward(
                     inputs, vectors, units, weight, 4, step_down, delta, row, identity, other, row
                 )
                 through_activation(sizes.activation, inputs, row, padded, other, below, sums)
-        group = max(4, min(units, GROUP // columns))
+        # Whole tiles of rows.
+        group = max(4, min(units, GROUP // columns // 4 * 4))
         unit = 0
         while unit <= units:
             is_bias = unit == units
@@ -147,7 +165,7 @@ def backward(
                         gradient,
                         columns * 4,
                     )
-            if options.with_gradients != 0:
+            if compared:
                 size, agree = _compare(direction, state.before[replica, at // 4 :])
                 size_sum += size
                 agreeing += agree

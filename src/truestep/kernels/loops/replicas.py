@@ -155,6 +155,8 @@ def train(
             levels[BATCH_LOSS] += total
             settings = state.settings[replica]
             lr = settings[LR] * schedules[np.int64(settings[SCHEDULE]), step - start]
+            following = progress[CURSOR]
+            soon = following < len(plan.measured) and plan.measured[following] == step + 1
             backward(
                 scratch,
                 options,
@@ -168,6 +170,7 @@ def train(
                 lr,
                 step,
                 cursor if due else -1,
+                options.with_gradients != 0 and (due or soon),
             )
 
 
