@@ -1,6 +1,6 @@
 """Where the time of a small model's step goes, phase by phase, and what hooks that do nothing cost.
 
-    python benchmarks/floor.py [--rounds 400] [--tasks 784-30,784-128,cnn] [--json FILE] [--markdown]
+    python benchmarks/floor.py [--rounds 400] [--tasks 784-,cnn,gpt] [--json FILE] [--markdown]
     python benchmarks/floor.py --read FILE --markdown
 
 Training steps take turns in one process: SGD; SGD with empty hooks where counting has hooks; SGD with hooks

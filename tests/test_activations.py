@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from planting import straighten
-from test_compress import busy, compressed, data
+from test_compression import busy, compressed, data
 from test_nodes import ACTIVATIONS
 from truestep.activations import find_activation
 

@@ -1,5 +1,8 @@
 """The short ways: the same records as the long one, and who has to take the long one."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -33,7 +36,12 @@ def linear():
     """Layers of rows, one of them used twice."""
     shared = nn.Linear(4, 4)
     return nn.Sequential(
-        nn.Linear(3, 4), nn.ReLU(inplace=True), shared, nn.ReLU(), shared, nn.Linear(4, 2)
+        nn.Linear(3, 4),
+        nn.ReLU(inplace=True),
+        shared,
+        nn.ReLU(),
+        shared,
+        nn.Linear(4, 2, bias=False),
     )
 
 
@@ -168,15 +176,78 @@ def test_who_takes_which_way(make, call, expected, uses):
         (nn.Conv1d(2, 3, 1), torch.randn(5, 2, 4), True),
         (nn.Conv1d(2, 3, 1), torch.randn(5, 4, 2).transpose(1, 2), True),
         (nn.Conv1d(2, 3, 3, padding=1, padding_mode="circular"), torch.randn(5, 2, 4), False),
+        (nn.Conv1d(2, 3, 3, padding="same"), torch.randn(5, 2, 4), True),
+        (nn.Conv1d(2, 3, 2, padding="same"), torch.randn(5, 2, 4), False),
+        (nn.LayerNorm(2).bfloat16(), torch.randn(5, 2).bfloat16(), False),
+        (nn.Linear(2, 3), torch.randn(5, 0, 2), False),
         (nn.LayerNorm(2), torch.randn(5, 4, 2), True),
         (nn.LayerNorm(2), torch.randn(5, 2, 4).transpose(1, 2), False),
         (nn.GroupNorm(1, 2), torch.randn(5, 2, 4), True),
         (nn.RMSNorm(2), torch.randn(5, 2), False),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_which_other_layers_take_the_short_way(layer, inputs, short, uses):
     model = nn.Sequential(layer)
     assert stepped(model, lambda: model(inputs).sum().backward(), uses) == ["0"] * short
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_layer_without_outputs_takes_the_long_way(uses):
+    model = nn.Sequential(nn.Linear(2, 0))
+    assert stepped(model, lambda: model(torch.randn(5, 4, 2)).sum().backward(), uses) == []
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+@pytest.mark.parametrize("layer", [nn.Linear(2, 3), nn.LayerNorm(2), nn.GroupNorm(1, 2)])
+def test_an_empty_batch_is_counted(layer):
+    counter = truestep.SampleCounter(layer)
+    for _ in range(2):
+        layer.zero_grad()
+        inputs = torch.empty(0, 2, requires_grad=True)
+        layer(inputs).sum().backward(create_graph=True)
+        assert counter.counts()["bias"].tolist() == [0] * len(layer.bias)
+
+
+@pytest.mark.parametrize("layer", [nn.Conv1d(2, 2, 1), nn.LayerNorm(4), nn.GroupNorm(1, 2)])
+def test_a_call_without_a_backward_pass_leaves_nothing(layer):
+    counter = truestep.SampleCounter(layer)
+    layer(torch.randn(5, 2, 4)).sum().backward()
+    inputs = torch.randn(5, 2, 4)
+    reference = weakref.ref(inputs)
+    layer(inputs)
+    del inputs
+    gc.collect()
+    assert reference() is None
+    assert counter.batch_size == 5
+
+
+@pytest.mark.parametrize("inputs", [torch.randn(5, 3), torch.randn(5, 4, 3)])
+def test_a_penalty_after_a_backward_pass_is_refused(inputs):
+    model = nn.Linear(3, 2)
+    counter = truestep.SampleCounter(model)
+    model(inputs).sum().backward()
+    model.zero_grad()
+    given = inputs.clone().requires_grad_()
+    out = model(given)
+    out.sum().backward(retain_graph=True)
+    model.zero_grad()
+    (gradient,) = torch.autograd.grad(out.sum(), given, create_graph=True)
+    with pytest.raises(TruestepError, match="gradient penalty"):
+        (out[:1].sum() + gradient.square().sum()).backward()
+    assert counter.counts() == {}
+
+
+@pytest.mark.parametrize("inputs", [torch.randn(5, 3), torch.randn(5, 4, 3)])
+def test_functional_gradients_are_left_alone(inputs):
+    model = nn.Linear(3, 2)
+    counter = truestep.SampleCounter(model)
+    model(inputs).sum().backward()
+    found = torch.func.grad(lambda x: model(x).square().sum())(inputs)
+    given = inputs.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(model(given).square().sum(), given)
+    assert torch.allclose(found, expected)
+    assert counter.batch_size == 5
 
 
 def test_a_layer_that_is_partly_frozen_takes_the_long_way(uses):

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 from planting import plant
-from test_compress import busy, compressed, data, units
+from test_compression import busy, compressed, data, units
 
 ZERO, CONSTANT = 1, 3
 

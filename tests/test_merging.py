@@ -11,7 +11,7 @@ from torch.nn import functional
 import truestep
 from planting import straighten
 from properties import called
-from test_compress import busy, compressed, data, units
+from test_compression import busy, compressed, data, units
 from truestep import compress, find_dummy_nodes, shrink_to
 
 # By function: where it is a straight line that is not level, in two finite ends.

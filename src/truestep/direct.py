@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from truestep.activity import Activity, Elements, Outer
-from truestep.bits import Bits, pack, pack_all
+from truestep.bits import Bits, pack
 from truestep.calls import Call
 from truestep.errors import TruestepError
 from truestep.gradients import Gradients
 from truestep.hooks import Hook, uncompiled
+from truestep.kernels.dispatch import LIKE
 from truestep.layout import Layout, Rule
 from truestep.rules import RULES, linear
 from truestep.rules_norm import normalization
@@ -42,8 +43,18 @@ def goes_directly(module: nn.Module, rule: Rule, layout: Layout) -> bool:
         type(module) in NODES
         and rule is RULES[type(module)]
         and layout.batch_dim == 0
-        and getattr(module, "padding_mode", "zeros") == "zeros"  # others pad what they are given
+        and not _pads_its_input(module)
     )
+
+
+def _pads_its_input(module: Any) -> bool:
+    """Whether autograd holds a padded copy instead of what a convolution is given."""
+    if getattr(module, "padding_mode", "zeros") != "zeros":
+        return True
+    if getattr(module, "padding", None) != "same":
+        return False
+    sides = zip(module.dilation, module.kernel_size, strict=True)
+    return any(dilation * (kernel - 1) % 2 for dilation, kernel in sides)
 
 
 class Direct:
@@ -88,24 +99,24 @@ class Direct:
             return None
         if type(module) is nn.Linear:
             if len(given.shape) != 2:  # noqa: PLR2004 - with positions: a view of their rows' product
-                node = _behind_view(given, output)
-        elif self._dims is None and not given.is_contiguous():
-            return None  # autograd keeps a copy
+                node = _behind_view(given, output, node)
+        elif self._dims is None and not (given.is_contiguous() and given.dtype in LIKE):
+            return None  # autograd keeps a copy, or rounded means
         elif self._dims is not None and len(given.shape) != self._dims:
             return None
         return node if type(node).__name__ in self._names else None
 
 
-def _behind_view(given: Tensor, output: Tensor) -> Any:
+def _behind_view(given: Tensor, output: Tensor, node: Any) -> Any:
     """The node of the product of rows that an output with positions is a view of, or None."""
+    usual = len(given.shape) > 2 and given.is_contiguous() and output.is_contiguous()  # noqa: PLR2004
+    if not usual or output.numel() == 0:
+        return None
+    if type(node).__name__ == "UnsafeViewBackward0":  # without a bias
+        return node.next_functions[0][0]
     rows = output._base  # noqa: SLF001
-    known = (
-        rows is not None
-        and len(given.shape) > 2  # noqa: PLR2004
-        and rows.shape == (output.numel() // output.shape[-1], output.shape[-1])
-        and given.is_contiguous()
-        and output.is_contiguous()
-    )
+    width = output.shape[-1]
+    known = rows is not None and rows.shape == (output.numel() // width, width)
     return rows.grad_fn if known and rows is not None else None
 
 
@@ -138,7 +149,10 @@ class ShortHook(Hook):
         if layer.rule is linear:
             node.register_prehook(Use(self.counter, layer, call, given))
             return None
-        seen = {"means": node._saved_result1} if layer.rule is normalization else {}  # noqa: SLF001
+        seen = {}
+        if layer.rule is normalization:
+            # Detached: GroupNorm's would keep the node alive that this is hung on.
+            seen["means"] = node._saved_result1.detach()  # noqa: SLF001
         gradients = Gradients(self.counter, layer, layer.layout, call, Late(layer, given, seen))
         gradients.place, gradients.given = 0, given
         node.register_prehook(gradients)
@@ -205,22 +219,23 @@ class Use:
         self._versions = 0
         self._weight, self._bias = layer.direct.weight, layer.direct.bias
 
-    def __call__(self, gradients: Any) -> None:
-        """Takes the gradient of the output."""
-        watch, delta = self._watch(), gradients[0]
-        if watch is not None and delta is not None:
-            self._delta = delta
-            if torch.is_grad_enabled():  # create_graph=True
-                self._tell_differentiable(watch, gradients)
-            watch.on_samples(self, self._layer, self._call, delta.shape[0] // self._positions)
+    def __call__(self, gradients: Any) -> Any:
+        """Takes the output's gradient; in its place it may return another, which says when it is used."""
+        watch, delta, passed = self._watch(), gradients[0], None
+        if watch is None or delta is None:
+            return None
+        if torch.is_grad_enabled():  # create_graph=True
+            given = self._given if isinstance(self._given, Tensor) else None
+            if given is None and not delta.requires_grad:
+                delta = delta.detach().requires_grad_()
+                passed = (delta,)
+            shaped = delta if given is None else delta.reshape(*given.shape[:-1], delta.shape[-1])
+            watch.on_differentiable(self._layer, self._layer.layout, self._call, given, [shaped])
+        self._delta = delta
+        watch.on_samples(self, self._layer, self._call, delta.shape[0] // self._positions)
+        return passed
 
     uncompiled(__call__, inside=False)
-
-    def _tell_differentiable(self, watch: Any, gradients: Any) -> None:
-        given = self._given if isinstance(self._given, Tensor) else None
-        if given is not None:
-            gradients = [gradients[0].reshape(*given.shape[:-1], -1)]
-        watch.on_differentiable(self._layer, self._layer.layout, self._call, given, gradients)
 
     def begin(self) -> int | None:
         """The bytes of input and output gradient, which are both kept as they are now for a while.
@@ -277,4 +292,5 @@ class Use:
         if isinstance(self._given, Bits):
             assert self._delta is not None  # noqa: S101
             return self.deliver(self._given, pack(self._delta))
-        return self.deliver(*pack_all(self.tensors()))
+        given, delta = self.tensors()
+        return self.deliver(pack(given), pack(delta))

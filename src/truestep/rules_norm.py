@@ -48,7 +48,7 @@ def normalization(
         if means is None:
             factors = _normalize(module, input.detach())
         elif isinstance(module, nn.GroupNorm):
-            grouped = input.reshape(*means.shape, -1)
+            grouped = input.flatten(1).unflatten(1, (means.shape[1], -1))
             factors = (grouped - means.unsqueeze(-1)).reshape(input.shape)
         else:
             factors = input - means

@@ -64,6 +64,9 @@ def is_plain(tensor: Tensor) -> bool:
 
 def all_plain(tensors: Iterable[Tensor]) -> bool:
     """Whether compiled loops can read the numbers of all tensors, which lie without gaps."""
+    # First: functorch's tensors have no address to ask for.
+    if not installed() or torch._C._functorch.peek_interpreter_stack() is not None:  # noqa: SLF001
+        return False
     for tensor in tensors:
         if not (
             tensor.is_cpu
@@ -75,7 +78,7 @@ def all_plain(tensors: Iterable[Tensor]) -> bool:
             and tensor.data_ptr()
         ):
             return False
-    return installed() and torch._C._functorch.peek_interpreter_stack() is None  # noqa: SLF001
+    return True
 
 
 @functools.cache
