@@ -10,7 +10,7 @@ from torch import nn
 
 import truestep
 from truestep.activity import Elements, Outer, Rows, Window
-from truestep.bits import pack
+from truestep.bits import pack, pack_all
 from truestep.fused import Pass
 from truestep.kernels import dispatch, packing, stepping, threads
 from truestep.kernels.scanning import scan, scan_torch
@@ -118,7 +118,7 @@ def same_counts(activity):
 @given(
     samples=st.integers(1, 300),
     positions=st.integers(1, 140),
-    rows=st.integers(1, 5),
+    rows=st.integers(1, 11),
     columns=st.integers(1, 70),
     densities=st.tuples(DENSITY, DENSITY),
 )
@@ -141,11 +141,12 @@ AXIS = st.tuples(
     samples=st.integers(1, 3),
     channels=st.integers(1, 3),
     groups=st.integers(1, 2),
+    rows=st.integers(1, 6),
     densities=st.tuples(DENSITY, DENSITY),
     by_position=st.booleans(),
 )
 def test_convolutions_equal_their_twin(
-    axes, long, samples, channels, groups, densities, by_position
+    axes, long, samples, channels, groups, rows, densities, by_position
 ):
     size, kernel, stride, dilation, padding = zip(*axes, strict=True)
     if len(size) == 1:
@@ -162,10 +163,9 @@ def test_convolutions_equal_their_twin(
         *(size, tuple(seen), kernel, stride, dilation, around, "constant", inputs, groups),
         by_position=by_position,
     )
-    rows = 2 * groups
-    outputs = torch.rand(samples, math.prod(seen), rows) < densities[0]
+    outputs = torch.rand(samples, math.prod(seen), rows * groups) < densities[0]
     image = torch.rand(samples, math.prod(size), inputs) < densities[1]
-    shape = torch.Size([rows, channels, *kernel])
+    shape = torch.Size([rows * groups, channels, *kernel])
     same_counts(Outer(shape, pack(outputs), pack(image), window))
 
 
@@ -197,12 +197,13 @@ def test_nothing_is_counted_in_tensors_without_elements(outputs, inputs):
     entries=st.integers(0, 80),
     by_entry=st.booleans(),
     density=DENSITY,
+    shape=st.sampled_from([(6, 5), (500, 7), (3, 1100)]),
 )
-def test_embeddings_equal_their_twin(samples, entries, by_entry, density):
-    owners, rows = torch.randint(0, samples, (entries,)), torch.randint(0, 6, (entries,))
-    outputs = pack(torch.rand(entries if by_entry else samples, 5) < density)
+def test_embeddings_equal_their_twin(samples, entries, by_entry, density, shape):
+    owners, rows = torch.randint(0, samples, (entries,)), torch.randint(0, shape[0], (entries,))
+    outputs = pack(torch.rand(entries if by_entry else samples, shape[1]) < density)
     owners = owners.sort().values.int()
-    same_counts(Rows(torch.Size([6, 5]), samples, rows.int(), owners, outputs, by_entry))
+    same_counts(Rows(torch.Size(shape), samples, rows.int(), owners, outputs, by_entry))
 
 
 @pytest.mark.parametrize("by_entry", [False, True])
@@ -225,6 +226,7 @@ def test_a_fused_step_equals_the_step_of_torch(dtype, momentum, weight_decay, ma
         torch.randn(7, 9, dtype=dtype),
         torch.randn(5, dtype=dtype),
         torch.randn(3, dtype=dtype),
+        torch.randn(400, 6, dtype=dtype),
     ]
     theirs = [nn.Parameter(tensor.clone()) for tensor in ours]
     settings = {"lr": 0.03, "momentum": momentum, "weight_decay": weight_decay}
@@ -235,7 +237,9 @@ def test_a_fused_step_equals_the_step_of_torch(dtype, momentum, weight_decay, ma
         mask = torch.rand(20, 7) < 0.3, torch.rand(20, 9) < 0.3
         weight = Outer(ours[0].shape, pack(mask[0]), pack(mask[1]))
         bias = Elements(ours[1].shape, pack(torch.rand(20, 5) < 0.2))
-        found = [(weight, 20), (bias, 20), None]
+        places, owners = torch.randint(0, 400, (60,)).int(), torch.arange(60).int() // 3
+        table = Rows(ours[3].shape, 20, places, owners, pack(torch.rand(20, 6) < 0.5), False)
+        found = [(weight, 20), (bias, 20), None, (table, 20)]
         whole = Pass(stepping.Options(**settings))
         for parameter, same, reached, buffer in zip(ours, theirs, found, buffers, strict=True):
             gradient = torch.randn_like(parameter)
@@ -271,6 +275,9 @@ def all_loops(dtype):
     masks = torch.rand(700, 40) < 0.4, torch.rand(7, 40, 100).transpose(1, 2) < 0.4
     found = [packing.pack(mask.to(dtype)) for mask in masks]
     found.append(packing.pack(torch.ones(700, 40, dtype=dtype)) is None)
+    sizes = (1, 3), (130, 5), (64, 70), (700, 40)
+    together = [(torch.rand(size) < 0.9).to(dtype) for size in sizes] + [torch.ones(700, 3)]
+    found += [bits.dense() for bits in pack_all(together)]
     outputs, inputs = torch.rand(100, 40) < 0.4, torch.rand(100, 30) < 0.4
     activity = Outer(torch.Size([40, 30]), pack(outputs), pack(inputs))
     found += [activity.count(), scale_(torch.randn(40, 30, dtype=dtype), activity, 100)]
@@ -311,6 +318,15 @@ def test_threads_give_the_same(kind, dtype, monkeypatch):
     assert bool(ran) == (kind == "torch's threads")
     for ours, single in zip(found, expected, strict=True):
         assert ours is single or torch.equal(ours, single)
+
+
+@pytest.mark.parametrize("rows", [1, 63, 64, 65, 200])
+def test_packing_many_equals_packing_each(rows):
+    values = [(torch.rand(rows, units) < 0.5).float() for units in (1, 7, 64, 65)]
+    values += [torch.ones(rows, 5), torch.zeros(rows + 1, 2)]
+    for ours, alone in zip(pack_all(values), map(pack, values), strict=True):
+        assert torch.equal(ours.mask(), alone.mask())
+        assert (ours.words is None) == (alone.words is None)
 
 
 def test_masks_are_counted_exactly_under_autocast():
