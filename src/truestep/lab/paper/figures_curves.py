@@ -79,7 +79,7 @@ def rates(curves: pd.DataFrame) -> Figure:
         marks[f"{lr:g}"] = Line2D([], [], color=colour, linewidth=2)
     axes.set_xlabel("epoch", fontsize=9, color=INK)
     axes.set_ylabel("test accuracy", fontsize=9, color=INK)
-    _explain(figure, marks, 10)
+    _explain(figure, marks, 5)
     return figure
 
 
