@@ -18,6 +18,7 @@ from truestep.bits import Bits, pack
 from truestep.calls import Call
 from truestep.errors import TruestepError
 from truestep.gradients import Gradients
+from truestep.graph import saved_tensors_are_packed
 from truestep.hooks import Hook, uncompiled
 from truestep.kernels.dispatch import LIKE
 from truestep.layout import Layout, Rule
@@ -93,8 +94,7 @@ class Direct:
             and (node := output.grad_fn) is not None
             and len(args) == 1
             and (given := args[0]).dtype is output.dtype  # autocast keeps a copy of its own
-            # Activation checkpointing would not hold the input.
-            and torch._C._autograd._top_saved_tensors_default_hooks(True) is None  # noqa: SLF001
+            and not saved_tensors_are_packed()  # checkpointing would not hold the input
         ):
             return None
         if type(module) is nn.Linear:
@@ -114,10 +114,10 @@ def _behind_view(given: Tensor, output: Tensor, node: Any) -> Any:
         return None
     if type(node).__name__ == "UnsafeViewBackward0":  # without a bias
         return node.next_functions[0][0]
-    rows = output._base  # noqa: SLF001
-    width = output.shape[-1]
-    known = rows is not None and rows.shape == (output.numel() // width, width)
-    return rows.grad_fn if known and rows is not None else None
+    rows, width = output._base, output.shape[-1]  # noqa: SLF001
+    if rows is None or rows.shape != (output.numel() // width, width):
+        return None
+    return rows.grad_fn
 
 
 class ShortHook(Hook):

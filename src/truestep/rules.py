@@ -93,16 +93,16 @@ def convolution(
         if inputs is not None:
             zeros = module.padding_mode == "zeros"
             window = _window(
-                size,
-                tuple(delta.shape[-rank:]),
-                tuple(module.kernel_size),
-                tuple(module.stride),
-                tuple(module.dilation),
-                tuple(module._reversed_padding_repeated_twice),  # noqa: SLF001
-                "constant" if zeros else module.padding_mode,
-                module.in_channels,
-                module.groups,
-                layout.unit == "position",
+                size=size,
+                positions=tuple(delta.shape[-rank:]),
+                kernel=tuple(module.kernel_size),
+                stride=tuple(module.stride),
+                dilation=tuple(module.dilation),
+                padding=tuple(module._reversed_padding_repeated_twice),  # noqa: SLF001
+                padding_mode="constant" if zeros else module.padding_mode,
+                channels=module.in_channels,
+                groups=module.groups,
+                by_position=layout.unit == "position",
             )
             found["weight"] = Outer(weight.shape, outputs, inputs, window)
         if bias is not None and bias.requires_grad:
@@ -146,16 +146,16 @@ def transposed_convolution(
         if inputs is not None:
             padding = cast("tuple[int, ...]", module.padding)  # a transposed one takes no string
             window = _window(
-                tuple(delta.shape[-rank:]),
-                positions,
-                tuple(module.kernel_size),
-                tuple(module.stride),
-                tuple(module.dilation),
-                tuple(side for side in reversed(padding) for _ in range(2)),
-                "constant",
-                module.out_channels,
-                module.groups,
-                layout.unit == "position",
+                size=tuple(delta.shape[-rank:]),
+                positions=positions,
+                kernel=tuple(module.kernel_size),
+                stride=tuple(module.stride),
+                dilation=tuple(module.dilation),
+                padding=tuple(side for side in reversed(padding) for _ in range(2)),
+                padding_mode="constant",
+                channels=module.out_channels,
+                groups=module.groups,
+                by_position=layout.unit == "position",
             )
             found["weight"] = Outer(module.weight.shape, inputs, outputs, window, transposed=True)
         if module.bias is not None and module.bias.requires_grad:

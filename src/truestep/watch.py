@@ -322,8 +322,7 @@ class Watch:
             return None
         call = compiled.call_of(call) if isinstance(call, Tensor) else call
         call.sizes.extend(sizes_of(output, self._batch_dim))
-        found = [output] if isinstance(output, Tensor) else outputs_in(output)
-        outputs = [tensor for tensor in found if tensor.requires_grad]
+        outputs = [tensor for tensor in outputs_in(output) if tensor.requires_grad]
         for tensor in outputs:
             # Looking at it brings the node of a view up to date whose base was written to in place:
             # register_hook crashes on an old one.
