@@ -7,7 +7,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-__all__ = ["count_bits", "fma", "pointer"]
+__all__ = ["count_bits", "fma", "pointer", "repeat"]
 
 LANES = (64, 8, 1)
 
@@ -43,6 +43,14 @@ def fma(_context: Any, factor: Any, other: Any, addend: Any) -> Any:
     return factor(factor, other, addend), generate
 
 
+def repeat(builder: Any, number: Any, kind: Any) -> Any:
+    """A vector of one number, for intrinsics."""
+    nothing = ir.Constant(kind, ir.Undefined)
+    first = builder.insert_element(nothing, number, ir.IntType(32)(0))
+    zeros = ir.Constant(ir.VectorType(ir.IntType(32), kind.count), None)
+    return builder.shuffle_vector(first, nothing, zeros)
+
+
 def _lanes(width: int, lanes: int) -> Callable[..., Any]:
     """Reads `lanes` neighbours of `width` bits at an address: one bit each, on where `magnitude` sees any."""
 
@@ -55,10 +63,8 @@ def _lanes(width: int, lanes: int) -> Callable[..., Any]:
             values = builder.load(source)
             values.align = width // 8
             kept = arguments[1] if width == word.width else builder.trunc(arguments[1], item)
-            one = builder.insert_element(ir.Constant(kind, ir.Undefined), kept, ir.IntType(32)(0))
-            zeros = ir.Constant(ir.VectorType(ir.IntType(32), lanes), None)
-            spread = builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), zeros)
-            on = builder.icmp_unsigned("!=", builder.and_(values, spread), ir.Constant(kind, None))
+            every = builder.and_(values, repeat(builder, kept, kind))
+            on = builder.icmp_unsigned("!=", every, ir.Constant(kind, None))
             bits = builder.bitcast(on, ir.IntType(lanes))
             return bits if lanes == word.width else builder.zext(bits, word)
 

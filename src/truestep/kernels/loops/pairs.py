@@ -11,6 +11,8 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from truestep.kernels.loops.memory import repeat
+
 __all__ = ["count_pairs", "join_pairs"]
 
 WORD, HALF = ir.IntType(64), ir.IntType(32)
@@ -27,15 +29,6 @@ def _read(builder: Any, address: Any, kind: Any) -> Any:
 def _write(builder: Any, vector: Any, address: Any) -> None:
     stored = builder.store(vector, builder.inttoptr(address, vector.type.as_pointer()))
     stored.align = vector.type.element.width // 8
-
-
-def _repeat(builder: Any, word: Any, kind: Any) -> Any:
-    """A vector of one word."""
-    nothing = ir.Constant(kind, ir.Undefined)
-    first = builder.insert_element(nothing, word, HALF(0))
-    return builder.shuffle_vector(
-        first, nothing, ir.Constant(ir.VectorType(HALF, kind.count), None)
-    )
 
 
 def _counting(rows: int, lanes: int) -> Callable[..., Any]:
@@ -68,7 +61,7 @@ def _counting(rows: int, lanes: int) -> Callable[..., Any]:
                 line = _read(builder, there, kind)
                 for row, total in enumerate(totals):
                     place = builder.inttoptr(builder.add(here, WORD(8 * row)), WORD.as_pointer())
-                    same = _repeat(builder, builder.load(place), kind)
+                    same = repeat(builder, builder.load(place), kind)
                     found = builder.call(population, [builder.and_(line, same)])
                     builder.store(builder.add(builder.load(total), found), total)
                 builder.store(builder.add(here, output_step), at_output)
@@ -91,7 +84,7 @@ def _joining(lanes: int, *, fresh: bool) -> Callable[..., Any]:
     def join(_context: Any, output: Any, inputs: Any, hits: Any, vectors: Any) -> Any:
         def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
             word, source, target, length = arguments
-            same = _repeat(builder, word, kind)
+            same = repeat(builder, word, kind)
             missing = cgutils.alloca_once_value(builder, none)
             with cgutils.for_range(builder, length) as loop:
                 offset = builder.mul(loop.index, WORD(8 * lanes))

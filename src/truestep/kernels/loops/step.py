@@ -373,7 +373,7 @@ def _looked_up(
                     held[column] = count[column]
         if counted.shape[0] > 0 and looked_up:
             counted[start:stop] = stretch[: (stop - start) * columns].reshape((-1, columns))
-        elif looked_up or (entry[PARAMETER] != 0 and counted.shape[0] == 0):
+        elif counted.shape[0] == 0 and (looked_up or entry[PARAMETER] != 0):
             _update(entry, start * columns, stretch[: (stop - start) * columns], options)
         if looked_up:
             stretch[:] = 0

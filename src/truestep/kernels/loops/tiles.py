@@ -19,6 +19,8 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from truestep.kernels.loops.memory import repeat
+
 __all__ = ["LANES", "inner", "outer"]
 
 
@@ -52,11 +54,6 @@ def _shuffle(builder: Any, first: Any, second: Any, lanes: Iterable[int]) -> Any
     chosen = list(lanes)
     mask = ir.Constant(ir.VectorType(INDEX, len(chosen)), chosen)
     return builder.shuffle_vector(first, second, mask)
-
-
-def _splat(builder: Any, number: Any) -> Any:
-    one = builder.insert_element(ir.Constant(VECTOR, ir.Undefined), number, INDEX(0))
-    return _shuffle(builder, one, one, [0] * LANES)
 
 
 def _add_product(builder: Any, total: Any, first: Any, second: Any) -> None:
@@ -102,7 +99,8 @@ def _outer_tile(rows: int, vectors: int) -> Any:
                 ]
                 step = builder.mul(loop.index, s_step)
                 for start, line in zip(starts, totals, strict=True):
-                    factor = _splat(builder, _load(builder, builder.add(start, step), NUMBER))
+                    number = _load(builder, builder.add(start, step), NUMBER)
+                    factor = repeat(builder, number, VECTOR)
                     for vector, total in zip(read, line, strict=True):
                         _add_product(builder, total, factor, vector)
             for line in totals:
