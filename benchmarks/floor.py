@@ -129,7 +129,8 @@ class Least(torch.optim.Optimizer):
             ):
                 addresses = parameter.grad.data_ptr(), parameter.data_ptr(), 0
                 table.add(addresses, 0, samples, [entry])
-        address, size = table.numbers.buffer_info()
+        numbers = table.array()
+        address, size = numbers.buffer_info()
         loops().step(0, table.length, address, size // FIELDS, self.options)
 
 

@@ -124,10 +124,10 @@ def pack(mask: Tensor) -> Bits:
 class _Slice(Bits):
     """Bits ``[samples, units]`` whose words lie among others' in one tensor."""
 
-    __slots__ = ("_all", "_place")
+    __slots__ = ("_address", "_all", "_place")
 
-    def __init__(self, words: Tensor, place: int, shape: torch.Size) -> None:
-        self._all, self._place = words, place
+    def __init__(self, words: Tensor, start: int, place: int, shape: torch.Size) -> None:
+        self._all, self._place, self._address = words, place, start + 8 * place
         self.positions = 1
         self.samples, self.units = shape
 
@@ -138,7 +138,7 @@ class _Slice(Bits):
         return self._all[self._place : self._place + count * self.units].view(count, self.units)
 
     def address(self) -> int | None:
-        return self._all.data_ptr() + 8 * self._place
+        return self._address
 
 
 def pack_all(masks: Sequence[Tensor]) -> list[Bits]:
@@ -147,8 +147,9 @@ def pack_all(masks: Sequence[Tensor]) -> list[Bits]:
     if packed is None:
         return [pack(mask) for mask in masks]
     words, places = packed
+    start = words.data_ptr()
     return [
-        _Slice(words, place, mask.shape) if place >= 0 else Bits(None, len(mask), 1, mask.shape[1])
+        _Slice(words, start, place, mask.shape) if place >= 0 else Bits(None, len(mask), 1, mask.shape[1])
         for mask, place in zip(masks, places, strict=True)
     ]
 

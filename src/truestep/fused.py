@@ -1,6 +1,5 @@
 """Counting and correcting, or counting and stepping, of many parameters in one compiled pass."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,11 +45,6 @@ class Pass:
     def takes(*tensors: Tensor) -> bool:
         """Whether compiled loops can go over a parameter, its gradient and its buffer."""
         return stepping.takes(*tensors)
-
-    @staticmethod
-    def take_all(gradients: Sequence[Tensor], parameters: Sequence[Tensor]) -> bool:
-        """Whether they can go over all parameters with their gradients."""
-        return stepping.take_all(gradients, parameters)
 
     def add(
         self,

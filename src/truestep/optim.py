@@ -25,8 +25,8 @@ from truestep.update import boosted, mean_effective
 
 __all__ = ["DASGD", "AdaptiveBatchSGD"]
 
-# For each of several parameters, the samples that reach it and N, or None.
-Reached = Iterable[tuple[Activity, int | Tensor] | None]
+# The samples that reach a parameter and N; None where its gradient stays as it is.
+Found = tuple[Activity, int | Tensor] | None
 
 # Where the state keeps the gradient of one step before.
 PREVIOUS = "previous_gradient"
@@ -282,32 +282,36 @@ class AdaptiveBatchSGD(Optimizer):
         # All groups are looked at before the first moves.
         found = [counter.reach_all(params) for _, params in groups]
         for (group, params), reached in zip(groups, found, strict=True):
-            if not self._update_at_once(group, params, reached):
-                self._update(group, params, reached)
+            self._update(group, params, reached)
         for _, params in groups:
             counter.mark_step(params)
         return loss
 
-    @staticmethod
-    def _update_at_once(group: dict[str, Any], params: list[Tensor], reached: Reached) -> bool:
-        """Takes the step of one group in one compiled pass, or does nothing and says so."""
-        gradients: list[Any] = [parameter.grad for parameter in params]
-        if group["momentum"] or group["foreach"] or not Pass.take_all(gradients, params):
-            return False
-        whole = Pass(_options(group))
-        for parameter, gradient, found in zip(params, gradients, reached, strict=True):
-            whole.add(gradient, found, parameter)
-        whole.run()
-        return True
-
-    @torch.no_grad()
-    def _update(self, group: dict[str, Any], params: list[Tensor], reached: Reached) -> None:
+    def _update(self, group: dict[str, Any], params: list[Tensor], reached: Iterable[Found]) -> None:
         """Takes the step of one group: what compiled loops take with the counting in one pass."""
         whole = Pass(_options(group))
+        others: list[tuple[Tensor, Found]] = []
+        usual = not (group["momentum"] or group["foreach"])
+        for parameter, found in zip(params, reached, strict=True):
+            gradient: Any = parameter.grad
+            if usual and whole.takes(gradient, parameter):
+                whole.add(gradient, found, parameter)
+            else:
+                others.append((parameter, found))
+        if others:
+            self._update_others(group, others, whole)
+        else:
+            whole.run()
+
+    @torch.no_grad()
+    def _update_others(
+        self, group: dict[str, Any], others: list[tuple[Tensor, Found]], whole: Pass
+    ) -> None:
+        """The same of parameters with a buffer of momentum, or parts on other ranks, or only for torch."""
         plain: list[Tensor] = []
         directions: list[Tensor] = []
         begun: list[tuple[dict[str, Any], Tensor]] = []
-        for parameter, found in zip(params, reached, strict=True):
+        for parameter, found in others:
             gradient: Any = parameter.grad
             state = self.state[parameter] if group["momentum"] else {}
             buffer = state.get("momentum_buffer")

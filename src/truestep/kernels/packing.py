@@ -74,20 +74,21 @@ def pack_rows(tensors: Sequence[Tensor]) -> tuple[Tensor, list[int]] | None:
     """
     if not all_plain(tensors):
         return None
+    lines: list[int] = []
     places: list[int] = []
     total = read = 0
     for tensor in tensors:
         samples, units = tensor.shape
-        places.append(total)
-        total += (samples + WORD - 1) // WORD * units
-        read += tensor.nbytes
-    words = torch.empty(total, dtype=torch.int64)
-    start, table = words.data_ptr(), array("q")
-    for place, tensor in zip(places, tensors, strict=True):
-        (samples, units), size = tensor.shape, tensor.element_size()
+        size = tensor.element_size()
         geometry = size, MAGNITUDE[size], samples, 1, units, units * size, 0
-        table.extend((tensor.data_ptr(), *geometry, start + 8 * place, 1))
-    spread(loops().pack_many, total, read * NANOSECONDS, table.buffer_info()[0], len(places))
+        lines += tensor.data_ptr(), *geometry, 8 * total, 1
+        places.append(total)
+        count = (samples + WORD - 1) // WORD * units
+        total += count
+        read += count * size
+    words, table = torch.empty(total, dtype=torch.int64), array("q", lines)
+    arguments = table.buffer_info()[0], len(places), words.data_ptr()
+    spread(loops().pack_many, total, read * WORD * NANOSECONDS, *arguments)
     full = table[PACK_FIELDS - 1 :: PACK_FIELDS]
     return words, [-1 if on else place for place, on in zip(places, full, strict=True)]
 

@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from truestep.kernels.dispatch import PLAIN, all_plain, compiled_loops, loops
+from truestep.kernels.dispatch import all_plain, loops
 from truestep.kernels.threads import spread
 
-__all__ = ["Entry", "Options", "Table", "count", "run", "take_all", "takes"]
+__all__ = ["Entry", "Options", "Table", "count", "run", "takes"]
 
 REAL = {torch.float32: np.float32, torch.float64: np.float64}
 
@@ -62,7 +62,7 @@ class Table:
     __slots__ = ("length", "numbers", "size", "work")
 
     def __init__(self, size: int) -> None:
-        self.numbers = array("q")
+        self.numbers: list[int] = []
         self.length = 0  # elements
         self.work = 0.0  # about how many nanoseconds one core takes
         self.size = size
@@ -88,13 +88,17 @@ class Table:
         for entry in entries:
             elements, samples = entry[0] * entry[1], entry[4]
             if elements:
-                self.numbers.extend((gradient, parameter, buffer, fresh, batch_size, *entry))
+                self.numbers += gradient, parameter, buffer, fresh, batch_size, *entry
                 self.length += elements
                 self.work += elements * (0.5 + (0.4 if entry[5] > 1 else 0.003) * samples)
                 passed = elements * self.size
                 gradient += passed
                 parameter, buffer = parameter and parameter + passed, buffer and buffer + passed
         return self.length - before
+
+    def array(self) -> "array[int]":
+        """Its lines as loops take them, which goes on living as long as their caller holds it."""
+        return array("q", self.numbers)
 
 
 class Options(NamedTuple):
@@ -113,31 +117,16 @@ class Options(NamedTuple):
 FIELDS = 5 + len(Entry._fields)
 
 
-def take_all(gradients: Sequence[Tensor], parameters: Sequence[Tensor]) -> bool:
-    """Whether `takes` holds for each gradient with its parameter."""
-    for gradient, parameter in zip(gradients, parameters, strict=True):
-        dtype = gradient.dtype
-        if dtype not in REAL or dtype is not parameter.dtype or gradient.shape != parameter.shape:
-            return False
-    return all_plain(gradients) and all_plain(parameters)
-
-
-def takes(first: Tensor, *others: Tensor) -> bool:
-    """Whether compiled loops can read and write these parameters, gradients and buffers."""
+def takes(*tensors: Tensor) -> bool:
+    """Whether compiled loops can read and write a parameter, its gradient and its buffer."""
+    first = tensors[0]
     dtype, shape = first.dtype, first.shape
-    if dtype not in REAL or not (compiled_loops(first) and first.is_contiguous()):
+    if dtype not in REAL:
         return False
-    if first.data_ptr() == 0:  # no elements, or zeros that autograd makes up
-        return False
-    return all(
-        tensor.dtype is dtype
-        and tensor.shape == shape
-        and type(tensor) in PLAIN
-        and tensor.is_cpu
-        and tensor.layout is torch.strided
-        and tensor.is_contiguous()
-        for tensor in others
-    )
+    for tensor in tensors:
+        if tensor.dtype is not dtype or tensor.shape != shape:
+            return False
+    return all_plain(tensors)
 
 
 def run(table: Table, options: Options, dtype: torch.dtype) -> None:
@@ -149,7 +138,8 @@ def run(table: Table, options: Options, dtype: torch.dtype) -> None:
         dtype: of parameters, gradients and buffers.
     """
     if table.length:
-        address, size = table.numbers.buffer_info()
+        numbers = table.array()
+        address, size = numbers.buffer_info()
         lines, shared = size // FIELDS, _shared(options, dtype)
         spread(loops().step, table.length, table.work, address, lines, shared)
 
@@ -173,6 +163,7 @@ def count(entries: Sequence[Entry], counts: Tensor) -> None:
         table = Table(8)
         elements = table.add((0, 0, 0), 0, 0, [entry])
         if elements:
-            address, _ = table.numbers.buffer_info()
+            numbers = table.array()
+            address, _ = numbers.buffer_info()
             spread(loops().count, entry.rows, table.work, address, options, place)
             place += 8 * elements

@@ -22,6 +22,7 @@ from truestep.kernels.loops.memory import (
     SINGLE_1,
     SINGLE_8,
     SINGLE_64,
+    aligned,
     pointer,
 )
 
@@ -159,16 +160,17 @@ def pack_units(
 
 
 @njit(cache=True, nogil=True)
-def pack_many(start: Any, stop: Any, address: Any, lines: Any) -> None:
+def pack_many(start: Any, stop: Any, address: Any, lines: Any, words_address: Any) -> None:
     """`pack_units` of several tensors, since a call from Python costs more than a small one's packing.
 
     Args:
         start: first of all tensors' words, one tensor's after the other's; the row of words that it lies
             in goes to whoever has the row's first one.
         stop: the word after the last.
-        address: of a table, int64 ``[lines, 10]``: the arguments of `pack_units` after its range, and a 1
-            that becomes 0 where not all bits are on.
+        address: of a table, int64 ``[lines, 10]``: the arguments of `pack_units` after its range, with the
+            words' place in bytes, and a 1 that becomes 0 where not all bits are on.
         lines: how many tensors.
+        words_address: of all words.
     """
     table = carray(pointer(address), (lines, 10), np.int64)
     before = 0
@@ -179,7 +181,8 @@ def pack_many(start: Any, stop: Any, address: Any, lines: Any) -> None:
         last = min(rows, (stop - before + units - 1) // units)
         before += rows * units
         if first < last:
-            full = pack_units(first, last, t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8])
+            place = words_address + t[8]
+            full = pack_units(first, last, t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], place)
             if full == 0:
                 t[9] = 0
 
@@ -225,13 +228,13 @@ def align(words: Any, samples: Any, positions: Any) -> Any:
     """Aligned words of packed ones; bits past a sample's last position are off."""
     units = words.shape[1]
     count = (positions + 63) // 64
-    aligned = np.empty((samples, count, units), np.int64)
+    moved = aligned(samples * count * units).reshape((samples, count, units))
     for sample in range(samples):
         for index in range(count):
             row = sample * positions + 64 * index
             length = min(64, positions - 64 * index)
-            _extract(words, row, length, aligned[sample, index])
-    return aligned
+            _extract(words, row, length, moved[sample, index])
+    return moved
 
 
 @njit(cache=True, nogil=True)
@@ -256,24 +259,28 @@ def join(words_address: Any, samples: Any, positions: Any, units: Any, joined_ad
     Returns:
         1 if all bits are on, else 0.
     """
-    words = carray(pointer(words_address), ((samples * positions + 63) // 64, units), np.int64)
     joined = carray(pointer(joined_address), ((samples + 63) // 64, units), np.int64)
     joined[:] = 0
-    piece, found = np.empty(units, np.int64), np.empty(units, np.int64)
+    found = aligned(units)
     full = 1
     for sample in range(samples):
         found[:] = 0
-        for position in range(0, positions, 64):
-            _extract(words, sample * positions + position, min(64, positions - position), piece)
+        row, end = sample * positions, (sample + 1) * positions
+        while row < end:
+            # To the end of the word or of the sample.
+            length = min(end - row, 64 - row % 64)
+            kept = (ALL >> np.uint64(64 - length)) << np.uint64(row % 64)
+            place = words_address + 8 * (row // 64) * units
+            source = carray(pointer(place), (units,), np.uint64)
             missing = 0
             for unit in range(units):
-                found[unit] |= piece[unit]
+                found[unit] |= np.int64(source[unit] & kept)
                 missing += found[unit] == 0
             if missing == 0:
                 break
-        target, place = joined[sample // 64], np.int64(1) << np.int64(sample % 64)
+            row += length
+        target, on = joined[sample // 64], np.int64(1) << np.int64(sample % 64)
         for unit in range(units):
-            on = found[unit] != 0
-            target[unit] |= place if on else np.int64(0)
-            full &= on
+            target[unit] |= on if found[unit] != 0 else np.int64(0)
+            full &= found[unit] != 0
     return full

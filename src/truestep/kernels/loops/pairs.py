@@ -11,24 +11,12 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from truestep.kernels.loops.memory import repeat
+from truestep.kernels.loops.memory import read, repeat, write
 
 __all__ = ["count_pairs", "join_pairs"]
 
 WORD, HALF = ir.IntType(64), ir.IntType(32)
 LANES = 8
-
-
-def _read(builder: Any, address: Any, kind: Any) -> Any:
-    """A vector at an address that need not be aligned to more than its items."""
-    vector = builder.load(builder.inttoptr(address, kind.as_pointer()))
-    vector.align = kind.element.width // 8
-    return vector
-
-
-def _write(builder: Any, vector: Any, address: Any) -> None:
-    stored = builder.store(vector, builder.inttoptr(address, vector.type.as_pointer()))
-    stored.align = vector.type.element.width // 8
 
 
 def _counting(rows: int, lanes: int) -> Callable[..., Any]:
@@ -52,13 +40,13 @@ def _counting(rows: int, lanes: int) -> Callable[..., Any]:
             name = f"llvm.ctpop.v{lanes}i64"
             population = cgutils.get_or_insert_function(builder.module, function, name)
             places = [builder.add(target, builder.mul(target_step, WORD(r))) for r in range(rows)]
-            before = [builder.zext(_read(builder, place, half), kind) for place in places]
+            before = [builder.zext(read(builder, place, half), kind) for place in places]
             totals = [cgutils.alloca_once_value(builder, vector) for vector in before]
             at_output = cgutils.alloca_once_value(builder, output)
             at_source = cgutils.alloca_once_value(builder, source)
             with cgutils.for_range(builder, length):
                 here, there = builder.load(at_output), builder.load(at_source)
-                line = _read(builder, there, kind)
+                line = read(builder, there, kind)
                 for row, total in enumerate(totals):
                     place = builder.inttoptr(builder.add(here, WORD(8 * row)), WORD.as_pointer())
                     same = repeat(builder, builder.load(place), kind)
@@ -67,7 +55,7 @@ def _counting(rows: int, lanes: int) -> Callable[..., Any]:
                 builder.store(builder.add(here, output_step), at_output)
                 builder.store(builder.add(there, source_step), at_source)
             for total, place in zip(totals, places, strict=True):
-                _write(builder, builder.trunc(builder.load(total), half), place)
+                write(builder, builder.trunc(builder.load(total), half), place)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 7), generate
@@ -89,10 +77,10 @@ def _joining(lanes: int, *, fresh: bool) -> Callable[..., Any]:
             with cgutils.for_range(builder, length) as loop:
                 offset = builder.mul(loop.index, WORD(8 * lanes))
                 place = builder.add(target, offset)
-                found = builder.and_(same, _read(builder, builder.add(source, offset), kind))
+                found = builder.and_(same, read(builder, builder.add(source, offset), kind))
                 if not fresh:
-                    found = builder.or_(found, _read(builder, place, kind))
-                _write(builder, found, place)
+                    found = builder.or_(found, read(builder, place, kind))
+                write(builder, found, place)
                 off = builder.select(builder.icmp_unsigned("==", found, none), one, none)
                 builder.store(builder.add(builder.load(missing), off), missing)
             total = builder.load(missing)

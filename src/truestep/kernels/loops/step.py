@@ -9,18 +9,33 @@ from typing import Any
 import numpy as np
 from numba import carray, njit
 
-from truestep.kernels.loops.memory import count_bits, fma, pointer
-from truestep.kernels.loops.pack import align
+from truestep.kernels.loops.fields import (
+    APART,
+    BATCH_SIZE,
+    BUFFER,
+    BY_ENTRY,
+    COLUMNS,
+    COUNTS,
+    ENTRIES,
+    FIELDS,
+    FRESH,
+    GRADIENT,
+    INPUTS,
+    LOOKED_UP,
+    OUTPUTS,
+    OWNERS,
+    PARAMETER,
+    POSITIONS,
+    ROWS,
+    SAMPLES,
+    WINDOW,
+)  # fmt: skip
+from truestep.kernels.loops.memory import aligned, count_bits, fma, pointer
+from truestep.kernels.loops.operands import look, nothing, operands
 from truestep.kernels.loops.pairs import count_pairs, join_pairs
-from truestep.kernels.loops.window import channels_first, positions_seen, sizes, unfold
+from truestep.kernels.loops.window import channels_first, sizes
 
 __all__ = ["count", "step"]
-
-# The columns of the table: the fields of `Task`, then those of `Entry` (`truestep.kernels.stepping`).
-GRADIENT, PARAMETER, BUFFER, FRESH, BATCH_SIZE = range(5)
-ROWS, COLUMNS, OUTPUTS, INPUTS, SAMPLES, POSITIONS = range(5, 11)
-WINDOW, APART, ENTRIES, LOOKED_UP, OWNERS, BY_ENTRY, COUNTS = range(11, 18)
-FIELDS = 18
 
 # How many rows are counted at once.
 BLOCK = 4
@@ -60,11 +75,9 @@ def _count_samples(outputs: Any, inputs: Any, row: Any, rows: Any, group: Any, c
 
 
 @njit(cache=True, nogil=True)
-def _count_joined(
-    outputs: Any, view: Any, row: Any, group: Any, hits: Any, counts: Any, window: Any
-) -> None:
-    """The samples with any position where both are on; `view` is what `_operands` returns."""
-    inputs, ready, packed, silent = view
+def _count_joined(outputs: Any, view: Any, row: Any, group: Any, hits: Any, counts: Any) -> None:
+    """The samples with any position where both are on; `view` is what `operands` returns."""
+    inputs, ready, silent = view[0], view[1], view[5]
     counts[:] = 0
     # Samples that hit every column.
     whole = np.int32(0)
@@ -76,8 +89,7 @@ def _count_joined(
             if output == 0:
                 continue
             if not ready[image, word]:
-                unfold(packed, image, word, window, _flat(inputs, image, word))
-                ready[image, word] = True
+                look(view, image, word)
             line = (image * words + word) * inputs.shape[2] + group
             source = inputs.ctypes.data + 8 * line * columns
             missing = join_pairs(output, source, columns, hits.ctypes.data, not seen)
@@ -150,90 +162,13 @@ def _update(entry: Any, first: Any, counts: Any, options: Any) -> None:
 
 
 @njit(cache=True, nogil=True)
-def _words(address: Any, samples: Any, positions: Any, units: Any, apart: Any) -> Any:
-    """Aligned words ``[samples, words, units]``; samples that need not be apart are one's positions."""
-    count = (samples * positions + 63) // 64
-    if address == 0:
-        words = np.full((count, units), np.int64(-1))
-        return align(words, samples, positions) if apart else align(words, 1, samples)
-    words = carray(pointer(address), (count, units), np.int64)
-    return align(words, samples, positions) if apart else words.reshape((1, count, units))
-
-
-@njit(cache=True, nogil=True)
-def _flat(inputs: Any, sample: Any, word: Any) -> Any:
-    return inputs[sample, word].reshape(inputs.shape[2] * inputs.shape[3]).view(np.uint64)
-
-
-@njit(cache=True, nogil=True)
-def _operands(entry: Any, everything: Any) -> Any:
-    """Outputs ``[samples, words, J]``, and inputs ``[samples, words, groups, K]``.
-
-    A window's inputs are unfolded word by word as they are needed, since the first few mostly suffice:
-    with them come bool ``[samples, words]``, whether they are there, what to unfold, and how many inputs
-    of a sample are never on, ``[samples, groups]``: when all others were seen, no more need be looked at.
-    Where all its inputs are on, one image stands for those of all samples.
-    """
-    samples, positions = entry[SAMPLES], entry[POSITIONS]
-    # A window's inputs are unfolded sample by sample, even where its kernel has a single position.
-    apart = positions > 1 or entry[WINDOW] != 0
-    outputs = _words(entry[OUTPUTS], samples, positions, entry[ROWS], apart)
-    if entry[WINDOW] == 0:
-        packed = _words(entry[INPUTS], samples, positions, entry[COLUMNS], apart)
-        inputs = packed.reshape((packed.shape[0], packed.shape[1], 1, packed.shape[2]))
-        ready, nothing = np.ones(inputs.shape[:2], np.bool_), np.empty(0, np.uint64)
-        silent = np.zeros((samples, 1), np.int64)
-        if not everything:
-            for sample in range(samples):
-                silent[sample, 0] = _silent(inputs[sample, :, 0])
-        return outputs, (inputs, ready, nothing, silent)
-    groups, taps = sizes(entry[WINDOW])
-    pixels, channels = positions_seen(entry[WINDOW])
-    samples = 1 if entry[INPUTS] == 0 else samples
-    count = (samples * pixels + 63) // 64
-    if entry[INPUTS] == 0:
-        source = np.full(count * channels, np.uint64(0xFFFFFFFFFFFFFFFF))
-    else:
-        source = carray(pointer(entry[INPUTS]), (count * channels,), np.uint64)
-    words = (positions + 63) // 64
-    inputs = np.zeros((samples, words, groups, entry[COLUMNS]), np.int64)
-    ready = np.zeros((samples, words), np.bool_)
-    if everything:
-        for sample in range(samples):
-            for word in range(words):
-                unfold(source, sample, word, entry[WINDOW], _flat(inputs, sample, word))
-        ready[:] = True
-    silent = np.zeros((samples, groups), np.int64)
-    if not everything and entry[INPUTS] != 0:
-        images = align(source.view(np.int64).reshape((count, channels)), samples, pixels)
-        width = channels // groups
-        for sample in range(samples):
-            for group in range(groups):
-                own = images[sample, :, group * width : (group + 1) * width]
-                silent[sample, group] = taps * _silent(own)
-    return outputs, (inputs, ready, source, silent)
-
-
-@njit(cache=True, nogil=True)
-def _silent(words: Any) -> Any:
-    """The units that are off in all of ``[words, units]``."""
-    total = 0
-    for unit in range(words.shape[1]):
-        on = False
-        for word in range(words.shape[0]):
-            on |= words[word, unit] != 0
-        total += not on
-    return total
-
-
-@njit(cache=True, nogil=True)
 def _linear(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> None:
     """Rows `first` to `last` of a linear map: counts them, then updates or, with `counted`, keeps them."""
     rows, columns, samples = entry[ROWS], entry[COLUMNS], entry[SAMPLES]
     joined = entry[POSITIONS] > 1 and entry[APART] == 0
     if entry[APART] != 0:
         samples *= entry[POSITIONS]
-    counts, hits = np.empty(columns, np.int32), np.empty(columns, np.int64)
+    counts, hits = np.empty(columns, np.int32), aligned(columns)
     block, block_start, block_stop = np.empty((BLOCK, columns), np.int32), first, first
     groups, taps = sizes(entry[WINDOW])
     ordered = np.empty(columns, np.int32) if taps > 1 else counts
@@ -245,16 +180,7 @@ def _linear(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> No
         same = np.full(STRETCH, np.int32(samples))
         _stretch(entry, first * columns, last * columns, same, options)
         return
-    if constant:
-        outputs = np.empty((0, 0, 0), np.int64)
-        view = (
-            np.empty((0, 0, 0, 0), np.int64),
-            np.empty((0, 0), np.bool_),
-            np.empty(0, np.uint64),
-            np.empty((0, 0), np.int64),
-        )
-    else:
-        outputs, view = _operands(entry, by_column or not joined)
+    outputs, view = nothing() if constant else operands(entry, by_column or not joined)
     for row in range(first, last):
         group = row // (rows // groups)
         if constant:
@@ -263,7 +189,7 @@ def _linear(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> No
             counts[:] = _count_on(outputs, row, joined)
         elif not by_column:
             if joined:
-                _count_joined(outputs, view, row, group, hits, counts, entry[WINDOW])
+                _count_joined(outputs, view, row, group, hits, counts)
             else:
                 if row == block_stop:
                     left = min(last, (group + 1) * (rows // groups)) - row
@@ -273,8 +199,9 @@ def _linear(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> No
                 if taps == 1:
                     ordered = counts
         elif known != group:
-            _count_columns(view[0], group, joined, counts)
-            counts *= np.int32(outputs.shape[0] // view[0].shape[0])
+            _count_columns(outputs, view[0], group, joined, counts)
+            if entry[WINDOW] != 0:
+                counts *= np.int32(entry[SAMPLES] // view[0].shape[0])
         if by_row or not by_column or known != group:
             if taps > 1:
                 channels_first(counts, taps, ordered)
@@ -286,19 +213,22 @@ def _linear(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> No
 
 
 @njit(cache=True, nogil=True)
-def _count_columns(inputs: Any, group: Any, joined: Any, counts: Any) -> None:
-    """The samples that each input is on in."""
+def _count_columns(outputs: Any, inputs: Any, group: Any, joined: Any, counts: Any) -> None:
+    """The samples that each input is on in, of outputs that are on wherever there is a position."""
     counts[:] = 0
     hits = np.empty(len(counts), np.int64)
     for sample in range(inputs.shape[0]):
         hits[:] = 0
         for word in range(inputs.shape[1]):
-            source = inputs[sample, word, group]
+            source, output = (
+                inputs[sample, word, group],
+                outputs[sample % outputs.shape[0], word, 0],
+            )
             for column in range(len(counts)):
                 if joined:
-                    hits[column] |= source[column]
+                    hits[column] |= source[column] & output
                 else:
-                    counts[column] += count_bits(source[column])
+                    counts[column] += count_bits(source[column] & output)
         if joined:
             for column in range(len(counts)):
                 counts[column] += hits[column] != 0

@@ -69,7 +69,7 @@ def _pack_many(_number: Any) -> Team:
         w = carray(pointer(address), (MOST,), np.int64)
         start, stop = _next(address)
         while stop > 0:
-            pack_many(start, stop, w[4], w[5])
+            pack_many(start, stop, w[4], w[5], w[6])
             start, stop = _next(address)
 
     return run

@@ -1,0 +1,9 @@
+"""The columns of the table that says what to count and update, one line or more for each parameter.
+
+The first are those of `truestep.kernels.stepping.Table.add`, then come the fields of `Entry`.
+"""
+
+GRADIENT, PARAMETER, BUFFER, FRESH, BATCH_SIZE = range(5)
+ROWS, COLUMNS, OUTPUTS, INPUTS, SAMPLES, POSITIONS = range(5, 11)
+WINDOW, APART, ENTRIES, LOOKED_UP, OWNERS, BY_ENTRY, COUNTS = range(11, 18)
+FIELDS = 18

@@ -1,0 +1,131 @@
+"""Bits moved to other places in their words, of many units at once: the innermost loops of laying out.
+
+They are written out since compilers take vectors of half the width and first compare the memory's ends.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from truestep.kernels.loops.memory import read, repeat, write
+
+__all__ = ["move", "shift"]
+
+WORD = ir.IntType(64)
+LANES = 8
+# Each step of `_every_second` halves the distance of what is left to what it belongs beside.
+STEPS = (
+    (1, 0x3333333333333333),
+    (2, 0x0F0F0F0F0F0F0F0F),
+    (4, 0x00FF00FF00FF00FF),
+    (8, 0x0000FFFF0000FFFF),
+    (16, 0x00000000FFFFFFFF),
+)
+
+
+def _every_second(builder: Any, bits: Any) -> Any:
+    """The even bits of each word, side by side."""
+
+    def every(number: int) -> Any:
+        return ir.Constant(bits.type, [number] * bits.type.count)
+
+    bits = builder.and_(bits, every(0x5555555555555555))
+    for distance, kept in STEPS:
+        nearer = builder.lshr(bits, every(distance))
+        bits = builder.and_(builder.or_(bits, nearer), every(kept))
+    return bits
+
+
+def _moving(lanes: int, *, stride: int, fresh: bool) -> Callable[..., Any]:
+    """`move` of so many units at a time; `fresh` where the target holds nothing yet."""
+    kind = ir.VectorType(WORD, lanes)
+
+    @intrinsic
+    def run(
+        _context: Any,
+        source: Any,
+        beyond: Any,
+        right: Any,
+        kept: Any,
+        up: Any,
+        target: Any,
+        vectors: Any,
+    ) -> Any:
+        def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            start, step, *numbers, to, length = arguments
+            function = ir.FunctionType(kind, [kind] * 3)
+            name = f"llvm.fshr.v{lanes}i64"
+            funnel = cgutils.get_or_insert_function(builder.module, function, name)
+            down, mask, height = (repeat(builder, number, kind) for number in numbers)
+            with cgutils.for_range(builder, length) as loop:
+                offset = builder.mul(loop.index, WORD(8 * lanes))
+                place, goal = builder.add(start, offset), builder.add(to, offset)
+                low, high = (
+                    read(builder, place, kind),
+                    read(builder, builder.add(place, step), kind),
+                )
+                bits = builder.and_(builder.call(funnel, [high, low, down]), mask)
+                if stride == 2:
+                    bits = _every_second(builder, bits)
+                if not fresh:
+                    bits = builder.or_(builder.shl(bits, height), read(builder, goal, kind))
+                write(builder, bits, goal)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7), generate
+
+    return run
+
+
+MOVE_1, MOVE_8 = (_moving(lanes, stride=1, fresh=False) for lanes in (1, LANES))
+HALVE_1, HALVE_8 = (_moving(lanes, stride=2, fresh=False) for lanes in (1, LANES))
+SHIFT_1, SHIFT_8 = (_moving(lanes, stride=1, fresh=True) for lanes in (1, LANES))
+
+
+@njit(cache=True, nogil=True)
+def move(
+    source: Any, bit: Any, count: Any, halve: Any, target: Any, place: Any, units: Any
+) -> None:
+    """Adds bits of each unit's word, and of its next word where they go on there, to those of another word.
+
+    Args:
+        source: address of int64 ``[words, units]``.
+        bit: the first one's place in the first word.
+        count: how many, at most 64.
+        halve: whether only every second of them is moved.
+        target: address of int64 ``[units]``.
+        place: of the first bit there.
+        units: how many.
+    """
+    beyond = 8 * units if bit + count > 64 else 0
+    # -1 >> n keeps its sign: two shifts leave the last `count` bits on.
+    kept = ~((-1 << (count - 1)) << 1)
+    vectors = units // LANES
+    passed, left = 8 * LANES * vectors, units - LANES * vectors
+    if halve:
+        HALVE_8(source, beyond, bit, kept, place, target, vectors)
+        HALVE_1(source + passed, beyond, bit, kept, place, target + passed, left)
+    else:
+        MOVE_8(source, beyond, bit, kept, place, target, vectors)
+        MOVE_1(source + passed, beyond, bit, kept, place, target + passed, left)
+
+
+@njit(cache=True, nogil=True)
+def shift(source: Any, bit: Any, target: Any, units: Any, beyond: Any) -> None:
+    """Writes each unit's 64 bits from `bit` on.
+
+    Args:
+        source: address of int64 words; those with the next bits are `beyond` bytes further.
+        bit: the first one's place.
+        target: address of int64 ``[units]``.
+        units: how many.
+        beyond: see `source`.
+    """
+    vectors = units // LANES
+    passed, left = 8 * LANES * vectors, units - LANES * vectors
+    SHIFT_8(source, beyond, bit, -1, 0, target, vectors)
+    SHIFT_1(source + passed, beyond, bit, -1, 0, target + passed, left)
