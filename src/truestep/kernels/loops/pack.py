@@ -7,7 +7,9 @@ unit u. *Aligned* words, ``[samples, words of a sample, units]``, start anew wit
 from typing import Any
 
 import numpy as np
-from numba import carray, njit
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.extending import intrinsic
 
 from truestep.kernels.loops.memory import (
     DOUBLE_1,
@@ -24,11 +26,26 @@ from truestep.kernels.loops.memory import (
     SINGLE_64,
     aligned,
     pointer,
+    read,
+    write,
 )
 
 __all__ = ["align", "join", "pack_many", "pack_positions", "pack_units"]
 
 ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
+
+# Rows are read so many words' bits at a time: in the order in which they lie, as far as caches go.
+PIECES = 32
+
+# How far apart what `_transpose` swaps is, and the bits of a row that stay in its upper half's place.
+SWAPS = (
+    (32, 0x00000000FFFFFFFF),
+    (16, 0x0000FFFF0000FFFF),
+    (8, 0x00FF00FF00FF00FF),
+    (4, 0x0F0F0F0F0F0F0F0F),
+    (2, 0x3333333333333333),
+    (1, 0x5555555555555555),
+)
 
 
 @njit(cache=True, nogil=True)
@@ -82,20 +99,31 @@ def _word(address: Any, size: Any, magnitude: Any, count: Any) -> Any:
     return word
 
 
-@njit(cache=True, nogil=True)
-def _transpose(block: Any) -> None:
-    """Transposes 64 x 64 bits in place, swapping halves, then quarters, and so on."""
-    width, kept = np.uint64(32), np.uint64(0x00000000FFFFFFFF)
-    for _ in range(6):
-        step = np.int64(width)
-        for start in range(0, 64, 2 * step):
-            low, high = block[start : start + step], block[start + step : start + 2 * step]
-            for i in range(step):
-                swapped = ((low[i] >> width) ^ high[i]) & kept
-                high[i] ^= swapped
-                low[i] ^= swapped << width
-        width >>= np.uint64(1)
-        kept ^= kept << width
+@intrinsic
+def _transpose(_context: Any, address: Any) -> Any:
+    """Transposes 64 x 64 bits in place, swapping halves, then quarters, and so on; int64 ``[64]``."""
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        kind = ir.VectorType(ir.IntType(64), 64)
+        rows = read(builder, arguments[0], kind)
+        for distance, kept in SWAPS:
+
+            def every(number: int) -> Any:
+                return ir.Constant(kind, [number] * 64)
+
+            partners = [row ^ distance for row in range(64)]
+            order = ir.Constant(ir.VectorType(ir.IntType(32), 64), partners)
+            other = builder.shuffle_vector(rows, ir.Constant(kind, ir.Undefined), order)
+            moved = builder.shl(builder.and_(other, every(kept)), every(distance))
+            low = builder.or_(builder.and_(rows, every(kept)), moved)
+            moved = builder.and_(builder.lshr(other, every(distance)), every(kept))
+            high = builder.or_(builder.and_(rows, every(kept << distance)), moved)
+            first = [row & distance == 0 for row in range(64)]
+            rows = builder.select(ir.Constant(ir.VectorType(ir.IntType(1), 64), first), low, high)
+        write(builder, rows, arguments[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
 
 
 @njit(cache=True, nogil=True)
@@ -131,10 +159,9 @@ def pack_units(
         1 if all bits are on, else 0.
     """
     total = samples * positions
-    words = carray(pointer(words_address), ((total + 63) // 64, units), np.uint64)
-    block = np.zeros(64, np.uint64)
+    block = aligned(PIECES * 64).reshape((PIECES, 64))
     places = np.zeros(64, np.int64)
-    every = ALL
+    every = np.int64(-1)
     for word in range(start, stop):
         rows = min(64, total - 64 * word)
         sample = (64 * word) // positions
@@ -144,19 +171,28 @@ def pack_units(
             position += 1
             if position == positions:
                 sample, position = sample + 1, 0
-        target = words[word]
-        unused = np.uint64(0) if rows == 64 else ALL << np.uint64(rows)
-        for unit in range(0, units, 64):
-            count = min(64, units - unit)
+        unused = np.int64(0) if rows == 64 else np.int64(-1) << np.int64(rows)
+        for first in range(0, units, 64 * PIECES):
+            width = min(64 * PIECES, units - first)
+            pieces = (width + 63) // 64
             for row in range(rows):
-                block[row] = np.uint64(_word(places[row] + unit * size, size, magnitude, count))
-            block[rows:] = np.uint64(0)
-            _transpose(block)
-            piece = target[unit : unit + count]
-            for place in range(count):
-                piece[place] = block[place]
-                every &= block[place] | unused
-    return 1 if every == ALL else 0
+                place = places[row] + first * size
+                for piece in range(pieces):
+                    count = min(64, width - 64 * piece)
+                    block[piece, row] = _word(place, size, magnitude, count)
+                    place += 64 * size
+            for piece in range(pieces):
+                for row in range(rows, 64):
+                    block[piece, row] = 0
+                _transpose(block.ctypes.data + 512 * piece)
+            there = words_address + 8 * (word * units + first)
+            target = carray(pointer(there), (width,), np.int64)
+            source = carray(pointer(block.ctypes.data), (width,), np.int64)
+            for unit in range(width):
+                bits = source[unit]
+                target[unit] = bits
+                every &= bits | unused
+    return 1 if every == -1 else 0
 
 
 @njit(cache=True, nogil=True)
