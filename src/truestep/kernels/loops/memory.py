@@ -6,11 +6,13 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["aligned", "count_bits", "fma", "pointer", "read", "repeat", "write"]
+__all__ = ["aligned", "count_bits", "fma", "pointer", "prefetch", "read", "repeat", "write"]
 
 LANES = (64, 8, 1)
+LINE = 64  # bytes of a line of the processor's caches
 
 
 @intrinsic
@@ -42,6 +44,27 @@ def fma(_context: Any, factor: Any, other: Any, addend: Any) -> Any:
         return builder.fma(*arguments)
 
     return factor(factor, other, addend), generate
+
+
+@intrinsic
+def _fetch(_context: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        place, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [place, number, number, number])
+        fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        # To be written to, into all caches, data.
+        options = [number(1), number(3), number(1)]
+        builder.call(fetch, [builder.inttoptr(arguments[0], place), *options])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@njit(cache=True, nogil=True)
+def prefetch(address: Any, size: Any) -> None:
+    """Lets the processor fetch so many bytes while it goes on."""
+    for passed in range(0, size, LINE):
+        _fetch(address + passed)
 
 
 @njit(cache=True, nogil=True)

@@ -30,7 +30,7 @@ from truestep.kernels.loops.fields import (
     SAMPLES,
     WINDOW,
 )  # fmt: skip
-from truestep.kernels.loops.memory import aligned, count_bits, fma, pointer
+from truestep.kernels.loops.memory import aligned, count_bits, fma, pointer, prefetch
 from truestep.kernels.loops.operands import look, nothing, operands
 from truestep.kernels.loops.pairs import count_pairs, join_pairs
 from truestep.kernels.loops.window import channels_first, sizes
@@ -42,6 +42,9 @@ BLOCK = 4
 
 # How many elements with one factor are gone through at once.
 STRETCH = 1024
+
+# How many rows of an embedding are fetched ahead.
+AHEAD = 8
 
 # The places in `options`, whose dtype is the parameters'.
 LR, WEIGHT_DECAY, MOMENTUM, KEPT, NESTEROV, MAXIMIZE, EPS, LIMIT = range(8)
@@ -240,73 +243,97 @@ def _table(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> Non
     columns, entries = entry[COLUMNS], entry[ENTRIES]
     rows = carray(pointer(entry[LOOKED_UP]), (entries,), np.int32)
     owners = carray(pointer(entry[OWNERS]), (entries,), np.int32)
-    bits = entries if entry[BY_ENTRY] != 0 else entry[SAMPLES]
     full = entry[OUTPUTS] == 0
-    words = carray(pointer(entry[OUTPUTS]), ((bits + 63) // 64, columns), np.int64)
     place = np.full(last - first, np.int32(-1), np.int32)
-    found = 0
+    found, places = 0, np.empty(min(entries, last - first), np.int32)
     for index in range(entries):
         row = rows[index] - first
         if rows[index] >= first and rows[index] < last and place[row] < 0:
-            place[row] = found
+            place[row], places[found] = found, rows[index]
             found += 1
     counts = np.zeros((found, columns), np.int32)
+    by_entry = entry[BY_ENTRY] != 0 and not full
     # The last sample counted: one that looks a row up twice counts once. Where its entries share their bits,
     # one number stands for all columns.
-    by_entry = entry[BY_ENTRY] != 0 and not full
     latest = np.full((found, columns if by_entry else 1), np.int32(-1), np.int32)
+    # A sample's bits, or an entry's: views by address, which cost no reference counts.
+    on, latest_bit = np.ones(columns, np.int32), np.int64(-1)
     for index in range(entries):
         if rows[index] < first or rows[index] >= last:
             continue
-        sample, line = owners[index], place[rows[index] - first]
-        if not by_entry and latest[line, 0] == sample:
-            continue
-        count, last_seen = counts[line], latest[line]
-        if full:
-            for column in range(columns):
-                count[column] += np.int32(1)
-            last_seen[0] = sample
-            continue
+        sample, line = owners[index], np.int64(place[rows[index] - first])
         bit = index if by_entry else np.int64(sample)
-        source, shift = words[bit // 64], np.int64(bit % 64)
+        if bit != latest_bit and not full:
+            latest_bit, shift = bit, np.int64(bit % 64)
+            address = entry[OUTPUTS] + 8 * (bit // 64) * columns
+            source = carray(pointer(address), (columns,), np.int64)
+            for column in range(columns):
+                on[column] = np.int32((source[column] >> shift) & 1)
+        count = carray(pointer(counts.ctypes.data + 4 * line * columns), (columns,), np.int32)
         if by_entry:
+            place_seen = latest.ctypes.data + 4 * line * columns
+            seen = carray(pointer(place_seen), (columns,), np.int32)
             for column in range(columns):
-                on = np.int32((source[column] >> shift) & 1)
-                count[column] += on & np.int32(last_seen[column] != sample)
-                last_seen[column] = sample if on else last_seen[column]
-        else:
+                count[column] += on[column] & np.int32(seen[column] != sample)
+                seen[column] = sample if on[column] else seen[column]
+        elif latest[line, 0] != sample:
+            latest[line, 0] = sample
             for column in range(columns):
-                count[column] += np.int32((source[column] >> shift) & 1)
-            last_seen[0] = sample
-    _looked_up(entry, first, last, place, counts, options, counted)
+                count[column] += on[column]
+    _looked_up(entry, places[:found], counts, options, counted)
+    if counted.shape[0] == 0 and entry[PARAMETER] != 0:
+        _not_looked_up(entry, first, last, place, options)
 
 
 @njit(cache=True, nogil=True)
-def _looked_up(
-    entry: Any, first: Any, last: Any, place: Any, counts: Any, options: Any, counted: Any
-) -> None:
-    """Rows `first` to `last` of an embedding, whose counts are ``counts[place[row - first]]``, or 0."""
-    # Stretch after stretch, since most rows are not looked up; views by address cost no reference counts.
+def _looked_up(entry: Any, rows: Any, counts: Any, options: Any, counted: Any) -> None:
+    """The rows of an embedding that any sample looks up."""
     columns = counts.shape[1]
+    size = columns * options.itemsize
+    for line in range(len(rows)):
+        row = np.int64(rows[line])
+        count = carray(pointer(counts.ctypes.data + 4 * line * columns), (columns,), np.int32)
+        if counted.shape[0] > 0:
+            counted[row] = count
+            continue
+        # They lie far apart: each would be waited for.
+        if line + AHEAD < len(rows):
+            place = np.int64(rows[line + AHEAD]) * size
+            prefetch(entry[GRADIENT] + place, size)
+            prefetch(entry[PARAMETER] + place, size)
+        _update(entry, row * columns, count, options)
+
+
+@njit(cache=True, nogil=True)
+def _not_looked_up(entry: Any, first: Any, last: Any, place: Any, options: Any) -> None:
+    """The others of rows `first` to `last`, where `place` is negative."""
+    columns = entry[COLUMNS]
     size = max(1, STRETCH // columns)
-    stretch = np.zeros(size * columns, np.int32)
-    source, target = counts.ctypes.data, stretch.ctypes.data
-    for start in range(first, last, size):
-        stop, looked_up = min(last, start + size), False
-        for row in range(start, stop):
-            line = np.int64(place[row - first])
-            if line >= 0:
-                looked_up = True
-                count = carray(pointer(source + 4 * line * columns), (columns,), np.int32)
-                held = carray(pointer(target + 4 * (row - start) * columns), (columns,), np.int32)
-                for column in range(columns):
-                    held[column] = count[column]
-        if counted.shape[0] > 0 and looked_up:
-            counted[start:stop] = stretch[: (stop - start) * columns].reshape((-1, columns))
-        elif counted.shape[0] == 0 and (looked_up or entry[PARAMETER] != 0):
-            _update(entry, start * columns, stretch[: (stop - start) * columns], options)
-        if looked_up:
-            stretch[:] = 0
+    none = np.zeros(size * columns, np.int32)
+    # A gradient that is zero leaves a weight as it is: most need not even be read.
+    plain = entry[BUFFER] == 0 and options[WEIGHT_DECAY] == 0 and options[MAXIMIZE] == 0
+    row = first
+    while row < last:
+        start, row = row, row + 1
+        if place[start - first] >= 0:
+            continue
+        while row < last and row - start < size and place[row - first] < 0:
+            row += 1
+        elements = (row - start) * columns
+        if not (plain and _is_zero(entry, start * columns, elements, options)):
+            _update(entry, start * columns, none[:elements], options)
+
+
+@njit(cache=True, nogil=True)
+def _is_zero(entry: Any, first: Any, elements: Any, options: Any) -> Any:
+    """Whether so many elements of the gradient are zero, without a sign."""
+    words = elements * options.itemsize // 4
+    address = entry[GRADIENT] + first * options.itemsize
+    gradient = carray(pointer(address), (words,), np.int32)
+    found = np.int32(0)
+    for word in range(words):
+        found |= gradient[word]
+    return found == 0
 
 
 @njit(cache=True, nogil=True)
