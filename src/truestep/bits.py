@@ -149,7 +149,9 @@ def pack_all(masks: Sequence[Tensor]) -> list[Bits]:
     words, places = packed
     start = words.data_ptr()
     return [
-        _Slice(words, start, place, mask.shape) if place >= 0 else Bits(None, len(mask), 1, mask.shape[1])
+        _Slice(words, start, place, mask.shape)
+        if place >= 0
+        else Bits(None, len(mask), 1, mask.shape[1])
         for mask, place in zip(masks, places, strict=True)
     ]
 

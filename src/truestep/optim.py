@@ -287,7 +287,9 @@ class AdaptiveBatchSGD(Optimizer):
             counter.mark_step(params)
         return loss
 
-    def _update(self, group: dict[str, Any], params: list[Tensor], reached: Iterable[Found]) -> None:
+    def _update(
+        self, group: dict[str, Any], params: list[Tensor], reached: Iterable[Found]
+    ) -> None:
         """Takes the step of one group: what compiled loops take with the counting in one pass."""
         whole = Pass(_options(group))
         others: list[tuple[Tensor, Found]] = []

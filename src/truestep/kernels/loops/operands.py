@@ -1,6 +1,6 @@
 """What a linear map's counts are made of: the bits of its outputs and of what it sees of its inputs."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import carray, njit
@@ -11,93 +11,163 @@ from truestep.kernels.loops.pack import align
 from truestep.kernels.loops.window import (
     lay_out,
     lay_out_positions,
+    lines_of,
     pixels_of,
+    ranges_of,
     room,
-    silent_inputs,
     sizes,
     taps_of,
     unfold,
 )
 
-__all__ = ["look", "nothing", "operands"]
+__all__ = ["View", "find_silent", "look", "nothing", "operands"]
+
+
+class View(NamedTuple):
+    """The inputs that outputs see, made as they are needed, since a sample's first words mostly suffice.
+
+    Where all inputs of a window are on, one image stands for those of all samples.
+
+    Attributes:
+        inputs: int64 ``[samples, words, groups, K]``.
+        ready: bool ``[samples, words]``, whether they are there.
+        silent: int64 ``[samples, groups]``, how many inputs are on nowhere, at least; -1 until it is asked.
+        window: address of a convolution's numbers; 0 where all inputs are there.
+        packed: a window's bits, int64 ``[words, channels]``.
+        images: the same laid out, int64 ``[samples, phases, words, channels]``.
+        laid: int64 ``[samples]``, how many lines are.
+        phases: of each tap.
+        shifts: of each tap.
+        ranges: see `ranges_of`.
+    """
+
+    inputs: Any
+    ready: Any
+    silent: Any
+    window: Any
+    packed: Any
+    images: Any
+    laid: Any
+    phases: Any
+    shifts: Any
+    ranges: Any
 
 
 @njit(cache=True, nogil=True)
-def operands(entry: Any, everything: Any) -> Any:
-    """Outputs ``[samples, words, J]``, and inputs ``[samples, words, groups, K]`` with what belongs to them.
+def operands(entry: Any) -> Any:
+    """Outputs ``[samples, words, J]``, and the `View` of inputs.
 
-    A window's inputs are unfolded word by word as they are needed, since the first few mostly suffice:
-    with them come bool ``[samples, words]``, whether they are there; what to unfold, with each tap's phase
-    and shift; and how many inputs of a sample are never on, ``[samples, groups]``: when all others were
-    seen, no more need be looked at. Where all its inputs are on, one image stands for those of all samples;
-    where all its outputs are, one row of bits, which says where there are positions, for all of them.
+    Where all outputs are on, there is one row of bits, which says where there are positions.
 
     Args:
         entry: a line of the table.
-        everything: whether all inputs will be looked at.
     """
-    if entry[WINDOW] != 0:
-        return _windowed(entry, everything)
-    samples, apart = entry[SAMPLES], entry[POSITIONS] > 1
+    samples, positions, window = entry[SAMPLES], entry[POSITIONS], entry[WINDOW]
     units = 1 if entry[OUTPUTS] == 0 else entry[ROWS]
-    outputs = _words(entry[OUTPUTS], samples, entry[POSITIONS], units, apart)
-    packed = _words(entry[INPUTS], samples, entry[POSITIONS], entry[COLUMNS], apart)
-    inputs = packed.reshape((packed.shape[0], packed.shape[1], 1, packed.shape[2]))
-    ready, silent = np.ones(inputs.shape[:2], np.bool_), np.zeros((samples, 1), np.int64)
-    if not everything:
-        for sample in range(samples):
-            silent[sample, 0] = _silent(inputs[sample, :, 0])
-    nowhere = np.empty(0, np.int64)
-    return outputs, (inputs, ready, np.empty((0, 0, 0, 0), np.int64), nowhere, nowhere, silent)
-
-
-@njit(cache=True, nogil=True)
-def nothing() -> Any:
-    """What `operands` returns, empty."""
-    nowhere, images = np.empty(0, np.int64), np.empty((0, 0, 0, 0), np.int64)
-    inputs, ready = np.empty((0, 0, 0, 0), np.int64), np.empty((0, 0), np.bool_)
-    view = (inputs, ready, images, nowhere, nowhere, np.empty((0, 0), np.int64))
-    return np.empty((0, 0, 0), np.int64), view
-
-
-@njit(cache=True, nogil=True)
-def look(view: Any, sample: Any, word: Any) -> None:
-    """Unfolds one word of a sample's inputs."""
-    inputs, ready, images, phases, shifts, _ = view
-    _, words, groups, columns = inputs.shape
-    place = inputs.ctypes.data + 8 * (sample * words + word) * groups * columns
-    unfold(images[sample], word, phases, shifts, groups, place)
-    ready[sample, word] = True
-
-
-@njit(cache=True, nogil=True)
-def _windowed(entry: Any, everything: Any) -> Any:
-    window = entry[WINDOW]
+    if window == 0:
+        outputs = _words(entry[OUTPUTS], samples, positions, units)
+        inputs = _words(entry[INPUTS], samples, positions, entry[COLUMNS])
+        return outputs, _there(
+            inputs.reshape((inputs.shape[0], inputs.shape[1], 1, inputs.shape[2]))
+        )
     groups, _ = sizes(window)
     pixels, channels = pixels_of(window)
     phases, deep, wide = room(window)
-    units = 1 if entry[OUTPUTS] == 0 else entry[ROWS]
-    packed, samples = _packed(entry[OUTPUTS], entry[SAMPLES], entry[POSITIONS], units)
+    packed, samples = _packed(entry[OUTPUTS], samples, positions, units)
     outputs = np.zeros((samples, wide, units), np.int64)
     for sample in range(samples):
         target = outputs.ctypes.data + 8 * sample * wide * units
         lay_out_positions(packed.ctypes.data, sample, units, window, target)
     packed, samples = _packed(entry[INPUTS], entry[SAMPLES], pixels, channels)
-    images = np.zeros((samples, phases, deep, channels), np.int64)
-    where, shifts = taps_of(window)
     shape = samples, wide, groups, entry[COLUMNS]
-    inputs = aligned(samples * wide * groups * entry[COLUMNS]).reshape(shape)
-    ready, silent = np.zeros((samples, wide), np.bool_), np.zeros((samples, groups), np.int64)
-    view = inputs, ready, images, where, shifts, silent
-    for sample in range(samples):
-        target = images.ctypes.data + 8 * sample * phases * deep * channels
-        lay_out(packed.ctypes.data, sample, window, target, deep)
-        if everything:
-            for word in range(wide):
-                look(view, sample, word)
-        else:
-            silent_inputs(images[sample], where, groups, silent[sample])
-    return outputs, view
+    where, shifts = taps_of(window)
+    return outputs, View(
+        aligned(samples * wide * groups * entry[COLUMNS]).reshape(shape),
+        np.zeros((samples, wide), np.bool_),
+        np.full((samples, groups), np.int64(-1)),
+        window,
+        packed,
+        np.zeros((samples, phases, deep, channels), np.int64),
+        np.zeros(samples, np.int64),
+        where,
+        shifts,
+        ranges_of(window),
+    )
+
+
+@njit(cache=True, nogil=True)
+def nothing() -> Any:
+    """What `operands` returns, empty."""
+    return np.empty((0, 0, 0), np.int64), _there(np.empty((0, 0, 0, 0), np.int64))
+
+
+@njit(cache=True, nogil=True)
+def _there(inputs: Any) -> Any:
+    """The view of inputs that are all there."""
+    numbers = np.empty(0, np.int64)
+    return View(
+        inputs,
+        np.ones(inputs.shape[:2], np.bool_),
+        np.full((inputs.shape[0], 1), np.int64(-1)),
+        np.int64(0),
+        np.empty((0, 0), np.int64),
+        np.empty((0, 0, 0, 0), np.int64),
+        numbers,
+        numbers,
+        numbers,
+        np.empty((0, 0, 0), np.int64),
+    )
+
+
+@njit(cache=True, nogil=True)
+def look(view: Any, sample: Any, word: Any) -> None:
+    """Makes one word of a sample's inputs."""
+    _, words, groups, columns = view.inputs.shape
+    _, phases, deep, channels = view.images.shape
+    lines, pixels = lines_of(view.window)
+    last = 64 * word + 63 + view.shifts[-1]
+    laid, needed = view.laid[sample], min(lines, last // pixels + 1)
+    if laid < needed:
+        target = view.images.ctypes.data + 8 * sample * phases * deep * channels
+        source = view.packed.ctypes.data
+        lay_out(source, sample, view.window, view.ranges, laid, needed, target, deep)
+        view.laid[sample] = needed
+    place = view.inputs.ctypes.data + 8 * (sample * words + word) * groups * columns
+    unfold(view.images[sample], word, view.phases, view.shifts, groups, place)
+    view.ready[sample, word] = True
+
+
+@njit(cache=True, nogil=True)
+def find_silent(view: Any, sample: Any) -> None:
+    """Finds how many inputs of a sample are on nowhere: when all others were seen, no more need be."""
+    if view.window == 0:
+        words = view.inputs[sample, :, 0]
+        view.silent[sample, 0] = _off(words, 0, 64 * len(words))
+        return
+    _, taps = sizes(view.window)
+    pixels, channels = pixels_of(view.window)
+    groups = view.silent.shape[1]
+    width = channels // groups
+    for group in range(groups):
+        words = view.packed[:, group * width : (group + 1) * width]
+        off = _off(words, sample * pixels, (sample + 1) * pixels)
+        view.silent[sample, group] = taps * off
+
+
+@njit(cache=True, nogil=True)
+def _off(words: Any, row: Any, end: Any) -> Any:
+    """The units that are off in all rows from `row` to `end` of ``[words, units]``."""
+    units = words.shape[1]
+    found = np.zeros(units, np.int64)
+    while row < end:
+        length = min(end - row, 64 - row % 64)
+        # -1 << 64 is none of a word's shifts.
+        kept = ~((np.int64(-1) << (length - 1)) << 1) << (row % 64)
+        word = row // 64
+        for unit in range(units):
+            found[unit] |= words[word, unit] & kept
+        row += length
+    return units - np.count_nonzero(found)
 
 
 @njit(cache=True, nogil=True)
@@ -110,23 +180,11 @@ def _packed(address: Any, samples: Any, positions: Any, units: Any) -> Any:
 
 
 @njit(cache=True, nogil=True)
-def _words(address: Any, samples: Any, positions: Any, units: Any, apart: Any) -> Any:
-    """Aligned words ``[samples, words, units]``; samples that need not be apart are one's positions."""
-    count = (samples * positions + 63) // 64
+def _words(address: Any, samples: Any, positions: Any, units: Any) -> Any:
+    """Aligned words ``[samples, words, units]``; samples without positions are one's positions."""
+    apart, count = positions > 1, (samples * positions + 63) // 64
     if address == 0:
         words = np.full((count, units), np.int64(-1))
         return align(words, samples, positions) if apart else align(words, 1, samples)
     words = carray(pointer(address), (count, units), np.int64)
     return align(words, samples, positions) if apart else words.reshape((1, count, units))
-
-
-@njit(cache=True, nogil=True)
-def _silent(words: Any) -> Any:
-    """The units that are off in all of ``[words, units]``."""
-    total = 0
-    for unit in range(words.shape[1]):
-        on = False
-        for word in range(words.shape[0]):
-            on |= words[word, unit] != 0
-        total += not on
-    return total

@@ -31,7 +31,7 @@ from truestep.kernels.loops.fields import (
     WINDOW,
 )  # fmt: skip
 from truestep.kernels.loops.memory import aligned, count_bits, fma, pointer, prefetch
-from truestep.kernels.loops.operands import look, nothing, operands
+from truestep.kernels.loops.operands import find_silent, look, nothing, operands
 from truestep.kernels.loops.pairs import count_pairs, join_pairs
 from truestep.kernels.loops.window import channels_first, sizes
 
@@ -58,13 +58,17 @@ def _factor(adaptive: Any, batch_size: Any, eps: Any, limit: Any, one: Any) -> A
 
 
 @njit(cache=True, nogil=True)
-def _count_samples(outputs: Any, inputs: Any, row: Any, rows: Any, group: Any, counts: Any) -> None:
-    """The bits that are on in both ``outputs[:, :, row : row + rows]`` and ``inputs[:, :, group]``."""
+def _count_samples(outputs: Any, view: Any, row: Any, rows: Any, group: Any, counts: Any) -> None:
+    """The bits that are on in both ``outputs[:, :, row : row + rows]`` and the inputs of a group."""
+    inputs = view.inputs
     counts[:rows] = 0
     columns, words = counts.shape[1], outputs.shape[1]
     width = inputs.shape[2] * columns
     for sample in range(outputs.shape[0]):
         image = sample % inputs.shape[0]
+        for word in range(words):
+            if not view.ready[image, word]:
+                look(view, image, word)
         count_pairs(
             outputs.ctypes.data + 8 * (sample * words * outputs.shape[2] + row),
             8 * outputs.shape[2],
@@ -79,8 +83,8 @@ def _count_samples(outputs: Any, inputs: Any, row: Any, rows: Any, group: Any, c
 
 @njit(cache=True, nogil=True)
 def _count_joined(outputs: Any, view: Any, row: Any, group: Any, hits: Any, counts: Any) -> None:
-    """The samples with any position where both are on; `view` is what `operands` returns."""
-    inputs, ready, silent = view[0], view[1], view[5]
+    """The samples with any position where both are on."""
+    inputs, ready, silent = view.inputs, view.ready, view.silent
     counts[:] = 0
     # Samples that hit every column.
     whole = np.int32(0)
@@ -97,6 +101,10 @@ def _count_joined(outputs: Any, view: Any, row: Any, group: Any, hits: Any, coun
             source = inputs.ctypes.data + 8 * line * columns
             missing = join_pairs(output, source, columns, hits.ctypes.data, not seen)
             seen = True
+            if missing == 0:
+                break
+            if silent[image, group] < 0:
+                find_silent(view, image)
             if missing <= silent[image, group]:
                 break
         if missing == 0:
@@ -183,7 +191,7 @@ def _linear(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> No
         same = np.full(STRETCH, np.int32(samples))
         _stretch(entry, first * columns, last * columns, same, options)
         return
-    outputs, view = nothing() if constant else operands(entry, by_column or not joined)
+    outputs, view = nothing() if constant else operands(entry)
     for row in range(first, last):
         group = row // (rows // groups)
         if constant:
@@ -197,14 +205,14 @@ def _linear(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> No
                 if row == block_stop:
                     left = min(last, (group + 1) * (rows // groups)) - row
                     block_start, block_stop = row, row + (BLOCK if left >= BLOCK else 1)
-                    _count_samples(outputs, view[0], row, block_stop - row, group, block)
+                    _count_samples(outputs, view, row, block_stop - row, group, block)
                 counts = block[row - block_start]
                 if taps == 1:
                     ordered = counts
         elif known != group:
-            _count_columns(outputs, view[0], group, joined, counts)
+            _count_columns(outputs, view, group, joined, counts)
             if entry[WINDOW] != 0:
-                counts *= np.int32(entry[SAMPLES] // view[0].shape[0])
+                counts *= np.int32(entry[SAMPLES] // len(view.inputs))
         if by_row or not by_column or known != group:
             if taps > 1:
                 channels_first(counts, taps, ordered)
@@ -216,17 +224,17 @@ def _linear(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> No
 
 
 @njit(cache=True, nogil=True)
-def _count_columns(outputs: Any, inputs: Any, group: Any, joined: Any, counts: Any) -> None:
+def _count_columns(outputs: Any, view: Any, group: Any, joined: Any, counts: Any) -> None:
     """The samples that each input is on in, of outputs that are on wherever there is a position."""
     counts[:] = 0
     hits = np.empty(len(counts), np.int64)
-    for sample in range(inputs.shape[0]):
+    for sample in range(view.inputs.shape[0]):
         hits[:] = 0
-        for word in range(inputs.shape[1]):
-            source, output = (
-                inputs[sample, word, group],
-                outputs[sample % outputs.shape[0], word, 0],
-            )
+        for word in range(view.inputs.shape[1]):
+            if not view.ready[sample, word]:
+                look(view, sample, word)
+            source = view.inputs[sample, word, group]
+            output = outputs[sample % len(outputs), word, 0]
             for column in range(len(counts)):
                 if joined:
                     hits[column] |= source[column] & output

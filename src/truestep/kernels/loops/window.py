@@ -17,9 +17,10 @@ from truestep.kernels.loops.moves import move, shift
 __all__ = [
     "lay_out",
     "lay_out_positions",
+    "lines_of",
     "pixels_of",
+    "ranges_of",
     "room",
-    "silent_inputs",
     "sizes",
     "taps_of",
     "unfold",
@@ -101,45 +102,77 @@ def _sees(window: Any, axis: Any, phase: Any) -> Any:
 
 
 @njit(cache=True, nogil=True)
-def _range(window: Any, axis: Any, phase: Any) -> Any:
-    """The places of a phase that have a pixel: the first, the one after the last, the first one's pixel."""
-    if not _sees(window, axis, phase):
-        return 0, 0, 0
-    stride = window[STRIDE + axis]
-    low, places = _places(window, axis)
-    first = max(0, -low)
-    last = min(places, (window[SIZE + axis] - 1 - phase) // stride - low + 1)
-    return first, last, (first + low) * stride + phase
+def ranges_of(address: Any) -> Any:
+    """The places of each axis' phases that have pixels: the first, the one after the last, the first's pixel.
+
+    Returns:
+        int64 ``[axes, phases, 3]``; zeros for a phase that no tap sees.
+    """
+    window = carray(pointer(address), (NUMBERS,), np.int64)
+    most = max(window[STRIDE], window[STRIDE + 1], window[STRIDE + 2])
+    ranges = np.zeros((3, most, 3), np.int64)
+    for axis in range(3):
+        stride = window[STRIDE + axis]
+        low, places = _places(window, axis)
+        for phase in range(stride):
+            if _sees(window, axis, phase):
+                last = (window[SIZE + axis] - 1 - phase) // stride - low + 1
+                ranges[axis, phase, 0] = max(0, -low)
+                ranges[axis, phase, 1] = min(places, last)
+                ranges[axis, phase, 2] = (max(0, -low) + low) * stride + phase
+    return ranges
 
 
 @njit(cache=True, nogil=True)
-def lay_out(words: Any, sample: Any, address: Any, target: Any, count: Any) -> None:
-    """Lays the pixels of one sample out as phases.
+def lines_of(address: Any) -> Any:
+    """How many lines of places a phase has, and how many places are in each."""
+    window = carray(pointer(address), (NUMBERS,), np.int64)
+    return _places(window, 0)[1] * _places(window, 1)[1], _places(window, 2)[1]
+
+
+@njit(cache=True, nogil=True)
+def lay_out(
+    words: Any,
+    sample: Any,
+    address: Any,
+    ranges: Any,
+    start: Any,
+    stop: Any,
+    target: Any,
+    count: Any,
+) -> None:
+    """Lays the pixels of one sample out as phases, so many lines of places.
 
     Args:
         words: address of packed inputs, int64 ``[words, channels]``.
         sample: which.
         address: of the window's numbers.
+        ranges: see `ranges_of`.
+        start: the first line.
+        stop: the line after the last.
         target: address of int64 ``[phases, count, channels]``, zeros.
         count: words of a phase.
     """
     window = carray(pointer(address), (NUMBERS,), np.int64)
-    channels, deep = window[CHANNELS], window[STRIDE + 2]
+    channels = window[CHANNELS]
+    high, wide, deep = window[STRIDE], window[STRIDE + 1], window[STRIDE + 2]
     lines, pixels = _places(window, 1)[1], _places(window, 2)[1]
-    for i in range(window[STRIDE]):
-        first_plane, last_plane, plane = _range(window, 0, i)
-        for j in range(window[STRIDE + 1]):
-            first_line, last_line, first_seen = _range(window, 1, j)
-            for k in range(deep):
-                first, last, pixel = _range(window, 2, k)
-                phase = target + 8 * ((i * window[STRIDE + 1] + j) * deep + k) * count * channels
-                for a in range(first_plane, last_plane):
-                    above = sample * window[SIZE] + plane + (a - first_plane) * window[STRIDE]
-                    for b in range(first_line, last_line):
-                        line = first_seen + (b - first_line) * window[STRIDE + 1]
-                        row = (above * window[SIZE + 1] + line) * window[SIZE + 2] + pixel
+    for a in range(start // lines, (stop - 1) // lines + 1):
+        for i in range(high):
+            if a < ranges[0, i, 0] or a >= ranges[0, i, 1]:
+                continue
+            plane = ranges[0, i, 2] + (a - ranges[0, i, 0]) * high
+            above = (sample * window[SIZE] + plane) * window[SIZE + 1]
+            for j in range(wide):
+                first_line = max(ranges[1, j, 0], start - a * lines)
+                for b in range(first_line, min(ranges[1, j, 1], stop - a * lines)):
+                    line = ranges[1, j, 2] + (b - ranges[1, j, 0]) * wide
+                    row = (above + line) * window[SIZE + 2]
+                    for k in range(deep):
+                        first, last, pixel = ranges[2, k, 0], ranges[2, k, 1], ranges[2, k, 2]
+                        phase = target + 8 * ((i * wide + j) * deep + k) * count * channels
                         place = (a * lines + b) * pixels + first
-                        _copy(words, row, last - first, deep, phase, place, channels)
+                        _copy(words, row + pixel, last - first, deep, phase, place, channels)
 
 
 @njit(cache=True, nogil=True)
@@ -155,11 +188,13 @@ def lay_out_positions(words: Any, sample: Any, units: Any, address: Any, target:
     """
     window = carray(pointer(address), (NUMBERS,), np.int64)
     lines, pixels = _places(window, 1)[1], _places(window, 2)[1]
-    length = window[SEEN + 2]
+    seen, length = window[SEEN + 1], window[SEEN + 2]
+    # Lines without room between them are one.
+    step = seen if pixels == length else 1
     for a in range(window[SEEN]):
-        for b in range(window[SEEN + 1]):
-            row = ((sample * window[SEEN] + a) * window[SEEN + 1] + b) * length
-            _copy(words, row, length, 1, target, (a * lines + b) * pixels, units)
+        for b in range(0, seen, step):
+            row = ((sample * window[SEEN] + a) * seen + b) * length
+            _copy(words, row, step * length, 1, target, (a * lines + b) * pixels, units)
 
 
 @njit(cache=True, nogil=True)
@@ -199,21 +234,6 @@ def unfold(image: Any, word: Any, phases: Any, shifts: Any, groups: Any, target:
         for group in range(groups):
             to = target + 8 * (group * taps + tap) * width
             shift(line + 8 * group * width, place & 63, to, width, beyond)
-
-
-@njit(cache=True, nogil=True)
-def silent_inputs(image: Any, phases: Any, groups: Any, silent: Any) -> None:
-    """How many inputs of each group are off at all taps' positions, at least; adds to ``silent[groups]``."""
-    width = image.shape[2] // groups
-    for phase in range(image.shape[0]):
-        taps = 0
-        for tap in range(len(phases)):
-            taps += phases[tap] == phase
-        for channel in range(image.shape[2] if taps > 0 else 0):
-            on = False
-            for word in range(image.shape[1]):
-                on |= image[phase, word, channel] != 0
-            silent[channel // width] += 0 if on else taps
 
 
 @njit(cache=True, nogil=True)
