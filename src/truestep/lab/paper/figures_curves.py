@@ -14,7 +14,15 @@ from truestep.lab.paper.effects import mean
 from truestep.lab.paper.plans_dasgd import BATCHES, DASGD_DATA
 from truestep.lab.paper.tables import last
 
-__all__ = ["COLOURS", "accuracy_by_epoch", "error_by_batch", "learning_curves", "rates", "rivals"]
+__all__ = [
+    "COLOURS",
+    "accuracy_by_epoch",
+    "contestants",
+    "error_by_batch",
+    "learning_curves",
+    "rates",
+    "rivals",
+]
 
 KNOWN = styles(["sgd", "asgd", "dasgd", "momentum", "nesterov"])
 COLOURS = {name: look.colour for name, look in KNOWN.items()}
@@ -141,7 +149,7 @@ def rivals(curves: pd.DataFrame) -> Figure:
     for axes, size in zip(grid, sizes, strict=True):
         plain_axes(axes)
         axes.set_title(f"batch {size}", loc="left", fontsize=9, color=INK)
-        for label, colour, style, rows in _contestants(curves[curves["batch_size"] == size], size):
+        for label, colour, style, rows in contestants(curves[curves["batch_size"] == size], size):
             _mean_and_band(axes, rows, "test_accuracy", colour, style)
             marks[label] = Line2D([], [], color=colour, linestyle=style, linewidth=2)
     grid[0].set_ylabel("test accuracy", fontsize=9, color=INK)
@@ -150,7 +158,13 @@ def rivals(curves: pd.DataFrame) -> Figure:
     return figure
 
 
-def _contestants(curves: pd.DataFrame, size: int) -> Iterable[tuple[str, str, Any, pd.DataFrame]]:
+def contestants(curves: pd.DataFrame, size: int) -> Iterable[tuple[str, str, Any, pd.DataFrame]]:
+    """The optimizers of dasgd-momentum at one batch size: each with its name, colour, line style and rows.
+
+    Args:
+        curves: Of that batch size.
+        size: The batch size.
+    """
     looks = {
         "dasgd": (COLOURS["dasgd"], "-"),
         "momentum 0.5": (COLOURS["momentum"], "--"),

@@ -12,7 +12,7 @@ from truestep.lab.paper import figures_curves as curves
 from truestep.lab.paper import figures_more as more
 from truestep.lab.paper import figures_points as points
 from truestep.lab.paper import figures_small as small
-from truestep.lab.paper.comparison import Grid, cells_table, level_table, stable_table
+from truestep.lab.paper.comparison import Grid, cells_table, level_table, rivals_table, stable_table
 from truestep.lab.paper.comparison_compression import compression_tables
 from truestep.lab.paper.evidence import Evidence
 from truestep.lab.paper.experiments import EXPERIMENTS
@@ -316,4 +316,5 @@ TABLES: dict[str, Callable[[Evidence], Iterator[Grid]]] = {
     "asgd-mnist": lambda evidence: iter([*cells_table(evidence), *level_table(evidence)]),
     "asgd-stabilised": lambda evidence: iter([stable_table(evidence)]),
     "asgd-compression": compression_tables,
+    "dasgd-momentum": lambda evidence: iter([rivals_table(evidence)]),
 }
