@@ -9,10 +9,31 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["aligned", "count_bits", "fma", "pointer", "prefetch", "read", "repeat", "write"]
+__all__ = [
+    "HALVES",
+    "aligned",
+    "constant",
+    "count_bits",
+    "fma",
+    "pointer",
+    "prefetch",
+    "read",
+    "repeat",
+    "write",
+]
 
 LANES = (64, 8, 1)
 LINE = 64  # bytes of a line of the processor's caches
+
+# Of a word cut into pieces of so many bits, the bits of every second one, from the lowest on.
+HALVES = {
+    1: 0x5555555555555555,
+    2: 0x3333333333333333,
+    4: 0x0F0F0F0F0F0F0F0F,
+    8: 0x00FF00FF00FF00FF,
+    16: 0x0000FFFF0000FFFF,
+    32: 0x00000000FFFFFFFF,
+}
 
 
 @intrinsic
@@ -76,6 +97,11 @@ def aligned(count: Any) -> Any:
     numbers = np.empty(count + 8, np.int64)
     skipped = -(numbers.ctypes.data // 8) % 8
     return numbers[skipped : skipped + count]
+
+
+def constant(kind: Any, number: int) -> Any:
+    """A vector of one number that is known beforehand, for intrinsics."""
+    return ir.Constant(kind, [number] * kind.count)
 
 
 def repeat(builder: Any, number: Any, kind: Any) -> Any:

@@ -11,32 +11,20 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from truestep.kernels.loops.memory import read, repeat, write
+from truestep.kernels.loops.memory import HALVES, constant, read, repeat, write
 
 __all__ = ["move", "shift"]
 
 WORD = ir.IntType(64)
 LANES = 8
-# Each step of `_every_second` halves the distance of what is left to what it belongs beside.
-STEPS = (
-    (1, 0x3333333333333333),
-    (2, 0x0F0F0F0F0F0F0F0F),
-    (4, 0x00FF00FF00FF00FF),
-    (8, 0x0000FFFF0000FFFF),
-    (16, 0x00000000FFFFFFFF),
-)
 
 
 def _every_second(builder: Any, bits: Any) -> Any:
     """The even bits of each word, side by side."""
-
-    def every(number: int) -> Any:
-        return ir.Constant(bits.type, [number] * bits.type.count)
-
-    bits = builder.and_(bits, every(0x5555555555555555))
-    for distance, kept in STEPS:
-        nearer = builder.lshr(bits, every(distance))
-        bits = builder.and_(builder.or_(bits, nearer), every(kept))
+    bits = builder.and_(bits, constant(bits.type, HALVES[1]))
+    for distance in (1, 2, 4, 8, 16):
+        nearer = builder.lshr(bits, constant(bits.type, distance))
+        bits = builder.and_(builder.or_(bits, nearer), constant(bits.type, HALVES[2 * distance]))
     return bits
 
 

@@ -7,7 +7,7 @@ from numba import carray, njit
 
 from truestep.kernels.loops.fields import COLUMNS, INPUTS, OUTPUTS, POSITIONS, ROWS, SAMPLES, WINDOW
 from truestep.kernels.loops.memory import aligned, pointer
-from truestep.kernels.loops.pack import align
+from truestep.kernels.loops.pack import align, gather
 from truestep.kernels.loops.window import (
     lay_out,
     lay_out_positions,
@@ -141,33 +141,18 @@ def look(view: Any, sample: Any, word: Any) -> None:
 def find_silent(view: Any, sample: Any) -> None:
     """Finds how many inputs of a sample are on nowhere: when all others were seen, no more need be."""
     if view.window == 0:
-        words = view.inputs[sample, :, 0]
-        view.silent[sample, 0] = _off(words, 0, 64 * len(words))
+        _, words, _, columns = view.inputs.shape
+        place = view.inputs.ctypes.data + 8 * sample * words * columns
+        view.silent[sample, 0] = gather(place, 0, 64 * words, np.zeros(columns, np.int64))
         return
     _, taps = sizes(view.window)
     pixels, channels = pixels_of(view.window)
-    groups = view.silent.shape[1]
-    width = channels // groups
-    for group in range(groups):
-        words = view.packed[:, group * width : (group + 1) * width]
-        off = _off(words, sample * pixels, (sample + 1) * pixels)
-        view.silent[sample, group] = taps * off
-
-
-@njit(cache=True, nogil=True)
-def _off(words: Any, row: Any, end: Any) -> Any:
-    """The units that are off in all rows from `row` to `end` of ``[words, units]``."""
-    units = words.shape[1]
-    found = np.zeros(units, np.int64)
-    while row < end:
-        length = min(end - row, 64 - row % 64)
-        # -1 << 64 is none of a word's shifts.
-        kept = ~((np.int64(-1) << (length - 1)) << 1) << (row % 64)
-        word = row // 64
-        for unit in range(units):
-            found[unit] |= words[word, unit] & kept
-        row += length
-    return units - np.count_nonzero(found)
+    found = np.zeros(channels, np.int64)
+    gather(view.packed.ctypes.data, sample * pixels, (sample + 1) * pixels, found)
+    view.silent[sample] = 0
+    width = channels // view.silent.shape[1]
+    for channel in range(channels):
+        view.silent[sample, channel // width] += 0 if found[channel] != 0 else taps
 
 
 @njit(cache=True, nogil=True)

@@ -18,6 +18,7 @@ from truestep.kernels.loops.memory import (
     HALF_1,
     HALF_8,
     HALF_64,
+    HALVES,
     OCTET_1,
     OCTET_8,
     OCTET_64,
@@ -25,27 +26,18 @@ from truestep.kernels.loops.memory import (
     SINGLE_8,
     SINGLE_64,
     aligned,
+    constant,
     pointer,
     read,
     write,
 )
 
-__all__ = ["align", "join", "pack_many", "pack_positions", "pack_units"]
+__all__ = ["align", "gather", "join", "pack_many", "pack_positions", "pack_units"]
 
 ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 # Rows are read so many words' bits at a time: in the order in which they lie, as far as caches go.
 PIECES = 32
-
-# How far apart what `_transpose` swaps is, and the bits of a row that stay in its upper half's place.
-SWAPS = (
-    (32, 0x00000000FFFFFFFF),
-    (16, 0x0000FFFF0000FFFF),
-    (8, 0x00FF00FF00FF00FF),
-    (4, 0x0F0F0F0F0F0F0F0F),
-    (2, 0x3333333333333333),
-    (1, 0x5555555555555555),
-)
 
 
 @njit(cache=True, nogil=True)
@@ -106,18 +98,15 @@ def _transpose(_context: Any, address: Any) -> Any:
     def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         kind = ir.VectorType(ir.IntType(64), 64)
         rows = read(builder, arguments[0], kind)
-        for distance, kept in SWAPS:
-
-            def every(number: int) -> Any:
-                return ir.Constant(kind, [number] * 64)
-
+        for distance, kept in reversed(HALVES.items()):
             partners = [row ^ distance for row in range(64)]
             order = ir.Constant(ir.VectorType(ir.IntType(32), 64), partners)
             other = builder.shuffle_vector(rows, ir.Constant(kind, ir.Undefined), order)
-            moved = builder.shl(builder.and_(other, every(kept)), every(distance))
-            low = builder.or_(builder.and_(rows, every(kept)), moved)
-            moved = builder.and_(builder.lshr(other, every(distance)), every(kept))
-            high = builder.or_(builder.and_(rows, every(kept << distance)), moved)
+            mask, far = constant(kind, kept), constant(kind, distance)
+            moved = builder.shl(builder.and_(other, mask), far)
+            low = builder.or_(builder.and_(rows, mask), moved)
+            moved = builder.and_(builder.lshr(other, far), mask)
+            high = builder.or_(builder.and_(rows, constant(kind, kept << distance)), moved)
             first = [row & distance == 0 for row in range(64)]
             rows = builder.select(ir.Constant(ir.VectorType(ir.IntType(1), 64), first), low, high)
         write(builder, rows, arguments[0])
@@ -289,6 +278,35 @@ def _extract(words: Any, row: Any, length: Any, target: Any) -> None:
 
 
 @njit(cache=True, nogil=True)
+def gather(words_address: Any, row: Any, end: Any, found: Any) -> Any:
+    """Adds the bits of rows `row` to `end` to each unit's word in `found`, until no unit's is zero.
+
+    Args:
+        words_address: of int64 ``[words, units]``.
+        row: the first.
+        end: the row after the last.
+        found: int64 ``[units]``.
+
+    Returns:
+        How many units' words are zero.
+    """
+    units = len(found)
+    missing = units
+    while row < end and missing > 0:
+        # To the end of the word or of the rows.
+        length = min(end - row, 64 - row % 64)
+        kept = (ALL >> np.uint64(64 - length)) << np.uint64(row % 64)
+        place = words_address + 8 * (row // 64) * units
+        source = carray(pointer(place), (units,), np.uint64)
+        missing = 0
+        for unit in range(units):
+            found[unit] |= np.int64(source[unit] & kept)
+            missing += found[unit] == 0
+        row += length
+    return missing
+
+
+@njit(cache=True, nogil=True)
 def join(words_address: Any, samples: Any, positions: Any, units: Any, joined_address: Any) -> Any:
     """Joins the positions of each sample: int64 ``[words of samples, units]``.
 
@@ -301,20 +319,7 @@ def join(words_address: Any, samples: Any, positions: Any, units: Any, joined_ad
     full = 1
     for sample in range(samples):
         found[:] = 0
-        row, end = sample * positions, (sample + 1) * positions
-        while row < end:
-            # To the end of the word or of the sample.
-            length = min(end - row, 64 - row % 64)
-            kept = (ALL >> np.uint64(64 - length)) << np.uint64(row % 64)
-            place = words_address + 8 * (row // 64) * units
-            source = carray(pointer(place), (units,), np.uint64)
-            missing = 0
-            for unit in range(units):
-                found[unit] |= np.int64(source[unit] & kept)
-                missing += found[unit] == 0
-            if missing == 0:
-                break
-            row += length
+        gather(words_address, sample * positions, (sample + 1) * positions, found)
         target, on = joined[sample // 64], np.int64(1) << np.int64(sample % 64)
         for unit in range(units):
             target[unit] |= on if found[unit] != 0 else np.int64(0)

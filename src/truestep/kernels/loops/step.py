@@ -253,11 +253,11 @@ def _table(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> Non
     owners = carray(pointer(entry[OWNERS]), (entries,), np.int32)
     full = entry[OUTPUTS] == 0
     place = np.full(last - first, np.int32(-1), np.int32)
-    found, places = 0, np.empty(min(entries, last - first), np.int32)
+    found, looked_up = 0, np.empty(min(entries, last - first), np.int32)
     for index in range(entries):
         row = rows[index] - first
         if rows[index] >= first and rows[index] < last and place[row] < 0:
-            place[row], places[found] = found, rows[index]
+            place[row], looked_up[found] = found, rows[index]
             found += 1
     counts = np.zeros((found, columns), np.int32)
     by_entry = entry[BY_ENTRY] != 0 and not full
@@ -288,7 +288,7 @@ def _table(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> Non
             latest[line, 0] = sample
             for column in range(columns):
                 count[column] += on[column]
-    _looked_up(entry, places[:found], counts, options, counted)
+    _looked_up(entry, looked_up[:found], counts, options, counted)
     if counted.shape[0] == 0 and entry[PARAMETER] != 0:
         _not_looked_up(entry, first, last, place, options)
 

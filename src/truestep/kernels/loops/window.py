@@ -15,6 +15,7 @@ from truestep.kernels.loops.memory import pointer
 from truestep.kernels.loops.moves import move, shift
 
 __all__ = [
+    "channels_first",
     "lay_out",
     "lay_out_positions",
     "lines_of",
@@ -103,23 +104,21 @@ def _sees(window: Any, axis: Any, phase: Any) -> Any:
 
 @njit(cache=True, nogil=True)
 def ranges_of(address: Any) -> Any:
-    """The places of each axis' phases that have pixels: the first, the one after the last, the first's pixel.
+    """The places of each axis' phases that have pixels: the first, with pixel r, and the one after the last.
 
     Returns:
-        int64 ``[axes, phases, 3]``; zeros for a phase that no tap sees.
+        int64 ``[axes, phases, 2]``; zeros for a phase that no tap sees.
     """
     window = carray(pointer(address), (NUMBERS,), np.int64)
     most = max(window[STRIDE], window[STRIDE + 1], window[STRIDE + 2])
-    ranges = np.zeros((3, most, 3), np.int64)
+    ranges = np.zeros((3, most, 2), np.int64)
     for axis in range(3):
         stride = window[STRIDE + axis]
         low, places = _places(window, axis)
         for phase in range(stride):
             if _sees(window, axis, phase):
                 last = (window[SIZE + axis] - 1 - phase) // stride - low + 1
-                ranges[axis, phase, 0] = max(0, -low)
-                ranges[axis, phase, 1] = min(places, last)
-                ranges[axis, phase, 2] = (max(0, -low) + low) * stride + phase
+                ranges[axis, phase] = -low, min(places, last)
     return ranges
 
 
@@ -161,18 +160,18 @@ def lay_out(
         for i in range(high):
             if a < ranges[0, i, 0] or a >= ranges[0, i, 1]:
                 continue
-            plane = ranges[0, i, 2] + (a - ranges[0, i, 0]) * high
+            plane = i + (a - ranges[0, i, 0]) * high
             above = (sample * window[SIZE] + plane) * window[SIZE + 1]
             for j in range(wide):
                 first_line = max(ranges[1, j, 0], start - a * lines)
                 for b in range(first_line, min(ranges[1, j, 1], stop - a * lines)):
-                    line = ranges[1, j, 2] + (b - ranges[1, j, 0]) * wide
+                    line = j + (b - ranges[1, j, 0]) * wide
                     row = (above + line) * window[SIZE + 2]
                     for k in range(deep):
-                        first, last, pixel = ranges[2, k, 0], ranges[2, k, 1], ranges[2, k, 2]
+                        first, last = ranges[2, k, 0], ranges[2, k, 1]
                         phase = target + 8 * ((i * wide + j) * deep + k) * count * channels
                         place = (a * lines + b) * pixels + first
-                        _copy(words, row + pixel, last - first, deep, phase, place, channels)
+                        _copy(words, row + k, last - first, deep, phase, place, channels)
 
 
 @njit(cache=True, nogil=True)

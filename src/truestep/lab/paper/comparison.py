@@ -9,7 +9,7 @@ import pandas as pd
 from truestep.lab.paper.claims import TABLE_1, TABLE_2, Row
 from truestep.lab.paper.effects import Effect, compare, holm, mean
 from truestep.lab.paper.evidence import Evidence
-from truestep.lab.paper.figures_curves import contestants
+from truestep.lab.paper.figures_curves import NAMES, contestants
 from truestep.lab.paper.figures_more import late_spread
 from truestep.lab.paper.ledger_asgd import main_only
 from truestep.lab.paper.levels import distances
@@ -25,7 +25,6 @@ COLUMNS = {
     "test accuracy": "test_accuracy",
     "test loss": "test_loss",
 }
-NAMES = {"asgd": "aSGD", "sgd": "SGD", "dasgd": "DA-SGD"}
 NEAREST = 4
 
 
@@ -158,19 +157,19 @@ def stable_table(evidence: Evidence) -> Grid:
 def rivals_table(evidence: Evidence) -> Grid:
     """DA-SGD's rivals at the end of training, and how far each is ahead of it."""
     curves = last(evidence.rivals)
-    found: list[tuple[int, str, Effect, Effect]] = []
+    found: list[tuple[int, str, Effect, Effect | None]] = []
     for size in sorted(curves["batch_size"].unique()):
         rows = curves[curves["batch_size"] == size]
         ours = by_seed(rows, "test_accuracy", optimizer="dasgd")
         for name, _, _, part in contestants(rows, size):
             theirs = by_seed(part, "test_accuracy")
-            against = compare(name, theirs, ours)
+            against = None if name == NAMES["dasgd"] else compare(name, theirs, ours)
             found.append((size, name, mean(name, list(theirs.values())), against))
-    corrected = holm([against for _, name, _, against in found if name != NAMES["dasgd"]])
+    corrected = holm([against for *_, against in found if against is not None])
     ahead = iter(corrected)
     lines = []
-    for size, name, accuracy, _ in found:
-        end = Cell("—") if name == NAMES["dasgd"] else _difference(next(ahead))
+    for size, name, accuracy, against in found:
+        end = Cell("—") if against is None else _difference(next(ahead))
         lines.append([Cell(str(size), size), Cell(name), _cell(accuracy), end])
     return Grid(
         "DA-SGD and its rivals at the last epoch",

@@ -4,10 +4,11 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from truestep.lab.paper.comparison import NAMES, Cell, Grid
+from truestep.lab.paper.comparison import Cell, Grid
 from truestep.lab.paper.effects import Effect, compare, mean
 from truestep.lab.paper.evidence import Evidence
 from truestep.lab.paper.figures_compression import Setting, settings
+from truestep.lab.paper.figures_curves import NAMES
 from truestep.lab.paper.plans_asgd import COMPRESSION_DATA
 from truestep.lab.paper.tables import by_seed
 from truestep.lab.paper.words import difference, number

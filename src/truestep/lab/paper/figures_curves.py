@@ -16,6 +16,7 @@ from truestep.lab.paper.tables import last
 
 __all__ = [
     "COLOURS",
+    "NAMES",
     "accuracy_by_epoch",
     "contestants",
     "error_by_batch",
