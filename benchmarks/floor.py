@@ -14,6 +14,7 @@ import argparse
 import json
 import statistics
 import time
+from array import array
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -113,8 +114,9 @@ class Least(torch.optim.Optimizer):
             words = torch.empty(count * (inputs + outputs), dtype=torch.int64)
             places = words.data_ptr(), words.data_ptr() + 8 * count * inputs
             for tensor, units, place in zip((given, delta), (inputs, outputs), places, strict=True):
-                geometry = 4, 0x7FFF_FFFF, samples, 1, units, 4 * units, 0
-                loops().pack_units(0, count, tensor.data_ptr(), *geometry, place)
+                line = array("q", [tensor.data_ptr(), 4, 0x7FFF_FFFF, samples, 1, units])
+                line.extend([4 * units, 0, 4, 0, 0, 0, 0, 1])
+                loops().pack(0, count * units, line.buffer_info()[0], 1, place)
             self.packed.append((module, words, samples, *places))
         self.uses = []
 
@@ -131,7 +133,7 @@ class Least(torch.optim.Optimizer):
                 table.add(addresses, 0, samples, [entry])
         numbers = table.array()
         address, size = numbers.buffer_info()
-        loops().step(0, table.length, address, size // FIELDS, self.options)
+        loops().step(0, table.work, address, size // FIELDS, self.options)
 
 
 CANDIDATES: dict[str, Callable[[Task], torch.optim.Optimizer]] = {

@@ -59,6 +59,40 @@ def test_what_is_not_zero(dtype):
     assert packing.pack(torch.tensor(values, dtype=dtype)).item() == 0b111100
 
 
+@given(
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    st.integers(1, 9),
+    st.integers(0, 140),
+    st.integers(1, 5),
+    st.sampled_from([1, 3, 65]),
+    st.sampled_from(["rows", "groups"]),
+    st.booleans(),
+)
+def test_packing_what_is_off_its_mean_equals_its_twin(
+    dtype, samples, positions, groups, width, of, channels_first
+):
+    units = groups * width
+    shape = (samples, units, positions) if channels_first else (samples, positions, units)
+    values = torch.randint(-2, 3, shape).to(dtype)
+    values[values == 2] = torch.tensor([-0.0, torch.nan, torch.inf])[torch.randint(3, ())]
+    values = values.transpose(1, 2) if channels_first else values
+    if positions == 0:  # without positions
+        values = torch.randint(-2, 3, (samples, units)).to(dtype)
+        means = torch.randint(-2, 3, (samples, 1 if of == "rows" else groups)).to(dtype)
+    elif of == "rows":
+        means = torch.randint(-2, 3, (samples, positions, 1)).to(dtype)
+    else:
+        means = torch.randint(-2, 3, (samples, 1, groups)).to(dtype)
+    means[torch.rand(means.shape) < 0.1] = torch.inf
+    found = packing.pack(values, means)
+    expected = packing.pack_torch(values, means)
+    assert torch.equal(expected, packing.pack_torch(packing.off_mean(values, means)))
+    if found is None:
+        assert packing.off_mean(values, means).all()
+    else:
+        assert torch.equal(found, expected)
+
+
 def test_packing_takes_any_stride():
     values = torch.randn(140, 70) * (torch.rand(140, 70) < 0.5)
     for view in (

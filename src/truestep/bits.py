@@ -110,15 +110,16 @@ class Bits:
         return Bits(self.words | other.words, self.samples, self.positions, self.units)
 
 
-def pack(mask: Tensor) -> Bits:
-    """Packs a mask, or the non-zero entries of numbers, to bits.
+def pack(mask: Tensor, means: Tensor | None = None) -> Bits:
+    """Packs a mask, or the entries of numbers that are not zero, or not their mean, to bits.
 
     Args:
         mask: ``[samples, units]`` or ``[samples, positions, units]``.
+        means: see `truestep.kernels.packing.pack`.
     """
     shape = mask.shape
     positions = 1 if len(shape) == 2 else shape[1]  # noqa: PLR2004
-    return Bits(packing.pack(mask), shape[0], positions, shape[-1])
+    return Bits(packing.pack(mask, means), shape[0], positions, shape[-1])
 
 
 class _Slice(Bits):

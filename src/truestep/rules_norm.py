@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from truestep.activity import Activity, Elements
-from truestep.bits import pack
+from truestep.bits import Bits, pack
 from truestep.layout import Layout, Rule
 
 __all__ = ["BATCH_NORM", "normalization", "normalization_twice"]
@@ -42,17 +42,12 @@ def normalization(
     """
     if module.weight is None or not module.weight.requires_grad:
         return _activity(layout, module, None)
-    if isinstance(module, nn.RMSNorm):  # each row divided by one number
-        return _activity(layout, module, input.detach())
-    with torch.no_grad():
-        if means is None:
-            factors = _normalize(module, input.detach())
-        elif isinstance(module, nn.GroupNorm):
-            grouped = input.flatten(1).unflatten(1, (means.shape[1], -1))
-            factors = (grouped - means.unsqueeze(-1)).reshape(input.shape)
-        else:
-            factors = input - means
-    return _activity(layout, module, factors)
+    factors = input.detach()
+    # RMSNorm divides each row by one number.
+    if means is None and not isinstance(module, nn.RMSNorm):
+        with torch.no_grad():
+            factors = _normalize(module, factors)
+    return _activity(layout, module, factors, means)
 
 
 def normalization_twice(
@@ -76,25 +71,36 @@ def normalization_twice(
 
 
 def _activity(
-    layout: Layout, module: Norm, factors: Tensor | None
+    layout: Layout, module: Norm, factors: Tensor | None, means: Tensor | None = None
 ) -> Callable[[Tensor], dict[str, Activity]]:
-    """From output gradients to activity; `factors` are what the weight's are multiplied with."""
+    """From output gradients to activity; what the weight's are multiplied with is `factors` less `means`."""
     channels = not isinstance(module, nn.LayerNorm | nn.RMSNorm)
     unit_dims = len(module.normalized_shape) if isinstance(module, nn.LayerNorm | nn.RMSNorm) else 1
+    together = Layout(layout.batch_dim)
 
-    def arrange(mask: Tensor) -> Tensor:
-        return layout.arrange(mask.movedim(1, -1) if channels else mask, unit_dims)
+    def arrange(numbers: Tensor) -> Tensor:
+        return together.arrange(numbers.movedim(1, -1) if channels else numbers, unit_dims)
+
+    def samples(bits: Bits) -> Bits:
+        return bits.apart() if layout.unit == "position" else bits.any_position()
 
     weight, bias = module.weight, getattr(module, "bias", None)
-    met = None if factors is None else pack(arrange(factors))
+    met = None
+    if factors is not None:
+        arranged = arrange(factors)
+        if means is not None and not channels:
+            means = arrange(means)
+        elif means is not None and arranged.dim() > means.dim():
+            means = means.unsqueeze(1)  # of a sample's groups: all positions have the same
+        met = pack(arranged, means)
 
     def activity(delta: Tensor) -> dict[str, Activity]:
         outputs = pack(arrange(delta))
         found: dict[str, Activity] = {}
         if met is not None:
-            found["weight"] = Elements(weight.shape, (outputs & met).any_position())
+            found["weight"] = Elements(weight.shape, samples(outputs & met))
         if bias is not None and bias.requires_grad:
-            found["bias"] = Elements(bias.shape, outputs.any_position())
+            found["bias"] = Elements(bias.shape, samples(outputs))
         return found
 
     return activity

@@ -12,23 +12,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from truestep.kernels.dispatch import all_plain, compiled_loops, is_plain, loops
+from truestep.kernels.dispatch import LIKE, all_plain, compiled_loops, is_plain, loops
 from truestep.kernels.threads import spread
 
 __all__ = ["WORD", "join", "pack", "pack_rows", "unpack"]
 
 WORD = 64
 NANOSECONDS = 0.08  # for each byte, which is seldom in the nearest cache
-PACK_FIELDS = 10  # of `pack_many`'s table
+PACK_FIELDS = 14  # of the table of `truestep.kernels.loops.pack`
 # The bits that tell a number of so many bytes from zero: all but a float's sign.
 MAGNITUDE = {1: 0xFF, 2: 0x7FFF, 4: 0x7FFF_FFFF, 8: 0x7FFF_FFFF_FFFF_FFFF}
 
 
-def pack(values: Tensor) -> Tensor | None:
-    """One bit for each entry, on where it is not zero.
+def pack(values: Tensor, means: Tensor | None = None) -> Tensor | None:
+    """One bit for each entry, on where it is not zero, or not the mean.
 
     Args:
         values: ``[samples, units]`` or ``[samples, positions, units]``, bool or numbers.
+        means: floats of the same type, of rows, ``[samples, 1]`` or ``[samples, positions, 1]``, or of
+            groups of neighbouring units, ``[samples, 1, groups]``.
 
     Returns:
         int64 ``[ceil(samples * positions / 64), units]``; None where all bits are on. On other devices than
@@ -37,29 +39,32 @@ def pack(values: Tensor) -> Tensor | None:
     Example:
         >>> pack(torch.tensor([[0.0, 2.0], [3.0, 1.0]])).tolist()
         [[2, 3]]
+        >>> pack(torch.tensor([[0.0, 2.0], [3.0, 1.0]]), torch.tensor([[2.0], [2.0]])).tolist()
+        [[3, 2]]
     """
     if not compiled_loops(values):
-        return _packed(values)
+        return _packed(values, means)
     shape, strides, size = values.shape, values.stride(), values.element_size()
     samples, units = shape[0], shape[-1]
-    positions = 1 if len(shape) == 2 else shape[1]  # noqa: PLR2004
-    total, address = samples * positions, values.data_ptr()
-    if address == 0:  # no elements, or zeros that autograd makes up
-        return pack_torch(values)
-    words = torch.empty((total + WORD - 1) // WORD, units, dtype=torch.int64)
-    geometry = (size, MAGNITUDE[size], samples, positions, units, strides[0] * size)
-    place = address, *geometry
-    neighbours = positions > 1 and strides[1] == 1
-    if (strides[-1] == 1 or units == 1) and not (neighbours and units == 1):
-        inner = strides[1] * size if positions > 1 else 0
-        loop, length, last = loops().pack_units, len(words), inner
-    elif neighbours:
-        loop, length, last = loops().pack_positions, units, strides[2] * size
-    else:
-        return pack(values.contiguous())
-    work = total * units * size * NANOSECONDS
-    full = spread(loop, length, work, *place, last, words.data_ptr())
-    return None if all(full) else words
+    positions, inner = (1, 0) if len(shape) == 2 else (shape[1], strides[1])  # noqa: PLR2004
+    by_unit = positions > 1 and inner == 1 and (units == 1 or strides[-1] != 1)
+    if values.data_ptr() == 0:  # no elements, or zeros that autograd makes up
+        return pack_torch(values, means)
+    if not (by_unit or units == 1 or strides[-1] == 1):
+        return pack(values.contiguous(), means)
+    address = groups = 0
+    if means is not None:
+        groups = means.shape[-1]
+        by_row = groups == 1 and means.numel() == samples * positions
+        usual = means.dtype is values.dtype and all_plain([means]) and values.dtype in LIKE
+        if not usual or by_row == by_unit:
+            return pack(off_mean(values, means))
+        address = means.data_ptr()
+    words = torch.empty((samples * positions + WORD - 1) // WORD, units, dtype=torch.int64)
+    line = [values.data_ptr(), size, MAGNITUDE[size], samples, positions, units]
+    line += [strides[0] * size, inner * size, strides[-1] * size, by_unit, address, groups, 0, 1]
+    (full,) = _run(line, words, samples * positions * units * size)
+    return None if full else words
 
 
 def pack_rows(tensors: Sequence[Tensor]) -> tuple[Tensor, list[int]] | None:
@@ -80,27 +85,46 @@ def pack_rows(tensors: Sequence[Tensor]) -> tuple[Tensor, list[int]] | None:
     for tensor in tensors:
         samples, units = tensor.shape
         size = tensor.element_size()
-        geometry = size, MAGNITUDE[size], samples, 1, units, units * size, 0
-        lines += tensor.data_ptr(), *geometry, 8 * total, 1
+        lines += tensor.data_ptr(), size, MAGNITUDE[size], samples, 1, units
+        lines += units * size, 0, size, 0, 0, 0, total, 1
         places.append(total)
         count = (samples + WORD - 1) // WORD * units
         total += count
-        read += count * size
-    words, table = torch.empty(total, dtype=torch.int64), array("q", lines)
-    arguments = table.buffer_info()[0], len(places), words.data_ptr()
-    spread(loops().pack_many, total, read * WORD * NANOSECONDS, *arguments)
-    full = table[PACK_FIELDS - 1 :: PACK_FIELDS]
+        read += count * WORD * size
+    words = torch.empty(total, dtype=torch.int64)
+    full = _run(lines, words, read)
     return words, [-1 if on else place for place, on in zip(places, full, strict=True)]
 
 
-def _packed(values: Tensor) -> Tensor | None:
+def _run(lines: list[int], words: Tensor, read: int) -> "array[int]":
+    """Packs what the lines of a table say; returns for each whether all its bits are on.
+
+    Args:
+        lines: see `truestep.kernels.loops.pack`.
+        words: where the bits go.
+        read: bytes.
+    """
+    table = array("q", lines)
+    arguments = table.buffer_info()[0], len(lines) // PACK_FIELDS, words.data_ptr()
+    spread(loops().pack, words.numel(), read * NANOSECONDS, *arguments)
+    return table[PACK_FIELDS - 1 :: PACK_FIELDS]
+
+
+def off_mean(values: Tensor, means: Tensor) -> Tensor:
+    """Where values are not equal to the means of their rows or groups, bool; see `pack`."""
+    return values != means.repeat_interleave(values.shape[-1] // means.shape[-1], -1)
+
+
+def _packed(values: Tensor, means: Tensor | None = None) -> Tensor | None:
     """`pack` in torch operations."""
+    values = values if means is None else off_mean(values, means)
     readable = values.is_cpu and values.numel() and is_plain(values)
     return None if readable and bool((values != 0).all()) else pack_torch(values)
 
 
-def pack_torch(values: Tensor) -> Tensor:
+def pack_torch(values: Tensor, means: Tensor | None = None) -> Tensor:
     """The words of `pack` in torch operations, also where all bits are on."""
+    values = values if means is None else off_mean(values, means)
     mask = values if values.dtype == torch.bool else values != 0
     mask = mask.flatten(0, -2)
     length, units = mask.shape

@@ -1,6 +1,7 @@
 """From activity to counts, corrected gradients or whole steps, in one compiled pass over the parameters."""
 
 import functools
+import math
 from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -59,12 +60,11 @@ class Table:
         size: bytes of an element.
     """
 
-    __slots__ = ("length", "numbers", "size", "work")
+    __slots__ = ("numbers", "size", "work")
 
     def __init__(self, size: int) -> None:
         self.numbers: list[int] = []
-        self.length = 0  # elements
-        self.work = 0.0  # about how many nanoseconds one core takes
+        self.work = 0  # about how many nanoseconds one core takes
         self.size = size
 
     def add(
@@ -84,17 +84,19 @@ class Table:
             entries: the activity.
         """
         gradient, parameter, buffer = addresses
-        before = self.length
+        total = 0
         for entry in entries:
             elements, samples = entry[0] * entry[1], entry[4]
             if elements:
-                self.numbers += gradient, parameter, buffer, fresh, batch_size, *entry
-                self.length += elements
-                self.work += elements * (0.5 + (0.4 if entry[5] > 1 else 0.003) * samples)
+                # Of a row: what threads are given shares of.
+                work = math.ceil(entry[1] * (0.5 + (0.4 if entry[5] > 1 else 0.003) * samples))
+                self.numbers += gradient, parameter, buffer, fresh, batch_size, work, *entry
+                self.work += entry[0] * work
+                total += elements
                 passed = elements * self.size
                 gradient += passed
                 parameter, buffer = parameter and parameter + passed, buffer and buffer + passed
-        return self.length - before
+        return total
 
     def array(self) -> "array[int]":
         """Its lines as loops take them, which goes on living as long as their caller holds it."""
@@ -114,7 +116,7 @@ class Options(NamedTuple):
     limit: float | None = None
 
 
-FIELDS = 5 + len(Entry._fields)
+FIELDS = 6 + len(Entry._fields)
 
 
 def takes(*tensors: Tensor) -> bool:
@@ -137,11 +139,11 @@ def run(table: Table, options: Options, dtype: torch.dtype) -> None:
         options: see `Options`.
         dtype: of parameters, gradients and buffers.
     """
-    if table.length:
+    if table.work:
         numbers = table.array()
         address, size = numbers.buffer_info()
         lines, shared = size // FIELDS, _shared(options, dtype)
-        spread(loops().step, table.length, table.work, address, lines, shared)
+        spread(loops().step, table.work, table.work, address, lines, shared)
 
 
 @functools.lru_cache(maxsize=64)

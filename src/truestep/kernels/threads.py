@@ -28,10 +28,10 @@ GRAIN = 75_000
 TEAM_GRAIN = 30_000
 
 Loop = Callable[..., Any]
-Done = SimpleQueue[tuple[Any, BaseException | None]]
+Done = SimpleQueue[BaseException | None]
 
 
-def spread(loop: Loop, length: int, work: float, *arguments: Any) -> list[Any]:
+def spread(loop: Loop, length: int, work: float, *arguments: Any) -> None:
     """Calls ``loop(start, stop, *arguments)`` over all of ``[0, length)``, in parts where that is faster.
 
     There are at most `torch.get_num_threads()` parts, the first in the caller's thread. Returns or
@@ -43,31 +43,29 @@ def spread(loop: Loop, length: int, work: float, *arguments: Any) -> list[Any]:
         work: about how many nanoseconds one core takes for all of it.
         arguments: what the loop takes after its range.
 
-    Returns:
-        What the loop returned for each part, in no order; of a team, whether all returned something but 0.
-
     Example:
-        >>> spread(lambda start, stop, name: (start, stop, name), 8, 100.0, "short")
-        [(0, 8, 'short')]
+        >>> spread(lambda start, stop, name: print(start, stop, name), 8, 100.0, "short")
+        0 8 short
     """
     threads = 1 if work < 2 * TEAM_GRAIN else torch.get_num_threads()
     team = None if threads == 1 else _team(loop, arguments)
     parts = min(threads, int(work / (GRAIN if team is None else TEAM_GRAIN)), length)
     if parts < 2:  # noqa: PLR2004 - nothing to share
-        return [loop(0, length, *arguments)]
+        loop(0, length, *arguments)
+        return
     if team is not None:
-        return [_run(team, length, parts, arguments)]
+        _run(team, length, parts, arguments)
+        return
     jobs, done = _jobs(parts - 1), Done()
     ends = [length * part // parts for part in range(1, parts + 1)]
     for start, stop in pairwise(ends):
         jobs.put((loop, start, stop, arguments, done))
     try:
-        results = [loop(0, ends[0], *arguments)]
+        loop(0, ends[0], *arguments)
     finally:
-        others, failures = _wait(done, parts - 1)
+        failures = _wait(done, parts - 1)
     if failures:
         raise failures[0]
-    return results + others
 
 
 @functools.cache
@@ -92,9 +90,9 @@ def _team(loop: Loop, arguments: tuple[Any, ...]) -> Any:
     return loops().team(loop, numbers[-1] if numbers else None)
 
 
-def _run(team: Any, length: int, parts: int, arguments: tuple[Any, ...]) -> int:
-    """Lets a team run a loop; its result is 0 if that of any part was."""
-    numbers = [0, parts, length, 1]
+def _run(team: Any, length: int, parts: int, arguments: tuple[Any, ...]) -> None:
+    """Lets a team run a loop."""
+    numbers = [0, parts, length]
     for argument in arguments:
         if isinstance(argument, np.ndarray):
             numbers += [argument.ctypes.data, argument.size, argument.itemsize]
@@ -104,26 +102,22 @@ def _run(team: Any, length: int, parts: int, arguments: tuple[Any, ...]) -> int:
             numbers.append(int(argument))
     work = np.array(numbers, np.int64)
     teams()(team.address, work.ctypes.data, parts, 0)
-    return int(work[3])
 
 
-def _wait(done: Done, parts: int) -> tuple[list[Any], list[BaseException]]:
-    """What the other parts returned and raised, when all have ended."""
-    results: list[Any] = []
+def _wait(done: Done, parts: int) -> list[BaseException]:
+    """What the other parts raised, when all have ended."""
     failures: list[BaseException] = []
     while parts > 0:
         try:
-            result, failure = done.get()
+            failure = done.get()
         except KeyboardInterrupt as error:
             # Raised later: until they end, the parts write to memory that the caller may then free.
             failures.append(error)
             continue
         parts -= 1
-        if failure is None:
-            results.append(result)
-        else:
+        if failure is not None:
             failures.append(failure)
-    return results, failures
+    return failures
 
 
 @functools.cache
@@ -140,11 +134,11 @@ def _serve(jobs: SimpleQueue[tuple[Loop, int, int, tuple[Any, ...], Done]]) -> N
     while True:
         loop, start, stop, arguments, done = jobs.get()
         try:
-            result = loop(start, stop, *arguments)
+            loop(start, stop, *arguments)
         except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
-            done.put((None, error))
+            done.put(error)
         else:
-            done.put((result, None))
+            done.put(None)
         del arguments, done  # nothing is kept alive while the thread sleeps
 
 

@@ -27,7 +27,7 @@ def _keeping() -> Iterator[None]:
 with _keeping():
     from truestep.kernels.loops import replicas, tables
     from truestep.kernels.loops.boost import boost, boosted_step
-    from truestep.kernels.loops.pack import join, pack_many, pack_positions, pack_units
+    from truestep.kernels.loops.pack import join, pack
     from truestep.kernels.loops.scan import scan
     from truestep.kernels.loops.step import count, step
     from truestep.kernels.loops.teams import TEAMS
@@ -37,9 +37,7 @@ __all__ = [
     "boosted_step",
     "count",
     "join",
-    "pack_many",
-    "pack_positions",
-    "pack_units",
+    "pack",
     "replicas",
     "scan",
     "step",

@@ -149,3 +149,26 @@ OCTET_64, OCTET_8, OCTET_1 = (_lanes(8, lanes) for lanes in LANES)
 HALF_64, HALF_8, HALF_1 = (_lanes(16, lanes) for lanes in LANES)
 SINGLE_64, SINGLE_8, SINGLE_1 = (_lanes(32, lanes) for lanes in LANES)
 DOUBLE_64, DOUBLE_8, DOUBLE_1 = (_lanes(64, lanes) for lanes in LANES)
+
+
+def _lanes_off(kind: Any, width: int, lanes: int) -> Callable[..., Any]:
+    """Reads `lanes` neighbouring floats: one bit each, on where they are not equal to the one at `mean`."""
+
+    @intrinsic
+    def bits_at(_context: Any, address: Any, mean: Any) -> Any:
+        def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            integer, word, floats = ir.IntType(width), ir.IntType(64), ir.VectorType(kind, lanes)
+            place = builder.inttoptr(arguments[1], kind.as_pointer())
+            same = repeat(builder, builder.load(place), floats)
+            bits = read(builder, arguments[0], ir.VectorType(integer, lanes))
+            on = builder.fcmp_unordered("!=", builder.bitcast(bits, floats), same)
+            bits = builder.bitcast(on, ir.IntType(lanes))
+            return bits if lanes == word.width else builder.zext(bits, word)
+
+        return types.int64(types.int64, types.int64), generate
+
+    return bits_at
+
+
+OFF_SINGLE_64, OFF_SINGLE_8, OFF_SINGLE_1 = (_lanes_off(ir.FloatType(), 32, n) for n in LANES)
+OFF_DOUBLE_64, OFF_DOUBLE_8, OFF_DOUBLE_1 = (_lanes_off(ir.DoubleType(), 64, n) for n in LANES)

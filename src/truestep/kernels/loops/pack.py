@@ -22,6 +22,12 @@ from truestep.kernels.loops.memory import (
     OCTET_1,
     OCTET_8,
     OCTET_64,
+    OFF_DOUBLE_1,
+    OFF_DOUBLE_8,
+    OFF_DOUBLE_64,
+    OFF_SINGLE_1,
+    OFF_SINGLE_8,
+    OFF_SINGLE_64,
     SINGLE_1,
     SINGLE_8,
     SINGLE_64,
@@ -32,9 +38,14 @@ from truestep.kernels.loops.memory import (
     write,
 )
 
-__all__ = ["align", "gather", "join", "pack_many", "pack_positions", "pack_units"]
+__all__ = ["align", "gather", "join", "pack"]
 
 ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
+
+# The columns of the table of tensors that are to be packed: see `truestep.kernels.packing`.
+ADDRESS, SIZE, MAGNITUDE, SAMPLES, POSITIONS, UNITS = range(6)
+SAMPLE_STRIDE, POSITION_STRIDE, UNIT_STRIDE, BY_UNIT, MEANS, GROUPS, WORDS, FULL = range(6, 14)
+FIELDS = 14
 
 # Rows are read so many words' bits at a time: in the order in which they lie, as far as caches go.
 PIECES = 32
@@ -91,6 +102,23 @@ def _word(address: Any, size: Any, magnitude: Any, count: Any) -> Any:
     return word
 
 
+@njit(cache=True, nogil=True)
+def _off_mean(address: Any, size: Any, mean: Any, count: Any) -> Any:
+    """As `_word`, on where a float of `size` bytes is not equal to the one at the address `mean`."""
+    word, place = np.int64(0), np.int64(0)
+    if count == 64:
+        return OFF_SINGLE_64(address, mean) if size == 4 else OFF_DOUBLE_64(address, mean)
+    while place + 8 <= count:
+        there = address + place * size
+        word |= (OFF_SINGLE_8(there, mean) if size == 4 else OFF_DOUBLE_8(there, mean)) << place
+        place += 8
+    while place < count:
+        there = address + place * size
+        word |= (OFF_SINGLE_1(there, mean) if size == 4 else OFF_DOUBLE_1(there, mean)) << place
+        place += 1
+    return word
+
+
 @intrinsic
 def _transpose(_context: Any, address: Any) -> Any:
     """Transposes 64 x 64 bits in place, swapping halves, then quarters, and so on; int64 ``[64]``."""
@@ -116,47 +144,57 @@ def _transpose(_context: Any, address: Any) -> Any:
 
 
 @njit(cache=True, nogil=True)
-def pack_units(
-    start: Any,
-    stop: Any,
-    address: Any,
-    size: Any,
-    magnitude: Any,
-    samples: Any,
-    positions: Any,
-    units: Any,
-    sample_stride: Any,
-    position_stride: Any,
-    words_address: Any,
-) -> Any:
-    """Packs words `start` to `stop` of numbers whose units are neighbours in memory.
+def pack(start: Any, stop: Any, address: Any, lines: Any, words_address: Any) -> None:
+    """Packs several tensors, since a call from Python costs more than a small one's packing.
 
     Args:
-        start: first word.
+        start: first of all tensors' words, one tensor's after the other's; the row of words that it lies
+            in goes to whoever has the row's first one.
         stop: the word after the last.
-        address: of the numbers.
-        size: bytes of a number.
-        magnitude: the bits of a number that tell it from zero.
-        samples: how many.
-        positions: of a sample.
-        units: at a position.
-        sample_stride: bytes.
-        position_stride: bytes.
-        words_address: of int64 ``[words, units]``.
+        address: of a table, int64 ``[lines, FIELDS]``, whose `FULL` become 0 where not all bits are on.
+        lines: how many tensors.
+        words_address: of all words.
+    """
+    table = carray(pointer(address), (lines, FIELDS), np.int64)
+    before = 0
+    for index in range(lines):
+        line = table[index]
+        rows, units = (line[SAMPLES] * line[POSITIONS] + 63) // 64, line[UNITS]
+        first = max(0, (start - before + units - 1) // units)
+        last = min(rows, (stop - before + units - 1) // units)
+        before += rows * units
+        if first < last:
+            words = words_address + 8 * line[WORDS]
+            if line[BY_UNIT] != 0:
+                full = _by_unit(first, last, line, words)
+            else:
+                full = _by_row(first, last, line, words)
+            if full == 0:
+                line[FULL] = 0
+
+
+@njit(cache=True, nogil=True)
+def _by_row(start: Any, stop: Any, line: Any, words_address: Any) -> Any:
+    """Packs words `start` to `stop` of a tensor whose units are neighbours in memory.
 
     Returns:
         1 if all bits are on, else 0.
     """
-    total = samples * positions
+    size, magnitude, units, positions = line[SIZE], line[MAGNITUDE], line[UNITS], line[POSITIONS]
+    total = line[SAMPLES] * positions
     block = aligned(PIECES * 64).reshape((PIECES, 64))
-    places = np.zeros(64, np.int64)
+    places, means = np.zeros(64, np.int64), np.zeros(64, np.int64)
+    centred = line[MEANS] != 0
     every = np.int64(-1)
     for word in range(start, stop):
         rows = min(64, total - 64 * word)
         sample = (64 * word) // positions
         position = 64 * word - sample * positions
         for row in range(rows):
-            places[row] = address + sample * sample_stride + position * position_stride
+            places[row] = (
+                line[ADDRESS] + sample * line[SAMPLE_STRIDE] + position * line[POSITION_STRIDE]
+            )
+            means[row] = line[MEANS] + (64 * word + row) * size
             position += 1
             if position == positions:
                 sample, position = sample + 1, 0
@@ -168,7 +206,10 @@ def pack_units(
                 place = places[row] + first * size
                 for piece in range(pieces):
                     count = min(64, width - 64 * piece)
-                    block[piece, row] = _word(place, size, magnitude, count)
+                    if centred:
+                        block[piece, row] = _off_mean(place, size, means[row], count)
+                    else:
+                        block[piece, row] = _word(place, size, magnitude, count)
                     place += 64 * size
             for piece in range(pieces):
                 for row in range(rows, 64):
@@ -185,59 +226,27 @@ def pack_units(
 
 
 @njit(cache=True, nogil=True)
-def pack_many(start: Any, stop: Any, address: Any, lines: Any, words_address: Any) -> None:
-    """`pack_units` of several tensors, since a call from Python costs more than a small one's packing.
-
-    Args:
-        start: first of all tensors' words, one tensor's after the other's; the row of words that it lies
-            in goes to whoever has the row's first one.
-        stop: the word after the last.
-        address: of a table, int64 ``[lines, 10]``: the arguments of `pack_units` after its range, with the
-            words' place in bytes, and a 1 that becomes 0 where not all bits are on.
-        lines: how many tensors.
-        words_address: of all words.
-    """
-    table = carray(pointer(address), (lines, 10), np.int64)
-    before = 0
-    for index in range(lines):
-        t = table[index]
-        rows, units = (t[3] * t[4] + 63) // 64, t[5]
-        first = max(0, (start - before + units - 1) // units)
-        last = min(rows, (stop - before + units - 1) // units)
-        before += rows * units
-        if first < last:
-            place = words_address + t[8]
-            full = pack_units(first, last, t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], place)
-            if full == 0:
-                t[9] = 0
-
-
-@njit(cache=True, nogil=True)
-def pack_positions(
-    start: Any,
-    stop: Any,
-    address: Any,
-    size: Any,
-    magnitude: Any,
-    samples: Any,
-    positions: Any,
-    units: Any,
-    sample_stride: Any,
-    unit_stride: Any,
-    words_address: Any,
-) -> Any:
-    """As `pack_units`, of numbers whose positions are neighbours: units `start` to `stop`."""
-    count = (samples * positions + 63) // 64
-    words = carray(pointer(words_address), (count, units), np.uint64)
-    for word in range(count):
-        words[word, start:stop] = np.uint64(0)
+def _by_unit(start: Any, stop: Any, line: Any, words_address: Any) -> Any:
+    """As `_by_row`, of a tensor whose positions are neighbours in memory."""
+    size, magnitude, units, positions = line[SIZE], line[MAGNITUDE], line[UNITS], line[POSITIONS]
+    words = carray(pointer(words_address), (stop, units), np.uint64)
+    words[start:stop] = np.uint64(0)
+    first, last = 64 * start, min(64 * stop, line[SAMPLES] * positions)
     full = 1
-    for sample in range(samples):
-        for unit in range(start, stop):
-            place = address + sample * sample_stride + unit * unit_stride
-            for position in range(0, positions, 64):
-                length = min(64, positions - position)
-                word = np.uint64(_word(place + position * size, size, magnitude, length))
+    for sample in range(first // positions, (last + positions - 1) // positions):
+        begin = max(first - sample * positions, 0)
+        end = min(last - sample * positions, positions)
+        for unit in range(units):
+            place = line[ADDRESS] + sample * line[SAMPLE_STRIDE] + unit * line[UNIT_STRIDE]
+            group = sample * line[GROUPS] + unit * line[GROUPS] // units
+            mean = line[MEANS] + group * size
+            for position in range(begin, end, 64):
+                length = min(64, end - position)
+                there = place + position * size
+                if line[MEANS] != 0:
+                    word = np.uint64(_off_mean(there, size, mean, length))
+                else:
+                    word = np.uint64(_word(there, size, magnitude, length))
                 if word != ALL >> np.uint64(64 - length):
                     full = 0
                 row = sample * positions + position

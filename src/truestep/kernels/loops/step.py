@@ -29,6 +29,7 @@ from truestep.kernels.loops.fields import (
     ROWS,
     SAMPLES,
     WINDOW,
+    WORK,
 )  # fmt: skip
 from truestep.kernels.loops.memory import aligned, count_bits, fma, pointer, prefetch
 from truestep.kernels.loops.operands import find_silent, look, nothing, operands
@@ -364,11 +365,12 @@ def _counted(entry: Any, first: Any, last: Any, options: Any) -> None:
 
 @njit(cache=True, nogil=True)
 def step(start: Any, stop: Any, address: Any, lines: Any, options: Any) -> None:
-    """Corrects gradients, or takes a step, for the elements `start` to `stop` of all parameters.
+    """Corrects gradients, or takes a step, for a share of all parameters' rows.
 
     Args:
-        start: first element; the row that it lies in goes to whoever has the row's first one.
-        stop: the element after the last.
+        start: of the work of all rows, one after the other, the first unit; the row that it is for goes
+            to whoever has the row's first one.
+        stop: the unit after the last.
         address: of the table, int64 ``[lines, fields]``.
         lines: how many.
         options: learning rate and so on, of the parameters' dtype.
@@ -378,10 +380,10 @@ def step(start: Any, stop: Any, address: Any, lines: Any, options: Any) -> None:
     before = 0
     for index in range(len(table)):
         entry = table[index]
-        rows, columns = entry[ROWS], entry[COLUMNS]
-        first = max(0, (start - before + columns - 1) // columns)
-        last = min(rows, (stop - before + columns - 1) // columns)
-        before += rows * columns
+        rows, work = entry[ROWS], entry[WORK]
+        first = max(0, (start - before + work - 1) // work)
+        last = min(rows, (stop - before + work - 1) // work)
+        before += rows * work
         if first < last:
             if entry[COUNTS] != 0:
                 _counted(entry, first, last, options)

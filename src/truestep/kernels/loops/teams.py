@@ -1,8 +1,7 @@
 """The loops as a team of OpenMP's threads runs them: each thread takes parts until none is left.
 
 Such a function gets one address, of int64 numbers: the next part, how many there are, how far the loop runs,
-a result that begins as 1, and the loop's further arguments: an array as its address, size and item size, a
-float by its bits.
+and the loop's further arguments: an array as its address, size and item size, a float by its bits.
 """
 
 from collections.abc import Callable
@@ -15,13 +14,13 @@ from numba.extending import intrinsic
 
 from truestep.kernels.loops.boost import boost, boosted_step
 from truestep.kernels.loops.memory import pointer
-from truestep.kernels.loops.pack import pack_many, pack_positions, pack_units
+from truestep.kernels.loops.pack import pack
 from truestep.kernels.loops.scan import scan
 from truestep.kernels.loops.step import count, step
 
 __all__ = ["TEAMS"]
 
-PARTS, LENGTH, RESULT = 1, 2, 3
+PARTS, LENGTH = 1, 2
 MOST = 24  # numbers
 OPTIONS = 8  # numbers
 Team = Callable[[Any], None]
@@ -49,42 +48,12 @@ def _next(address: Any) -> Any:
     return work[LENGTH] * part // parts, work[LENGTH] * (part + 1) // parts
 
 
-def _pack_units(_number: Any) -> Team:
+def _pack(_number: Any) -> Team:
     def run(address: Any) -> None:
         w = carray(pointer(address), (MOST,), np.int64)
         start, stop = _next(address)
         while stop > 0:
-            full = pack_units(
-                start, stop, w[4], w[5], w[6], w[7], w[8], w[9], w[10], w[11], w[12]
-            )  # fmt: skip
-            if full == 0:
-                w[RESULT] = 0
-            start, stop = _next(address)
-
-    return run
-
-
-def _pack_many(_number: Any) -> Team:
-    def run(address: Any) -> None:
-        w = carray(pointer(address), (MOST,), np.int64)
-        start, stop = _next(address)
-        while stop > 0:
-            pack_many(start, stop, w[4], w[5], w[6])
-            start, stop = _next(address)
-
-    return run
-
-
-def _pack_positions(_number: Any) -> Team:
-    def run(address: Any) -> None:
-        w = carray(pointer(address), (MOST,), np.int64)
-        start, stop = _next(address)
-        while stop > 0:
-            full = pack_positions(
-                start, stop, w[4], w[5], w[6], w[7], w[8], w[9], w[10], w[11], w[12]
-            )  # fmt: skip
-            if full == 0:
-                w[RESULT] = 0
+            pack(start, stop, w[3], w[4], w[5])
             start, stop = _next(address)
 
     return run
@@ -93,10 +62,10 @@ def _pack_positions(_number: Any) -> Team:
 def _step(number: Any) -> Team:
     def run(address: Any) -> None:
         w = carray(pointer(address), (MOST,), np.int64)
-        options = carray(pointer(w[6]), (OPTIONS,), number)
+        options = carray(pointer(w[5]), (OPTIONS,), number)
         start, stop = _next(address)
         while stop > 0:
-            step(start, stop, w[4], w[5], options)
+            step(start, stop, w[3], w[4], options)
             start, stop = _next(address)
 
     return run
@@ -105,10 +74,10 @@ def _step(number: Any) -> Team:
 def _count(number: Any) -> Team:
     def run(address: Any) -> None:
         w = carray(pointer(address), (MOST,), np.int64)
-        options = carray(pointer(w[5]), (OPTIONS,), number)
+        options = carray(pointer(w[4]), (OPTIONS,), number)
         start, stop = _next(address)
         while stop > 0:
-            count(start, stop, w[4], options, w[8])
+            count(start, stop, w[3], options, w[7])
             start, stop = _next(address)
 
     return run
@@ -117,12 +86,12 @@ def _count(number: Any) -> Team:
 def _boosted_step(number: Any) -> Team:
     def run(address: Any) -> None:
         w = carray(pointer(address), (MOST,), np.int64)
-        table = carray(pointer(w[4]), (5, w[5] // 5), np.int64)
-        like = carray(pointer(w[7]), (w[8],), number)
+        table = carray(pointer(w[3]), (5, w[4] // 5), np.int64)
+        like = carray(pointer(w[6]), (w[7],), number)
         floats = carray(pointer(address), (MOST,), np.float64)
         start, stop = _next(address)
         while stop > 0:
-            boosted_step(start, stop, table, like, floats[10], floats[11], w[12] != 0)
+            boosted_step(start, stop, table, like, floats[9], floats[10], w[11] != 0)
             start, stop = _next(address)
 
     return run
@@ -131,8 +100,8 @@ def _boosted_step(number: Any) -> Team:
 def _boost(number: Any) -> Team:
     def run(address: Any) -> None:
         w = carray(pointer(address), (MOST,), np.int64)
-        table = carray(pointer(w[4]), (4, w[5] // 4), np.int64)
-        like = carray(pointer(w[7]), (w[8],), number)
+        table = carray(pointer(w[3]), (4, w[4] // 4), np.int64)
+        like = carray(pointer(w[6]), (w[7],), number)
         start, stop = _next(address)
         while stop > 0:
             boost(start, stop, table, like)
@@ -144,10 +113,10 @@ def _boost(number: Any) -> Team:
 def _scan(number: Any) -> Team:
     def run(address: Any) -> None:
         w = carray(pointer(address), (MOST,), np.int64)
-        like = carray(pointer(w[7]), (w[8],), number)
+        like = carray(pointer(w[6]), (w[7],), number)
         start, stop = _next(address)
         while stop > 0:
-            scan(start, stop, w[4], w[5], w[6], like, w[10], w[11], w[12])
+            scan(start, stop, w[3], w[4], w[5], like, w[9], w[10], w[11])
             start, stop = _next(address)
 
     return run
@@ -155,9 +124,7 @@ def _scan(number: Any) -> Team:
 
 # Each loop's function for numbers of a type, that of the loop's last array.
 TEAMS: dict[Any, Callable[[Any], Team]] = {
-    pack_units: _pack_units,
-    pack_many: _pack_many,
-    pack_positions: _pack_positions,
+    pack: _pack,
     step: _step,
     count: _count,
     boosted_step: _boosted_step,
