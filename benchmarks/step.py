@@ -119,7 +119,7 @@ def markdown(results: dict[str, Any]) -> str:
         parts.append("|---|" + "---:|" * len(tasks))
         for name in dict.fromkeys(row["candidate"] for row in results["memory"]):
             own = {r["task"]: r for r in results["memory"] if r["candidate"] == name}
-            cells = [f"{own[t]['peak'] / 1e6:.0f}" if "peak" in own[t] else "" for t in tasks]
+            cells = [f"{own[t]['peak'] / 1e6:.1f}" if "peak" in own[t] else "" for t in tasks]
             parts.append(f"| {name} | " + " | ".join(cells) + " |")
         parts.append("")
     return "\n".join(parts)

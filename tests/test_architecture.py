@@ -31,6 +31,8 @@ LAYERS = [
         "rules_func",
         "rules_recurrent",
         "rules_norm",
+        "rules_convolution",
+        "rules_embedding",
         "rules",
         "oracle",
         "consumers",

@@ -240,6 +240,8 @@ class Use:
     def begin(self) -> int | None:
         """The bytes of input and output gradient, which are both kept as they are now for a while.
 
+        A batch, which needs no gradient, is its owner's and kept anyway.
+
         None where a gradient or bits are there of an earlier backward pass.
         """
         given, delta = self._given, self._delta
@@ -251,7 +253,7 @@ class Use:
         ):
             return None
         self._versions = given._version + delta._version  # noqa: SLF001
-        return given.nbytes + delta.nbytes
+        return delta.nbytes + (given.nbytes if given.requires_grad else 0)
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """What is to be packed in the first backward pass, as rows: input and output gradient."""

@@ -16,8 +16,9 @@ from truestep.errors import TruestepError
 from truestep.graph import Recording
 from truestep.hooks import Hook
 from truestep.layout import Given, Inside, Layout, Rule, tensors_in
-from truestep.rules import backward_is_known, find_rule, looks_up_positions, refused
+from truestep.rules import backward_is_known, find_rule, refused
 from truestep.rules_bare import LEAVE_OUT, UncountableError, bare, holders_in, own_parameters
+from truestep.rules_embedding import looks_up_positions
 from truestep.rules_func import AloneError, PerSample, unusable
 
 __all__ = [

@@ -18,7 +18,8 @@ from truestep.graph import saved_tensors_are_packed
 from truestep.hooks import Hook
 from truestep.layers import Layer
 from truestep.layout import Given, Layout
-from truestep.rules import CONVOLUTIONS, embedding
+from truestep.rules_convolution import CONVOLUTIONS
+from truestep.rules_embedding import embedding
 from truestep.rules_norm import normalization, normalization_twice
 
 __all__ = ["input_to_follow", "wait_for_penalty"]

@@ -410,7 +410,7 @@ FORWARD = -1
 
 # Bytes of small inputs and output gradients that a backward pass may hold until it ends, of one layer and of
 # all. Larger ones are packed while they are in the processor's caches, and their memory is free sooner.
-MOST_WAITING, MOST_GATHERED = 1 << 20, 1 << 22
+MOST_WAITING, MOST_GATHERED = 1 << 18, 1 << 20
 
 # Backward passes can nest (activation checkpointing), though not this deep.
 MOST_BACKWARDS = 64

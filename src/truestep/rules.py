@@ -6,29 +6,27 @@ the layer's own parameters. What the rule closes over is all that stays in memor
 it packs the inputs to bits at once. The rules are structural: see `truestep.activity`.
 """
 
-import functools
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from truestep.activity import Activity, Elements, Outer, Rows, Window
+from truestep.activity import Activity, Elements, Outer
 from truestep.bits import pack
 from truestep.layout import Layout, Rule
 from truestep.rules_attention import attention
 from truestep.rules_bare import HOLDERS, bare
+from truestep.rules_convolution import CONVOLUTIONS, convolution, transposed_convolution
+from truestep.rules_embedding import embedding, embedding_bag
 from truestep.rules_norm import BATCH_NORM, normalization
 from truestep.rules_parametrized import parametrized
 from truestep.rules_recurrent import cell, recurrent
 
 __all__ = [
     "BATCH_NORM",
-    "CONVOLUTIONS",
     "RULES",
     "backward_is_known",
     "find_rule",
-    "looks_up_positions",
     "refused",
 ]
 
@@ -76,96 +74,6 @@ def transposed_linear(
     return activity
 
 
-def convolution(
-    layout: Layout,
-    module: nn.Conv1d | nn.Conv2d | nn.Conv3d,
-    input: Tensor,
-) -> Callable[[Tensor], dict[str, Activity]]:
-    """`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`: a linear map at each output position, any position counts."""
-    rank, weight, bias = len(module.kernel_size), module.weight, module.bias
-    inputs, size = None, tuple(input.shape[-rank:])
-    if weight.requires_grad:
-        inputs = pack(_channels_last(input, rank, layout.batch_dim))
-
-    def activity(delta: Tensor) -> dict[str, Activity]:
-        outputs = pack(_channels_last(delta, rank, layout.batch_dim))
-        found: dict[str, Activity] = {}
-        if inputs is not None:
-            zeros = module.padding_mode == "zeros"
-            window = _window(
-                size=size,
-                positions=tuple(delta.shape[-rank:]),
-                kernel=tuple(module.kernel_size),
-                stride=tuple(module.stride),
-                dilation=tuple(module.dilation),
-                padding=tuple(module._reversed_padding_repeated_twice),  # noqa: SLF001
-                padding_mode="constant" if zeros else module.padding_mode,
-                channels=module.in_channels,
-                groups=module.groups,
-                by_position=layout.unit == "position",
-            )
-            found["weight"] = Outer(weight.shape, outputs, inputs, window)
-        if bias is not None and bias.requires_grad:
-            ends = outputs.apart() if layout.unit == "position" else outputs.any_position()
-            found["bias"] = Elements(bias.shape, ends)
-        return found
-
-    return activity
-
-
-# Made once: every call of a layer on images of one size has the same.
-_window = functools.lru_cache(maxsize=256)(Window)
-
-
-def _channels_last(images: Tensor, rank: int, batch_dim: int | None) -> Tensor:
-    """Images as ``[samples, positions, channels]``.
-
-    Positions are kept apart: the kernel's view of the input is only laid out when counts are wanted.
-    """
-    if batch_dim == 0 and images.dim() == rank + 2:
-        return images.flatten(2).transpose(1, 2)
-    return Layout(batch_dim).arrange(images.movedim(-rank - 1, -1))
-
-
-def transposed_convolution(
-    layout: Layout,
-    module: nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d,
-    input: Tensor,
-    output_size: list[int] | None = None,
-) -> Callable[[Tensor], dict[str, Activity]]:
-    """`nn.ConvTranspose1d` to `3d`: a convolution with input and output gradient in changed places."""
-    del output_size
-    rank = len(module.kernel_size)
-    inputs, positions = None, tuple(input.shape[-rank:])
-    if module.weight.requires_grad:
-        inputs = pack(_channels_last(input, rank, layout.batch_dim))
-
-    def activity(delta: Tensor) -> dict[str, Activity]:
-        outputs = pack(_channels_last(delta, rank, layout.batch_dim))
-        found: dict[str, Activity] = {}
-        if inputs is not None:
-            padding = cast("tuple[int, ...]", module.padding)  # a transposed one takes no string
-            window = _window(
-                size=tuple(delta.shape[-rank:]),
-                positions=positions,
-                kernel=tuple(module.kernel_size),
-                stride=tuple(module.stride),
-                dilation=tuple(module.dilation),
-                padding=tuple(side for side in reversed(padding) for _ in range(2)),
-                padding_mode="constant",
-                channels=module.out_channels,
-                groups=module.groups,
-                by_position=layout.unit == "position",
-            )
-            found["weight"] = Outer(module.weight.shape, inputs, outputs, window, transposed=True)
-        if module.bias is not None and module.bias.requires_grad:
-            ends = outputs.apart() if layout.unit == "position" else outputs.any_position()
-            found["bias"] = Elements(module.bias.shape, ends)
-        return found
-
-    return activity
-
-
 def bilinear(
     layout: Layout, module: nn.Bilinear, input1: Tensor, input2: Tensor
 ) -> Callable[[Tensor], dict[str, Activity]]:
@@ -208,108 +116,6 @@ def prelu(
     return activity
 
 
-def embedding(
-    layout: Layout,
-    module: nn.Embedding,
-    input: Tensor,
-) -> Callable[[Tensor], dict[str, Activity]]:
-    """`nn.Embedding`: feature d of a row needs output gradient d where the row is looked up."""
-    # [samples, positions]; unit "position" makes every look-up a sample
-    rows = layout.arrange(input.unsqueeze(-1)).flatten(1)
-
-    def activity(delta: Tensor) -> dict[str, Activity]:
-        if not module.weight.requires_grad:
-            return {}
-        values = layout.arrange(delta).flatten(0, -2)
-        owners = _owners(len(rows), rows.shape[1], rows.device)
-        return {"weight": _rows(module, rows.flatten(), owners, values, len(rows), by_entry=True)}
-
-    return activity
-
-
-def looks_up_positions(input: Tensor) -> bool:
-    """Whether indices hold positions and no samples.
-
-    Args:
-        input: ``[T]`` or ``[1, T]`` of consecutive numbers, as from `arange`; or ``[T, S]`` of numbers for
-            the distance of two positions, as in relative position biases.
-    """
-    if input.dim() == 2 and len(input) > 1:  # noqa: PLR2004
-        # Fewer than three of either could look so by chance.
-        if min(input.shape) < 3:  # noqa: PLR2004
-            return False
-        along = bool((input[1:, 1:] == input[:-1, :-1]).all())
-        return along and bool((input != input[0, 0]).any())
-    row = input.flatten()
-    return len(row) > 1 and bool((row.diff() == 1).all())
-
-
-def embedding_bag(
-    layout: Layout,
-    module: nn.EmbeddingBag,
-    input: Tensor,
-    offsets: Tensor | None = None,
-    per_sample_weights: Tensor | None = None,
-) -> Callable[[Tensor], dict[str, Activity]]:
-    """`nn.EmbeddingBag`: a bag is a sample's one output; its rows share the output gradient."""
-    del layout
-    if input.dim() == 2:  # noqa: PLR2004
-        bags, length = input.shape
-        owners = _owners(bags, length, input.device)
-        starts = torch.arange(bags, device=input.device) * length
-    else:
-        if offsets is None:
-            raise TypeError("nn.EmbeddingBag needs offsets for a one-dimensional input")
-        starts = offsets[:-1] if module.include_last_offset else offsets
-        bags = len(starts)
-        places = torch.arange(len(input), device=input.device, dtype=starts.dtype)
-        owners = torch.searchsorted(starts, places, right=True) - 1
-    rows = input.flatten()
-    largest = None
-    if module.mode == "max" and module.weight.requires_grad:
-        # Only the row that holds the maximum gets feature d's gradient; torch breaks ties, so ask it.
-        # (scale_grad_by_freq=False, mode=2, sparse=False, per_sample_weights=None, last offset=False)
-        options = (False, 2, False, None, False, module.padding_idx)
-        largest = torch.embedding_bag(module.weight.detach(), rows, starts, *options)[3]
-    kept = None if per_sample_weights is None else per_sample_weights.detach().flatten() != 0
-
-    def activity(delta: Tensor) -> dict[str, Activity]:
-        if not module.weight.requires_grad:
-            return {}
-        values = delta
-        if largest is not None:
-            values = (delta[owners] != 0) & (largest[owners] == rows.unsqueeze(-1))
-        entries = (rows, owners) if kept is None else (rows[kept], owners[kept])
-        by_entry = largest is not None
-        return {"weight": _rows(module, *entries, values, bags, by_entry=by_entry)}
-
-    return activity
-
-
-def _owners(samples: int, length: int, device: torch.device) -> Tensor:
-    """For each entry its sample, where all samples have as many entries."""
-    return torch.arange(samples, dtype=torch.int32, device=device).repeat_interleave(length)
-
-
-def _rows(
-    module: nn.Embedding | nn.EmbeddingBag,
-    rows: Tensor,
-    owners: Tensor,
-    values: Tensor,
-    samples: int,
-    *,
-    by_entry: bool,
-) -> Rows:
-    if module.padding_idx is not None:
-        kept = rows != module.padding_idx
-        rows, owners = rows[kept], owners[kept]
-        values = values[kept] if by_entry else values
-    outputs = pack(values)
-    # A copy, in one piece: the caller may fill int32 indices anew before the step.
-    rows = rows.to(torch.int32, copy=True, memory_format=torch.contiguous_format)
-    return Rows(module.weight.shape, samples, rows, owners.int(), outputs, by_entry)
-
-
 RULES: dict[type[nn.Module] | str, Rule] = {
     nn.Linear: linear,
     "transformers.pytorch_utils.Conv1D": transposed_linear,
@@ -350,9 +156,6 @@ READ_SHAPES = {
     embedding,
     normalization,
 }
-
-
-CONVOLUTIONS = (convolution, transposed_convolution)
 
 
 def backward_is_known(module: nn.Module, rule: Rule) -> bool:

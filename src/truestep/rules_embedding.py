@@ -1,0 +1,114 @@
+"""The rules for tables whose rows are looked up."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from truestep.activity import Activity, Rows
+from truestep.bits import pack
+from truestep.layout import Layout
+
+__all__ = ["embedding", "embedding_bag", "looks_up_positions"]
+
+
+def embedding(
+    layout: Layout,
+    module: nn.Embedding,
+    input: Tensor,
+) -> Callable[[Tensor], dict[str, Activity]]:
+    """`nn.Embedding`: feature d of a row needs output gradient d where the row is looked up."""
+    # [samples, positions]; unit "position" makes every look-up a sample
+    rows = layout.arrange(input.unsqueeze(-1)).flatten(1)
+
+    def activity(delta: Tensor) -> dict[str, Activity]:
+        if not module.weight.requires_grad:
+            return {}
+        values = layout.arrange(delta).flatten(0, -2)
+        owners = _owners(len(rows), rows.shape[1], rows.device)
+        return {"weight": _rows(module, rows.flatten(), owners, values, len(rows), by_entry=True)}
+
+    return activity
+
+
+def looks_up_positions(input: Tensor) -> bool:
+    """Whether indices hold positions and no samples.
+
+    Args:
+        input: ``[T]`` or ``[1, T]`` of consecutive numbers, as from `arange`; or ``[T, S]`` of numbers for
+            the distance of two positions, as in relative position biases.
+    """
+    if input.dim() == 2 and len(input) > 1:  # noqa: PLR2004
+        # Fewer than three of either could look so by chance.
+        if min(input.shape) < 3:  # noqa: PLR2004
+            return False
+        along = bool((input[1:, 1:] == input[:-1, :-1]).all())
+        return along and bool((input != input[0, 0]).any())
+    row = input.flatten()
+    return len(row) > 1 and bool((row.diff() == 1).all())
+
+
+def embedding_bag(
+    layout: Layout,
+    module: nn.EmbeddingBag,
+    input: Tensor,
+    offsets: Tensor | None = None,
+    per_sample_weights: Tensor | None = None,
+) -> Callable[[Tensor], dict[str, Activity]]:
+    """`nn.EmbeddingBag`: a bag is a sample's one output; its rows share the output gradient."""
+    del layout
+    if input.dim() == 2:  # noqa: PLR2004
+        bags, length = input.shape
+        owners = _owners(bags, length, input.device)
+        starts = torch.arange(bags, device=input.device) * length
+    else:
+        if offsets is None:
+            raise TypeError("nn.EmbeddingBag needs offsets for a one-dimensional input")
+        starts = offsets[:-1] if module.include_last_offset else offsets
+        bags = len(starts)
+        places = torch.arange(len(input), device=input.device, dtype=starts.dtype)
+        owners = torch.searchsorted(starts, places, right=True) - 1
+    rows = input.flatten()
+    largest = None
+    if module.mode == "max" and module.weight.requires_grad:
+        # Only the row that holds the maximum gets feature d's gradient; torch breaks ties, so ask it.
+        # (scale_grad_by_freq=False, mode=2, sparse=False, per_sample_weights=None, last offset=False)
+        options = (False, 2, False, None, False, module.padding_idx)
+        largest = torch.embedding_bag(module.weight.detach(), rows, starts, *options)[3]
+    kept = None if per_sample_weights is None else per_sample_weights.detach().flatten() != 0
+
+    def activity(delta: Tensor) -> dict[str, Activity]:
+        if not module.weight.requires_grad:
+            return {}
+        values = delta
+        if largest is not None:
+            values = (delta[owners] != 0) & (largest[owners] == rows.unsqueeze(-1))
+        entries = (rows, owners) if kept is None else (rows[kept], owners[kept])
+        by_entry = largest is not None
+        return {"weight": _rows(module, *entries, values, bags, by_entry=by_entry)}
+
+    return activity
+
+
+def _owners(samples: int, length: int, device: torch.device) -> Tensor:
+    """For each entry its sample, where all samples have as many entries."""
+    return torch.arange(samples, dtype=torch.int32, device=device).repeat_interleave(length)
+
+
+def _rows(
+    module: nn.Embedding | nn.EmbeddingBag,
+    rows: Tensor,
+    owners: Tensor,
+    values: Tensor,
+    samples: int,
+    *,
+    by_entry: bool,
+) -> Rows:
+    if module.padding_idx is not None:
+        kept = rows != module.padding_idx
+        rows, owners = rows[kept], owners[kept]
+        values = values[kept] if by_entry else values
+    outputs = pack(values)
+    # A copy, in one piece: the caller may fill int32 indices anew before the step.
+    rows = rows.to(torch.int32, copy=True, memory_format=torch.contiguous_format)
+    return Rows(module.weight.shape, samples, rows, owners.int(), outputs, by_entry)
