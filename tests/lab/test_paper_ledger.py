@@ -24,6 +24,7 @@ from truestep.lab.paper.plans_dasgd import BATCHES, DASGD_DATA
 from truestep.lab.paper.points import ENDINGS, Points
 from truestep.lab.paper.store import UnitStore
 from truestep.lab.paper.tables import best, by_seed, last, of_curves, of_points
+from truestep.lab.paper.unit import Outcome, Record, settings
 from truestep.lab.paper.verdict import Condition, judged, settled
 
 # Effects.
@@ -201,10 +202,60 @@ def test_sgd_at_twice_the_rate_is_the_matched_rival():
     assert dasgd.gap(rivals, "fashion-mnist", 256).n == 3 + 1
 
 
+def test_small_batches_are_compared_with_sgd_at_its_best_rate_too():
+    found = [
+        (item, record(item.unit, 0.0))
+        for item in EXPERIMENTS["dasgd-batch"].units("paper", 3)
+        if item.unit.data == "kmnist10k" and item.unit.batch_size < 8
+    ]
+    # By making, twice the rate is best, and accuracy differs by half of the rates' difference.
+    alone = dasgd.d2(of_curves([pair for pair in found if not pair[0].variant]))
+    assert alone.matched == "not run"
+    matched = dasgd.d2(of_curves(found)).matched
+    assert matched.count("SGD at 2 times the rate") == 3
+    assert "kmnist10k, batch 1 (SGD at 2 times the rate): -0.0005" in matched
+    rows = sensitivity(
+        Evidence(
+            {name: found if name == "dasgd-batch" else [] for name in EXPERIMENTS},
+            dict.fromkeys(EXPERIMENTS, ""),
+            dict.fromkeys(EXPERIMENTS, 0),
+        )
+    )
+    assert rows == [], "learning rates to choose from are no choice that the paper leaves open"
+
+
 def test_the_rate_of_0002_is_compared_with_0001():
     found = dasgd.d4(curves_of("dasgd-lr", 0.0))
     assert found.verdict == "reproduced"
     assert "the best of all ten is 0.01" in found.matched
+
+
+def moved(item, spread):
+    """Paths of 20 starts: aSGD's loss ends at 0.2, SGD's at 0.4 over its factor, which is its range."""
+    factor = item.unit.sgd_factor
+    ends = {"asgd": (0.2, 2.0), "sgd": (0.4 / factor, factor)}
+    random = np.random.default_rng(0)
+    arrays = {}
+    for name, (loss, distance) in ends.items():
+        arrays[f"{name} loss"] = np.full((20, 5), loss, np.float16)
+        arrays[f"{name} range"] = distance + spread * random.normal(size=(20, 20))
+        arrays[f"{name} early net"] = arrays[f"{name} range"] / 2
+        arrays[f"{name} stopped"] = np.zeros((20, 20), np.bool_)
+    outcome = Outcome({}, arrays, "ensemble, compiled", 10)
+    return Record("trajectories", settings(item.unit), outcome, 1.0, "", {})
+
+
+def test_paths_are_compared_at_equal_loss_too():
+    planned = [
+        item
+        for item in EXPERIMENTS["asgd-trajectories"].units("paper", 20)
+        if not item.variant.startswith("start")
+    ]
+    found = [(item, moved(item, 0.01)) for item in planned]
+    finding = asgd.a8(found)
+    assert "range 2.00 times SGD's" in finding.ours
+    assert "SGD at 2 times the rate: range 1.00 times SGD's" in finding.matched
+    assert asgd.a8(found[:1]).matched == "not run"
 
 
 def points_of(masks, steps):

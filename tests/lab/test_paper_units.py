@@ -220,6 +220,15 @@ def test_trajectories_are_paired_and_measure_what_they_say():
     assert any(np.allclose(row, distances, atol=1e-2) for row in arrays["asgd range"])
 
 
+def test_sgd_may_have_a_rate_of_its_own():
+    usual, faster = (
+        Trajectories(0.01, replicas=3, steps=50, sgd_factor=factor).run(None).arrays
+        for factor in (1.0, 3.0)
+    )
+    assert np.array_equal(usual["asgd range"], faster["asgd range"])
+    assert (faster["sgd range"].sum(1) > usual["sgd range"].sum(1)).all()
+
+
 def vectors_of(samples=96, seed=0):
     random = np.random.default_rng(seed)
     labels = random.integers(0, 10, samples)

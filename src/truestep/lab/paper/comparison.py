@@ -11,10 +11,9 @@ from truestep.lab.paper.effects import Effect, compare, holm, mean
 from truestep.lab.paper.evidence import Evidence
 from truestep.lab.paper.figures_curves import NAMES, contestants
 from truestep.lab.paper.figures_more import late_spread
-from truestep.lab.paper.ledger_asgd import main_only
 from truestep.lab.paper.levels import distances
 from truestep.lab.paper.plans_asgd import STABILISED
-from truestep.lab.paper.tables import best, by_seed, last
+from truestep.lab.paper.tables import best, by_seed, last, main_only
 from truestep.lab.paper.words import difference, number
 
 __all__ = ["Cell", "Grid", "cells_table", "level_table", "rivals_table", "stable_table"]

@@ -8,8 +8,9 @@ import pandas as pd
 from truestep.lab.paper import ledger_asgd as asgd
 from truestep.lab.paper import ledger_dasgd as dasgd
 from truestep.lab.paper.evidence import Evidence
-from truestep.lab.paper.ledger_asgd import main_only
+from truestep.lab.paper.planned import LEARNING_RATE
 from truestep.lab.paper.points import ENDINGS
+from truestep.lab.paper.tables import main_only
 from truestep.lab.paper.verdict import Finding, Verdict, settled
 
 __all__ = ["Sensitivity", "ledger", "sensitivity"]
@@ -62,7 +63,7 @@ def ledger(evidence: Evidence) -> list[Finding]:
         asgd.a7(main_only(evidence.times)),
         asgd.a8(evidence.trajectories),
         dasgd.d1(curves, evidence.rivals),
-        dasgd.d2(curves),
+        dasgd.d2(evidence.dasgd),
         dasgd.d3(curves, evidence.rivals),
         dasgd.d4(evidence.rates),
         dasgd.d5(curves, evidence.rivals),
@@ -106,7 +107,7 @@ def _of_points(evidence: Evidence) -> Iterator[Sensitivity]:
     ]
     usual = main_only(table)
     for variant, part in _variants(table):
-        if variant != "learning rate":
+        if variant != LEARNING_RATE:
             # As many seeds, so that what is clear with more is not taken for a change.
             same = usual[usual["data"].isin(part["data"]) & (usual["seed"] <= part["seed"].max())]
             yield from _compared(variant, claims, same, part)
@@ -135,6 +136,8 @@ def _of_dasgd(evidence: Evidence) -> Iterator[Sensitivity]:
     ]
     usual = main_only(table)
     for variant, part in _variants(table):
+        if variant == LEARNING_RATE:
+            continue
         same = usual[
             usual["data"].isin(part["data"]) & usual["batch_size"].isin(part["batch_size"])
         ]
@@ -174,6 +177,6 @@ def _points(evidence: Evidence) -> tuple[pd.DataFrame, pd.DataFrame]:
     if not len(table):
         return table, table
     main = main_only(table)
-    grid = table[table["variant"] == "learning rate"]
+    grid = table[table["variant"] == LEARNING_RATE]
     seeds = grid["seed"].max() if len(grid) else -1
     return main, pd.concat([grid, main[main["seed"] <= seeds]])

@@ -9,8 +9,10 @@ import pandas as pd
 
 from truestep.lab.paper.claims import CLAIMS, TABLE_1, TABLE_2, TUNED
 from truestep.lab.paper.effects import Effect, compare, mean
+from truestep.lab.paper.planned import LEARNING_RATE
 from truestep.lab.paper.points import HIDDEN
 from truestep.lab.paper.tables import Found, best, by_seed
+from truestep.lab.paper.unit import Record
 from truestep.lab.paper.verdict import Condition, Finding, judged
 from truestep.lab.paper.words import difference, number
 
@@ -25,7 +27,6 @@ __all__ = [
     "a6",
     "a7",
     "a8",
-    "main_only",
     "tuned",
     "tuned_points",
 ]
@@ -35,11 +36,6 @@ ENDING = "loss under 0.01"
 COLUMNS = ("train_accuracy", "train_loss", "test_accuracy", "test_loss")
 NODE_MARGIN = 0.05
 TIME_MARGIN = 1.05
-
-
-def main_only(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the main protocol."""
-    return table[table["variant"] == ""] if len(table) else table
 
 
 class Tuned(NamedTuple):
@@ -233,6 +229,7 @@ def a8(trajectories: Sequence[Found]) -> Finding:
     main = [record for planned, record in trajectories if not planned.variant]
     if not main:
         return judged(CLAIMS["A8"], [], "")
+    faster = [record for planned, record in trajectories if planned.variant == LEARNING_RATE]
     arrays = main[0].outcome.arrays
     ranges = [arrays[f"{name} range"].astype(float) for name in ("asgd", "sgd")]
     early = [arrays[f"{name} early net"].astype(float) for name in ("asgd", "sgd")]
@@ -251,8 +248,33 @@ def a8(trajectories: Sequence[Found]) -> Finding:
         f"that stop under aSGD only minus under SGD only: {difference(conditions[2].effect)}; the "
         f"other node: {difference(conditions[3].effect)}"
     )
-    return judged(
-        CLAIMS["A8"], conditions, ours, "not run: the claim is about equal learning rates"
+    return judged(CLAIMS["A8"], conditions, ours, _at_equal_loss([*main, *faster]))
+
+
+def _at_equal_loss(records: Sequence[Record]) -> str:
+    """Distances beside SGD at the rate whose last training loss is nearest to aSGD's.
+
+    The rate is chosen on the first half of the starts, distances are compared on the other.
+    """
+    if len(records) < 2:  # noqa: PLR2004 - nothing to choose from
+        return "not run"
+    half = records[0].settings["replicas"] // 2
+    ours = records[0].outcome.arrays
+    loss = np.nanmean(ours["asgd loss"][:half, -1].astype(float))
+
+    def distance(record: Record) -> float:
+        theirs = record.outcome.arrays["sgd loss"][:half, -1].astype(float)
+        return abs(float(np.nanmean(theirs) - loss))
+
+    nearest = min(records, key=distance)
+    ranges = [
+        arrays[half:].astype(float)
+        for arrays in (ours["asgd range"], nearest.outcome.arrays["sgd range"])
+    ]
+    effect = mean("range", (ranges[0] - ranges[1]).mean(1))
+    return (
+        f"at equal training loss, SGD at {nearest.settings['sgd_factor']:g} times the rate: range "
+        f"{ranges[0].mean() / ranges[1].mean():.2f} times SGD's, {difference(effect)} further"
     )
 
 

@@ -6,8 +6,9 @@ from scipy.integrate import trapezoid
 
 from truestep.lab.paper.claims import CLAIMS
 from truestep.lab.paper.effects import Effect, compare, mean
+from truestep.lab.paper.planned import LEARNING_RATE
 from truestep.lab.paper.plans_dasgd import BATCHES, DASGD_DATA
-from truestep.lab.paper.tables import by_seed, last
+from truestep.lab.paper.tables import by_seed, last, main_only
 from truestep.lab.paper.verdict import Condition, Finding, judged
 from truestep.lab.paper.words import difference
 
@@ -44,8 +45,8 @@ def d1(curves: pd.DataFrame, rivals: pd.DataFrame) -> Finding:
 
 
 def d2(curves: pd.DataFrame) -> Finding:
-    """Small batches."""
-    rows = last_of(curves)
+    """Small batches; `curves` with SGD at other learning rates."""
+    rows = last_of(main_only(curves))
     conditions = []
     for data in DASGD_DATA[:2]:
         for size in SMALL:
@@ -58,8 +59,20 @@ def d2(curves: pd.DataFrame) -> Finding:
         for condition in conditions
         if condition.effect.n
     )
-    matched = "not run: SGD at up to twice the rate is run at batch 32 and above"
-    return judged(CLAIMS["D2"], conditions, text, matched)
+    return judged(CLAIMS["D2"], conditions, text, _matched_small(curves))
+
+
+def _matched_small(curves: pd.DataFrame) -> str:
+    """SGD at the learning rate that validation chose, where several were run."""
+    words = []
+    for (data, size), part in curves.groupby(["data", "batch_size"]) if len(curves) else ():
+        if size in SMALL and (part["variant"] == LEARNING_RATE).any():
+            rival = part[part["variant"].isin(["", LEARNING_RATE])]
+            effect, factor = matched_gap(rival, size), chosen_factor(rival, size)
+            words.append(
+                f"{data}, batch {size} (SGD at {factor:g} times the rate): {difference(effect)}"
+            )
+    return f"accuracy DA-SGD gained: {'; '.join(words)}" if words else "not run"
 
 
 def d3(curves: pd.DataFrame, rivals: pd.DataFrame) -> Finding:

@@ -5,11 +5,13 @@ from typing import TypeVar
 
 from truestep.lab.paper.unit import Unit
 
-__all__ = ["SCALES", "Planned", "at"]
+__all__ = ["LEARNING_RATE", "SCALES", "Planned", "at"]
 
 Value = TypeVar("Value")
 
 SCALES = ("smoke", "small", "paper")
+# The variant of units that have another learning rate and are there to be chosen from.
+LEARNING_RATE = "learning rate"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 from truestep.lab.paper.compression import Compression
 from truestep.lab.paper.data import POINTS_TRAIN
 from truestep.lab.paper.images import MNIST_HIDDEN, Images
-from truestep.lab.paper.planned import Planned, at
+from truestep.lab.paper.planned import LEARNING_RATE, Planned, at
 from truestep.lab.paper.points import HIDDEN, NOISE, Points
 from truestep.lab.paper.small import Panels, Trajectories
 
@@ -41,6 +41,8 @@ LR_GRIDS = {
 }
 ASGD_LRS = (0.001, 0.003, 0.005, 0.01)
 SGD_LRS = (0.001, 0.003, 0.01, 0.03, 0.05, 0.07, 0.1)
+# How many times aSGD's learning rate SGD gets where their paths are compared at equal loss.
+SGD_FACTORS = (1.5, 2.0, 3.0, 5.0)
 LEVEL_STEPS = 32_000  # 500 epochs of up to 64 steps
 
 
@@ -50,12 +52,14 @@ def backprop(scale: str, seeds: int) -> list[Planned]:
 
 
 def trajectories(scale: str, seeds: int) -> list[Planned]:
-    """asgd-trajectories: one unit of all starts, and one for each other start law."""
+    """asgd-trajectories: one unit of all starts, one for each other start law and faster SGD."""
     main = Trajectories(0.01, replicas=seeds, steps=at(scale, 50, 10_000, 10_000))
-    starts = ("he_uniform", "torch") if scale == "paper" else ()
+    if scale != "paper":
+        return [Planned(main)]
     return [
         Planned(main),
-        *(Planned(replace(main, start=start), f"start: {start}") for start in starts),
+        *(Planned(replace(main, start=s), f"start: {s}") for s in ("he_uniform", "torch")),
+        *(Planned(replace(main, sgd_factor=f), LEARNING_RATE) for f in SGD_FACTORS),
     ]
 
 
@@ -79,7 +83,7 @@ def synthetic(scale: str, seeds: int) -> list[Planned]:
         if unit.data == (only or unit.data)
     ]
     rates = [
-        Planned(Points(data, name, lr, 0, few, steps), "learning rate")
+        Planned(Points(data, name, lr, 0, few, steps), LEARNING_RATE)
         for (data, name), grid in LR_GRIDS.items()
         for lr in grid
     ]

@@ -16,10 +16,11 @@ from truestep.lab.paper.comparison import Grid, cells_table, level_table, rivals
 from truestep.lab.paper.comparison_compression import compression_tables
 from truestep.lab.paper.evidence import Evidence
 from truestep.lab.paper.experiments import EXPERIMENTS
-from truestep.lab.paper.ledger_asgd import ENDING, main_only
+from truestep.lab.paper.ledger_asgd import ENDING
 from truestep.lab.paper.levels import distances
 from truestep.lab.paper.plans_asgd import ASGD_LRS, SGD_LRS
 from truestep.lab.paper.plans_dasgd import DASGD_DATA
+from truestep.lab.paper.tables import main_only
 
 __all__ = ["Drawing", "Section", "sections"]
 

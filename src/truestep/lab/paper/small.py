@@ -34,11 +34,12 @@ class Trajectories:
     """The same starts trained by aSGD and by SGD, all parameters recorded.
 
     Attributes:
-        lr: Learning rate of both.
+        lr: Learning rate of aSGD.
         replicas: How many starts; replica r has seed r.
         steps: Full batches.
         start: Law of the first weights.
         eps: Of the mean effective gradient.
+        sgd_factor: SGD's learning rate is so many times aSGD's.
     """
 
     kind: ClassVar[str] = "trajectories"
@@ -48,6 +49,7 @@ class Trajectories:
     steps: int = 10_000
     start: str = "glorot_uniform"
     eps: float = 1.0
+    sgd_factor: float = 1.0
 
     def cost(self) -> Cost:
         """An estimate."""
@@ -201,6 +203,7 @@ def per_sample(
 
 def _train(plan: Trajectories, name: str, *, nodes: bool = False) -> ensemble.Result:
     train, _ = make_data("circles", 0, noise=0, shape=0)
+    lr = plan.lr * (plan.sgd_factor if name == "sgd" else 1)
     return ensemble.train(
         ensemble.Network(
             widths=WIDTHS,
@@ -212,7 +215,7 @@ def _train(plan: Trajectories, name: str, *, nodes: bool = False) -> ensemble.Re
         ensemble.Data(train=ensemble.Split(*train)),
         replicas=plan.replicas,
         steps=plan.steps,
-        optimizer=optimizer(name, plan.lr, eps=plan.eps),
+        optimizer=optimizer(name, lr, eps=plan.eps),
         seed=0,
         record=ensemble.Record(
             every=max(1, plan.steps // MEASUREMENTS), parameters=True, nodes=nodes

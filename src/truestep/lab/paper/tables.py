@@ -17,6 +17,7 @@ __all__ = [
     "best",
     "by_seed",
     "last",
+    "main_only",
     "of_compression",
     "of_curves",
     "of_points",
@@ -144,6 +145,11 @@ def best(curves: pd.DataFrame, by: str) -> pd.DataFrame:
     finite = curves[np.isfinite(curves[by])]
     rows: pd.DataFrame = finite.loc[finite.groupby("unit")[by].idxmin()]
     return rows
+
+
+def main_only(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the main protocol."""
+    return table[table["variant"] == ""] if len(table) else table
 
 
 def last(curves: pd.DataFrame) -> pd.DataFrame:
