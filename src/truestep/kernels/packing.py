@@ -30,7 +30,7 @@ def pack(values: Tensor, means: Tensor | None = None) -> Tensor | None:
     Args:
         values: ``[samples, units]`` or ``[samples, positions, units]``, bool or numbers.
         means: floats of the same type, of rows, ``[samples, 1]`` or ``[samples, positions, 1]``, or of
-            groups of neighbouring units, ``[samples, 1, groups]``.
+            groups of neighbouring units, ``[samples, groups]`` or ``[samples, 1, groups]``.
 
     Returns:
         int64 ``[ceil(samples * positions / 64), units]``; None where all bits are on. On other devices than
@@ -112,7 +112,9 @@ def _run(lines: list[int], words: Tensor, read: int) -> "array[int]":
 
 def off_mean(values: Tensor, means: Tensor) -> Tensor:
     """Where values are not equal to the means of their rows or groups, bool; see `pack`."""
-    return values != means.repeat_interleave(values.shape[-1] // means.shape[-1], -1)
+    groups = means.shape[-1]
+    each = means if groups == 1 else means.repeat_interleave(values.shape[-1] // groups, -1)
+    return values != each
 
 
 def _packed(values: Tensor, means: Tensor | None = None) -> Tensor | None:
