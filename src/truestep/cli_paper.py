@@ -163,6 +163,11 @@ def paper_report(
     for row in data["ledger"]:
         console.print(f"{row['claim']}  {row['verdict']}", highlight=False)
     console.print(f"Report: {data['files'][0]}", highlight=False, soft_wrap=True)
+    if evidence.unknown:
+        complain(
+            f"{evidence.unknown} units of the store are in no experiment's plan and are left out: "
+            "another version of truestep, or options of no unit that is there, made them"
+        )
 
 
 def _without_places(arguments: list[str]) -> list[str]:

@@ -24,7 +24,7 @@ from truestep.lab.paper.plans_dasgd import BATCHES, DASGD_DATA
 from truestep.lab.paper.points import ENDINGS, Points
 from truestep.lab.paper.store import UnitStore
 from truestep.lab.paper.tables import best, by_seed, last, of_curves, of_points
-from truestep.lab.paper.unit import Outcome, Record, settings
+from truestep.lab.paper.unit import Outcome, Record, key, settings
 from truestep.lab.paper.verdict import Condition, judged, settled
 
 # Effects.
@@ -227,7 +227,7 @@ def test_small_batches_are_compared_with_sgd_at_its_best_rate_too():
 def test_the_rate_of_0002_is_compared_with_0001():
     found = dasgd.d4(curves_of("dasgd-lr", 0.0))
     assert found.verdict == "reproduced"
-    assert "the best of all ten is 0.01" in found.matched
+    assert found.matched == "the best of all ten, by validation: 0.01"
 
 
 def moved(item, spread):
@@ -320,7 +320,7 @@ def test_the_choice_of_a_rate_and_its_comparison_use_other_seeds():
     rates = pd.concat([table, other])
     assert set(asgd.tuned_points(rates).values()) == {0.1}
     found = asgd.a4(table, rates)
-    assert found.matched_effect.n == 20
+    assert found.matched.count("n 20)") == 2
 
 
 def test_tables_of_points_are_what_was_measured():
@@ -414,6 +414,23 @@ def test_variants_are_compared_with_the_same_cells():
     assert turned.lost == ["kmnist10k at 32", "kmnist10k at 256"]
     same = rows["start: glorot_uniform (kmnist10k)", "D1"]
     assert not same.changes
+    assert (same.known, same.total) == (2, 12), "a verdict of two of twelve conditions says so"
+
+
+def test_a_new_field_at_its_default_leaves_a_unit_the_old_one():
+    unit = Points("spirals", "asgd", 0.05, 0, 3, steps=60)
+    assert "loss" not in settings(unit)
+    assert settings(replace(unit, loss="squared_error"))["loss"] == "squared_error"
+    assert record(unit).key == key(unit)
+    assert key(unit) != key(replace(unit, loss="squared_error"))
+
+
+def test_units_of_no_plan_are_counted(tmp_path):
+    with UnitStore(tmp_path / "papers.db") as store:
+        fill(store, "smoke", names=["asgd-synthetic"])
+        assert gather(store).unknown == 0
+        store.add(record(Points("spirals", "asgd", 0.123, 0, 3, steps=60)))
+        assert gather(store).unknown == 1
 
 
 def test_the_largest_scale_with_enough_units_is_read(tmp_path):

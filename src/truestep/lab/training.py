@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from truestep import SampleCounter
+from truestep.kernels.dispatch import installed
 from truestep.lab.optimizers import build
 from truestep.lab.store import RunKey, RunResult
 from truestep.lab.tasks import Split, Splits, Task
@@ -145,6 +147,14 @@ def evaluation_steps(steps_per_epoch: int, evaluations: int) -> frozenset[int]:
     )
 
 
+def processor() -> str:
+    """The processor's name, where the system tells it."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 @cache
 def versions() -> dict[str, str]:
     """What this process computes with, for the record of a run."""
@@ -152,8 +162,9 @@ def versions() -> dict[str, str]:
         "truestep": version("truestep"),
         "torch": torch.__version__,
         "numpy": version("numpy"),
+        **({"numba": version("numba")} if installed() else {}),
         "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{processor()}, {os.cpu_count()} cores",
         "threads": str(torch.get_num_threads()),
     }
     commit = _git_commit()

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pandas as pd
 
 from truestep.lab.paper.comparison import Cell, Grid
-from truestep.lab.paper.effects import Effect, compare, mean
+from truestep.lab.paper.effects import Effect, compare, holm, mean
 from truestep.lab.paper.evidence import Evidence
 from truestep.lab.paper.figures_compression import Setting, settings
 from truestep.lab.paper.figures_curves import NAMES
@@ -54,18 +54,26 @@ def compression_tables(evidence: Evidence) -> Iterator[Grid]:
             if key in found and len(found[key].rows)
         ],
     )  # fmt: skip
+    pairs = [
+        (data, words, found[one].rows, found[other].rows)
+        for data, found in chosen.items()
+        for words, (one, other) in PAIRS.items()
+        if found
+    ]
+    columns = [
+        holm([_apart(ours, theirs, measure, factor) for _, _, ours, theirs in pairs])
+        for measure, factor in (("parameters", 1), ("accuracy", 100))
+    ]
     yield Grid(
         "aSGD minus SGD, after compression",
-        "Mean paired difference over seeds; below 0 in the first column, aSGD leaves fewer parameters.",
+        "Mean paired difference over seeds; below 0 in the first column, aSGD leaves fewer parameters. "
+        f"p-values corrected for the {len(pairs)} comparisons of a column (Holm).",
         ("data", "learning rates", "parameters left, percentage points", "test accuracy, points"),
         [
-            [Cell(data), Cell(words), *(_apart(found[one].rows, found[other].rows, *measure)
-                                       for measure in (("parameters", 1), ("accuracy", 100)))]
-            for data, found in chosen.items()
-            for words, (one, other) in PAIRS.items()
-            if found
+            [Cell(data), Cell(words), *(Cell(difference(e), e.mean) for e in effects)]
+            for (data, words, *_), *effects in zip(pairs, *columns, strict=True)
         ],
-    )  # fmt: skip
+    )
 
 
 def _row(data: str, setting: Setting) -> list[Cell]:
@@ -83,10 +91,9 @@ def _row(data: str, setting: Setting) -> list[Cell]:
     ]
 
 
-def _apart(one: pd.DataFrame, other: pd.DataFrame, measure: str, factor: int) -> Cell:
+def _apart(one: pd.DataFrame, other: pd.DataFrame, measure: str, factor: int) -> Effect:
     values = ({s: factor * v for s, v in by_seed(rows, measure).items()} for rows in (one, other))
-    effect = compare(measure, *values)
-    return Cell(difference(effect), effect.mean)
+    return compare(measure, *values)
 
 
 def _plain(values: "pd.Series[float]") -> Cell:

@@ -36,11 +36,13 @@ class Evidence:
         found: By experiment: its planned units that the store has, with their records.
         scales: By experiment: the scale that they are of; ``""`` where there are none.
         missing: By experiment: how many units of that scale the store lacks.
+        unknown: How many of the store's units are in no experiment's plan.
     """
 
     found: Mapping[str, list[Found]]
     scales: Mapping[str, str]
     missing: Mapping[str, int]
+    unknown: int = 0
 
     @cached_property
     def points(self) -> pd.DataFrame:
@@ -124,10 +126,12 @@ def gather(store: UnitStore) -> Evidence:
                 found[experiment.name] = [(planned[name], records[name]) for name in records]
                 scales[experiment.name] = scale
                 missing[experiment.name] = len(usual.keys() - records.keys())
-    others = store.records(there - known).values()
+    others = store.records(there - known)
     for own in found.values():
-        own.extend(_with_options(own, others))
-    return Evidence(found, scales, missing)
+        variants = _with_options(own, others.values())
+        own.extend(variants)
+        known |= {record.key for _, record in variants}
+    return Evidence(found, scales, missing, len(there - known))
 
 
 def _with_options(own: list[Found], others: Iterable[Record]) -> list[Found]:
@@ -140,7 +144,7 @@ def _with_options(own: list[Found], others: Iterable[Record]) -> list[Found]:
             changes = {
                 name: value
                 for name, value in other.settings.items()
-                if value != like.settings[name]
+                if value != like.settings.get(name)
             }
             label = ", ".join(f"{name}: {value}" for name, value in changes.items())
             variants.append((Planned(item.unit, label), other))

@@ -8,7 +8,8 @@ import pandas as pd
 from truestep.lab.paper import ledger_asgd as asgd
 from truestep.lab.paper import ledger_dasgd as dasgd
 from truestep.lab.paper.evidence import Evidence
-from truestep.lab.paper.planned import LEARNING_RATE
+from truestep.lab.paper.ledger_paths import a8
+from truestep.lab.paper.planned import LEARNING_RATE, Planned
 from truestep.lab.paper.points import ENDINGS
 from truestep.lab.paper.tables import main_only
 from truestep.lab.paper.verdict import Finding, Verdict, settled
@@ -27,6 +28,8 @@ class Sensitivity:
         usual: Under the main protocol, looked at in the same cells.
         gained: Conditions that hold with the choice only.
         lost: Conditions that hold without it only.
+        known: How many of the claim's conditions it was run in with two seeds or more.
+        total: How many the claim has.
         ours: Our figure with the choice.
     """
 
@@ -36,6 +39,8 @@ class Sensitivity:
     usual: Verdict
     gained: Sequence[str]
     lost: Sequence[str]
+    known: int
+    total: int
     ours: str
 
     @property
@@ -61,7 +66,7 @@ def ledger(evidence: Evidence) -> list[Finding]:
         asgd.a5(points, rates),
         asgd.a6(points, rates),
         asgd.a7(main_only(evidence.times)),
-        asgd.a8(evidence.trajectories),
+        a8(evidence.trajectories),
         dasgd.d1(curves, evidence.rivals),
         dasgd.d2(evidence.dasgd),
         dasgd.d3(curves, evidence.rivals),
@@ -83,6 +88,7 @@ def sensitivity(evidence: Evidence) -> list[Sensitivity]:
         *_of_endings(evidence),
         *_of_points(evidence),
         *_of_mnist(evidence),
+        *_of_trajectories(evidence),
         *_of_dasgd(evidence),
     ]
 
@@ -128,6 +134,13 @@ def _of_mnist(evidence: Evidence) -> Iterator[Sensitivity]:
         yield from _compared(variant, (asgd.a1, asgd.a2, asgd.a3), same, part)
 
 
+def _of_trajectories(evidence: Evidence) -> Iterator[Sensitivity]:
+    usual = a8(evidence.trajectories)
+    for planned, record in evidence.trajectories:
+        if planned.variant not in {"", LEARNING_RATE}:
+            yield _row(planned.variant, usual, a8([(Planned(planned.unit), record)]))
+
+
 def _of_dasgd(evidence: Evidence) -> Iterator[Sensitivity]:
     table = evidence.dasgd
     nothing = table.iloc[:0]
@@ -155,7 +168,7 @@ def _compared(
     choice: str, claims: Claims, usual: pd.DataFrame, other: pd.DataFrame
 ) -> Iterator[Sensitivity]:
     for claim in claims:
-        yield _row(choice.strip(), claim(usual), claim(other))
+        yield _row(choice, claim(usual), claim(other))
 
 
 def _row(choice: str, usual: Finding, other: Finding) -> Sensitivity:
@@ -167,6 +180,8 @@ def _row(choice: str, usual: Finding, other: Finding) -> Sensitivity:
         usual=usual.verdict,
         gained=[name for name in after if name not in before],
         lost=[name for name in before if name not in after],
+        known=sum(condition.state != "not run" for condition in other.conditions),
+        total=len(other.conditions),
         ours=other.ours,
     )
 

@@ -1,4 +1,4 @@
-"""The aSGD paper's claims A1 to A8 against the data."""
+"""The aSGD paper's claims A1 to A7 against the data."""
 
 import math
 from collections.abc import Sequence
@@ -8,12 +8,10 @@ import numpy as np
 import pandas as pd
 
 from truestep.lab.paper.claims import CLAIMS, TABLE_1, TABLE_2, TUNED
-from truestep.lab.paper.effects import Effect, compare, mean
-from truestep.lab.paper.planned import LEARNING_RATE
+from truestep.lab.paper.effects import Effect, compare, holm, mean
 from truestep.lab.paper.points import HIDDEN
-from truestep.lab.paper.tables import Found, best, by_seed
-from truestep.lab.paper.unit import Record
-from truestep.lab.paper.verdict import Condition, Finding, judged
+from truestep.lab.paper.tables import best, by_seed
+from truestep.lab.paper.verdict import Condition, Finding, corrected, judged
 from truestep.lab.paper.words import difference, number
 
 __all__ = [
@@ -26,7 +24,6 @@ __all__ = [
     "a5",
     "a6",
     "a7",
-    "a8",
     "tuned",
     "tuned_points",
 ]
@@ -68,13 +65,14 @@ def a1(curves: pd.DataFrame) -> Finding:
         for column in COLUMNS:
             effect = _better(rows, column, lr, lr)
             conditions.append(Condition(f"{column.replace('_', ' ')} at {lr:g}", effect))
+    conditions = corrected(conditions)
     shown = [c.effect for c in conditions if c.under.startswith("test loss")]
     ours = "; ".join(
         f"SGD's test loss minus aSGD's at {lr:g}: {difference(effect)}"
         for lr, effect in zip(sorted({lr for _, lr in TABLE_1}), shown, strict=True)
         if effect.n
     )
-    return judged(CLAIMS["A1"], conditions, ours, *_matched_mnist(curves))
+    return judged(CLAIMS["A1"], conditions, ours, _matched_mnist(curves))
 
 
 def a2(curves: pd.DataFrame) -> Finding:
@@ -97,7 +95,8 @@ def a2(curves: pd.DataFrame) -> Finding:
         f"{number(mean('', list(accuracies[name].values())))})"
         for name in chosen
     )
-    return judged(CLAIMS["A2"], conditions, f"test loss of {ours}", *_matched_mnist(curves))
+    ours = f"test loss of {ours}"
+    return judged(CLAIMS["A2"], conditions, ours, _matched_mnist(curves))
 
 
 def a3(curves: pd.DataFrame) -> Finding:
@@ -109,18 +108,17 @@ def a3(curves: pd.DataFrame) -> Finding:
     }
     ratio = _log_ratio(epochs["sgd"], epochs["asgd"])
     ours = ", ".join(f"{name} {number(mean('', list(epochs[name].values())))}" for name in epochs)
-    matched, effect = "not run", None
+    matched = "not run"
     chosen = tuned(curves, "validation_loss") if len(curves) else {}
     if chosen.keys() == {"asgd", "sgd"}:
         at = {name: by_seed(chosen[name].rows, "epoch") for name in chosen}
-        effect = _log_ratio(at["sgd"], at["asgd"])
         matched = "epochs of the lowest validation loss at the learning rate chosen by it: "
         matched += ", ".join(
             f"{name} {chosen[name].lr:g} {number(mean('', list(at[name].values())))}"
             for name in chosen
         )
     condition = Condition("twice the epochs", ratio, threshold=1.0)
-    return judged(CLAIMS["A3"], [condition], f"epochs {ours}", matched, effect)
+    return judged(CLAIMS["A3"], [condition], f"epochs {ours}", matched)
 
 
 def a4(points: pd.DataFrame, rates: pd.DataFrame, ending: str = ENDING) -> Finding:
@@ -139,15 +137,18 @@ def a4(points: pd.DataFrame, rates: pd.DataFrame, ending: str = ENDING) -> Findi
     ]
     sooner = compare("spirals", steps["spirals", "sgd"], steps["spirals", "asgd"])
     conditions.append(Condition("spirals, 750 steps sooner", sooner, threshold=750))
+    conditions = corrected(conditions)
     ours = ", ".join(
         f"{name} on {data} {number(mean('', list(values.values())))}"
         for (data, name), values in steps.items()
         if values
     )
-    ours = f"mean steps of {ours}; on spirals sooner by {difference(sooner)}"
+    ours = f"mean steps of {ours}"
+    if sooner.n:
+        ours += f"; on spirals sooner by {difference(conditions[-1].effect)}"
     ours += _medians_and_shares(points, ending, steps)
-    matched, effect = _matched_points(rates, ending, "steps", "steps")
-    return judged(CLAIMS["A4"], conditions, ours, matched, effect)
+    matched = _matched_points(rates, ending, "steps", "steps")
+    return judged(CLAIMS["A4"], conditions, ours, matched)
 
 
 def a5(points: pd.DataFrame, rates: pd.DataFrame, ending: str = ENDING) -> Finding:
@@ -161,17 +162,15 @@ def a5(points: pd.DataFrame, rates: pd.DataFrame, ending: str = ENDING) -> Findi
             )
             effect = compare(column, ours, theirs)
             conditions.append(Condition(f"{column.replace('_', ' ')} on {data}", effect))
+    conditions = corrected(conditions)
     ours_text = "aSGD better by " + ", ".join(
         f"{difference(condition.effect)} ({condition.under})"
         for condition in conditions
         if condition.under.startswith("test") and condition.effect.n
     )
-    return judged(
-        CLAIMS["A5"],
-        conditions,
-        ours_text,
-        *_matched_points(rates, ending, "test_loss", "test loss"),
-    )
+    ours_text += _left_out(points, ending)
+    matched = _matched_points(rates, ending, "test_loss", "test loss")
+    return judged(CLAIMS["A5"], conditions, ours_text, matched)
 
 
 def a6(points: pd.DataFrame, rates: pd.DataFrame, ending: str = ENDING) -> Finding:
@@ -181,10 +180,10 @@ def a6(points: pd.DataFrame, rates: pd.DataFrame, ending: str = ENDING) -> Findi
         counts = {name: _points(points, data, name, ending, "dummies") for name in ("asgd", "sgd")}
         effect = compare(data, counts["asgd"], counts["sgd"])
         conditions.append(Condition(f"more on {data}", effect, threshold=more / 2))
-        last, first = (
-            _points(points, data, "asgd", ending, f"layer {k}") for k in (len(HIDDEN), 1)
-        )
-        conditions.append(Condition(f"nearer the output on {data}", compare(data, last, first)))
+        layers = [
+            _points(points, data, "asgd", ending, f"layer {k}") for k in range(1, len(HIDDEN) + 1)
+        ]
+        conditions.append(Condition(f"nearer the output on {data}", _slope(layers)))
         conditions.append(
             Condition(
                 f"even within layers on {data}",
@@ -193,13 +192,17 @@ def a6(points: pd.DataFrame, rates: pd.DataFrame, ending: str = ENDING) -> Findi
             )
         )
         if effect.n:
-            share = mean("", [value / HIDDEN[-1] for value in last.values()])
+            shares = [
+                mean("", [value / HIDDEN[k] for value in layer.values()])
+                for k, layer in enumerate(layers)
+            ]
             words.append(
-                f"{data}: {difference(effect)} more; probability in the last hidden layer "
-                f"{number(share)}"
+                f"{data}: {difference(effect)} more; probabilities in the hidden layers, first to "
+                f"last: {', '.join(f'{share.mean:.3f}' for share in shares)}, each ± "
+                f"{max(share.high - share.mean for share in shares):.3f} or less"
             )
-    matched, matched_effect = _matched_points(rates, ending, "dummies", "true dummy nodes")
-    return judged(CLAIMS["A6"], conditions, "; ".join(words), matched, matched_effect)
+    matched = _matched_points(rates, ending, "dummies", "true dummy nodes")
+    return judged(CLAIMS["A6"], conditions, "; ".join(words), matched)
 
 
 def a7(times: pd.DataFrame) -> Finding:
@@ -221,61 +224,8 @@ def a7(times: pd.DataFrame) -> Finding:
                 f"{label}: {math.exp(-effect.mean):.2f} times SGD's ({low:.2f} to {high:.2f}, "
                 f"n = {effect.n})"
             )
-    return judged(CLAIMS["A7"], conditions, "; ".join(words), "the same: time has no learning rate")
-
-
-def a8(trajectories: Sequence[Found]) -> Finding:
-    """Distances of parameters, and parameters that stop."""
-    main = [record for planned, record in trajectories if not planned.variant]
-    if not main:
-        return judged(CLAIMS["A8"], [], "")
-    faster = [record for planned, record in trajectories if planned.variant == LEARNING_RATE]
-    arrays = main[0].outcome.arrays
-    ranges = [arrays[f"{name} range"].astype(float) for name in ("asgd", "sgd")]
-    early = [arrays[f"{name} early net"].astype(float) for name in ("asgd", "sgd")]
-    stopped = [arrays[f"{name} stopped"] for name in ("asgd", "sgd")]
-    only = (stopped[0] & ~stopped[1]).sum(1) - (stopped[1] & ~stopped[0]).sum(1).astype(float)
-    other = _other_node(ranges, stopped)
-    conditions = [
-        Condition("further", mean("range", (ranges[0] - ranges[1]).mean(1))),
-        Condition("faster", mean("early", (early[0] - early[1]).mean(1))),
-        Condition("stop under aSGD only", mean("stopped", only)),
-        Condition("another node moves more", mean("other node", other)),
-    ]
-    factor = ranges[0].mean() / ranges[1].mean()
-    ours = (
-        f"range {factor:.2f} times SGD's, {difference(conditions[0].effect)} further; parameters "
-        f"that stop under aSGD only minus under SGD only: {difference(conditions[2].effect)}; the "
-        f"other node: {difference(conditions[3].effect)}"
-    )
-    return judged(CLAIMS["A8"], conditions, ours, _at_equal_loss([*main, *faster]))
-
-
-def _at_equal_loss(records: Sequence[Record]) -> str:
-    """Distances beside SGD at the rate whose last training loss is nearest to aSGD's.
-
-    The rate is chosen on the first half of the starts, distances are compared on the other.
-    """
-    if len(records) < 2:  # noqa: PLR2004 - nothing to choose from
-        return "not run"
-    half = records[0].settings["replicas"] // 2
-    ours = records[0].outcome.arrays
-    loss = np.nanmean(ours["asgd loss"][:half, -1].astype(float))
-
-    def distance(record: Record) -> float:
-        theirs = record.outcome.arrays["sgd loss"][:half, -1].astype(float)
-        return abs(float(np.nanmean(theirs) - loss))
-
-    nearest = min(records, key=distance)
-    ranges = [
-        arrays[half:].astype(float)
-        for arrays in (ours["asgd range"], nearest.outcome.arrays["sgd range"])
-    ]
-    effect = mean("range", (ranges[0] - ranges[1]).mean(1))
-    return (
-        f"at equal training loss, SGD at {nearest.settings['sgd_factor']:g} times the rate: range "
-        f"{ranges[0].mean() / ranges[1].mean():.2f} times SGD's, {difference(effect)} further"
-    )
+    matched = "the same: time has no learning rate"
+    return judged(CLAIMS["A7"], conditions, "; ".join(words), matched)
 
 
 def _medians_and_shares(
@@ -305,34 +255,35 @@ def tuned_points(rates: pd.DataFrame, ending: str = ENDING) -> dict[tuple[str, s
     }
 
 
-def _matched_points(
-    rates: pd.DataFrame, ending: str, column: str, what: str
-) -> tuple[str, Effect | None]:
-    if not len(rates):
-        return "not run", None
-    chosen = tuned_points(rates, ending)
-    words, effects = [], []
-    for data in ("circles", "spirals"):
-        if not {(data, "asgd"), (data, "sgd")} <= chosen.keys():
-            continue
-        part = rates[(rates["ending"] == ending) & (rates["seed"] > rates["seed"].max() / 2)]
-        values = {
-            name: by_seed(part, column, data=data, optimizer=name, lr=chosen[data, name])
-            for name in ("asgd", "sgd")
-        }
-        effect = compare(f"{what} on {data}", values["asgd"], values["sgd"])
-        effects.append(effect)
-        words.append(
-            f"{data} (aSGD {chosen[data, 'asgd']:g}, SGD {chosen[data, 'sgd']:g}): "
-            f"{difference(effect)}"
+def _matched_points(rates: pd.DataFrame, ending: str, column: str, what: str) -> str:
+    chosen = tuned_points(rates, ending) if len(rates) else {}
+    part = (
+        rates[(rates["ending"] == ending) & (rates["seed"] > rates["seed"].max() / 2)]
+        if chosen
+        else rates
+    )
+    effects = {
+        data: compare(
+            f"{what} on {data}",
+            *(
+                by_seed(part, column, data=data, optimizer=name, lr=chosen[data, name])
+                for name in ("asgd", "sgd")
+            ),
         )
-    return f"{what}, aSGD minus SGD: {'; '.join(words)}", effects[-1] if effects else None
+        for data in ("circles", "spirals")
+        if {(data, "asgd"), (data, "sgd")} <= chosen.keys()
+    }
+    words = [
+        f"{data} (aSGD {chosen[data, 'asgd']:g}, SGD {chosen[data, 'sgd']:g}): {difference(effect)}"
+        for data, effect in zip(effects, holm(list(effects.values())), strict=True)
+    ]
+    return f"{what}, aSGD minus SGD: {'; '.join(words)}" if words else "not run"
 
 
-def _matched_mnist(curves: pd.DataFrame) -> tuple[str, Effect | None]:
+def _matched_mnist(curves: pd.DataFrame) -> str:
     chosen = tuned(curves, "validation_loss") if len(curves) else {}
     if chosen.keys() != {"asgd", "sgd"}:
-        return "not run", None
+        return "not run"
     effect = compare(
         "test loss",
         *(by_seed(chosen[name].rows, "test_loss") for name in ("asgd", "sgd")),
@@ -340,7 +291,7 @@ def _matched_mnist(curves: pd.DataFrame) -> tuple[str, Effect | None]:
     return (
         f"chosen on validation: aSGD {chosen['asgd'].lr:g} minus SGD {chosen['sgd'].lr:g}, test "
         f"loss {difference(effect)}"
-    ), effect
+    )
 
 
 def _better(rows: pd.DataFrame, column: str, asgd_lr: float, sgd_lr: float) -> Effect:
@@ -371,6 +322,26 @@ def _points(
     return {seed: sign * value for seed, value in found.items()}
 
 
+def _left_out(points: pd.DataFrame, ending: str) -> str:
+    """How many pairs have no loss, since one of the two diverged."""
+    words = []
+    for data in ("circles", "spirals"):
+        losses = [_points(points, data, name, ending, "test_loss") for name in ("asgd", "sgd")]
+        steps = [_points(points, data, name, ending, "steps") for name in ("asgd", "sgd")]
+        lost = len(steps[0].keys() & steps[1].keys()) - len(losses[0].keys() & losses[1].keys())
+        if lost:
+            words.append(f"{lost} pairs on {data}")
+    return f"; left out, since one of the two diverged: {', '.join(words)}" if words else ""
+
+
+def _slope(layers: Sequence[dict[int, float]]) -> Effect:
+    """Of the number of dummy nodes against the layer's number, by least squares, in each training."""
+    seeds = sorted(set.intersection(*(set(layer) for layer in layers)))
+    counts = np.array([[layer[seed] for layer in layers] for seed in seeds])
+    away = np.arange(len(layers)) - (len(layers) - 1) / 2
+    return mean("slope", list(counts @ away / (away @ away)) if seeds else [])
+
+
 def _evenness(points: pd.DataFrame, data: str, ending: str) -> Effect:
     """Minus the largest distance of a node's probability from its layer's mean, under aSGD."""
     rows = points[
@@ -388,16 +359,6 @@ def _evenness(points: pd.DataFrame, data: str, ending: str) -> Effect:
     half = 1.96 * math.sqrt(p * (1 - p) / len(rows))
     nan = math.nan
     return Effect("evenness", -worst, -worst - half, -worst + half, len(rows), nan, nan, nan, nan)
-
-
-def _other_node(ranges: list[np.ndarray], stopped: list[np.ndarray]) -> list[float]:
-    """Where a node of layer 3 stops under aSGD only: how much further the other node's weights go."""
-    nodes = ((9, 10, 11, 15), (12, 13, 14, 16))
-    found = []
-    for node, other in (nodes, nodes[::-1]):
-        here = stopped[0][:, node].all(1) & ~stopped[1][:, node].all(1)
-        found += list((ranges[0] - ranges[1])[here][:, other].mean(1))
-    return found
 
 
 def _medians(cell: pd.DataFrame) -> tuple[float, float]:

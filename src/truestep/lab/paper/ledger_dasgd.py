@@ -5,11 +5,11 @@ import pandas as pd
 from scipy.integrate import trapezoid
 
 from truestep.lab.paper.claims import CLAIMS
-from truestep.lab.paper.effects import Effect, compare, mean
+from truestep.lab.paper.effects import Effect, compare, holm, mean
 from truestep.lab.paper.planned import LEARNING_RATE
 from truestep.lab.paper.plans_dasgd import BATCHES, DASGD_DATA
 from truestep.lab.paper.tables import by_seed, last, main_only
-from truestep.lab.paper.verdict import Condition, Finding, judged
+from truestep.lab.paper.verdict import Condition, Finding, corrected, judged
 from truestep.lab.paper.words import difference
 
 __all__ = ["chosen_factor", "d1", "d2", "d3", "d4", "d5", "gap", "matched_gap"]
@@ -36,12 +36,14 @@ def d1(curves: pd.DataFrame, rivals: pd.DataFrame) -> Finding:
         for data in DASGD_DATA
         for size in LARGE
     ]
+    conditions = corrected(conditions)
     ours = "accuracy gained: " + ", ".join(
         f"{condition.under} {difference(condition.effect)}"
         for condition in conditions
         if condition.effect.n and condition.under.endswith(("32", "256"))
     )
-    return judged(CLAIMS["D1"], conditions, ours, *_matched(rivals))
+    matched = _matched(rivals, "test_accuracy", "accuracy gained")
+    return judged(CLAIMS["D1"], conditions, ours, matched)
 
 
 def d2(curves: pd.DataFrame) -> Finding:
@@ -54,6 +56,7 @@ def d2(curves: pd.DataFrame) -> Finding:
             conditions.append(
                 Condition(f"{data} at {size}", compare(f"{data} at {size}", theirs, ours))
             )
+    conditions = corrected(conditions)
     text = "accuracy of SGD minus DA-SGD's: " + ", ".join(
         f"{condition.under} {difference(condition.effect)}"
         for condition in conditions
@@ -64,35 +67,32 @@ def d2(curves: pd.DataFrame) -> Finding:
 
 def _matched_small(curves: pd.DataFrame) -> str:
     """SGD at the learning rate that validation chose, where several were run."""
-    words = []
-    for (data, size), part in curves.groupby(["data", "batch_size"]) if len(curves) else ():
-        if size in SMALL and (part["variant"] == LEARNING_RATE).any():
-            rival = part[part["variant"].isin(["", LEARNING_RATE])]
-            effect, factor = matched_gap(rival, size), chosen_factor(rival, size)
-            words.append(
-                f"{data}, batch {size} (SGD at {factor:g} times the rate): {difference(effect)}"
-            )
+    rivals = {
+        (str(data), int(size)): part[part["variant"].isin(["", LEARNING_RATE])]
+        for (data, size), part in (curves.groupby(["data", "batch_size"]) if len(curves) else ())
+        if size in SMALL and (part["variant"] == LEARNING_RATE).any()
+    }
+    effects = holm([matched_gap(part, size) for (_, size), part in rivals.items()])
+    words = [
+        f"{data}, batch {size} (SGD at {chosen_factor(part, size):g} times the rate): "
+        f"{difference(effect)}"
+        for ((data, size), part), effect in zip(rivals.items(), effects, strict=True)
+    ]
     return f"accuracy DA-SGD gained: {'; '.join(words)}" if words else "not run"
 
 
 def d3(curves: pd.DataFrame, rivals: pd.DataFrame) -> Finding:
     """Slope of the gap."""
-    conditions = [
-        Condition(data, mean(data, list(_slopes(curves, data).values()))) for data in DASGD_DATA
-    ]
+    conditions = corrected(
+        [Condition(data, mean(data, list(_slopes(curves, data).values()))) for data in DASGD_DATA]
+    )
     text = "accuracy gained per doubling of the batch: " + ", ".join(
         f"{condition.under} {difference(condition.effect)}"
         for condition in conditions
         if condition.effect.n
     )
-    matched = [(size, matched_gap(rivals, size)) for size in LARGE]
-    words = ", ".join(f"{size}: {difference(effect)}" for size, effect in matched if effect.n)
-    return judged(
-        CLAIMS["D3"],
-        conditions,
-        text,
-        f"gap to SGD at its best rate by batch: {words}" if words else "not run",
-    )
+    matched = _matched(rivals, "test_accuracy", "the gap")
+    return judged(CLAIMS["D3"], conditions, text, matched)
 
 
 def d4(rates: pd.DataFrame) -> Finding:
@@ -103,14 +103,13 @@ def d4(rates: pd.DataFrame) -> Finding:
     if len(rows):
         at = {lr: by_seed(rows, "test_accuracy", lr=lr) for lr in (0.001, 0.002)}
         effect = compare("accuracy", at[0.002], at[0.001])
-        means = rows.groupby("lr")["test_accuracy"].mean()
-        words = f"the best of all ten is {float(means.idxmax()):g}"  # type: ignore[arg-type]
+        means = rows.groupby("lr")["validation_accuracy"].mean()
+        words = f"the best of all ten, by validation: {float(means.idxmax()):g}"  # type: ignore[arg-type]
     return judged(
         CLAIMS["D4"],
         [Condition("0.002", effect)],
         f"accuracy at 0.002 minus at 0.001: {difference(effect)}",
         words,
-        effect,
     )
 
 
@@ -125,20 +124,14 @@ def d5(curves: pd.DataFrame, rivals: pd.DataFrame) -> Finding:
         for data in DASGD_DATA
         for size in LARGE
     ]
+    conditions = corrected(conditions)
     ours = "mean accuracy over the epochs gained: " + ", ".join(
         f"{condition.under} {difference(condition.effect)}"
         for condition in conditions
         if condition.effect.n and condition.under.endswith(("32", "256"))
     )
-    areas_of_rivals = _areas(rivals)
-    effects = [(size, matched_gap(areas_of_rivals, size, "area")) for size in LARGE]
-    words = ", ".join(f"{size}: {difference(effect)}" for size, effect in effects if effect.n)
-    return judged(
-        CLAIMS["D5"],
-        conditions,
-        ours,
-        f"against SGD at its best rate, Fashion-MNIST by batch: {words}" if words else "not run",
-    )
+    matched = _matched(_areas(rivals), "area", "mean accuracy gained")
+    return judged(CLAIMS["D5"], conditions, ours, matched)
 
 
 def matched_gap(rivals: pd.DataFrame, batch_size: int, column: str = "test_accuracy") -> Effect:
@@ -165,16 +158,15 @@ def chosen_factor(rivals: pd.DataFrame, batch_size: int) -> float:
     return float(means.idxmax()) / BATCHES[batch_size]  # type: ignore[arg-type]
 
 
-def _matched(rivals: pd.DataFrame) -> tuple[str, Effect | None]:
-    effects = {size: matched_gap(rivals, size) for size in LARGE}
+def _matched(rivals: pd.DataFrame, column: str, what: str) -> str:
+    """DA-SGD beside SGD at its best rate at each batch size that was run."""
+    effects = {size: matched_gap(rivals, size, column) for size in LARGE}
+    effects = {size: effect for size, effect in effects.items() if effect.n}
     words = [
         f"{size} (SGD at {chosen_factor(rivals, size):g} times the rate): {difference(effect)}"
-        for size, effect in effects.items()
-        if effect.n
+        for size, effect in zip(effects, holm(list(effects.values())), strict=True)
     ]
-    if not words:
-        return "not run", None
-    return f"accuracy gained on Fashion-MNIST, batch {'; '.join(words)}", effects[256]
+    return f"{what} on Fashion-MNIST, batch {'; '.join(words)}" if words else "not run"
 
 
 def _both(

@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from truestep.errors import TruestepError
+from truestep.lab.paper.claims import CLAIMS
 from truestep.lab.paper.comparison import Cell, Grid
 from truestep.lab.paper.evidence import Evidence
 from truestep.lab.paper.ledger import Sensitivity, ledger, sensitivity
@@ -155,15 +156,32 @@ def _condition(finding: Finding, condition: Condition) -> list[Cell]:
 
 
 def _sensitivity(changes: Sequence[Sensitivity]) -> Grid:
+    turned = [
+        f"{change.claim}: {change.choice} ({change.usual} becomes {change.verdict})"
+        for change in changes
+        if change.verdict != change.usual
+    ]
+    choices = len({change.choice for change in changes})
     return Grid(
         "Which open choice changes a verdict",
-        "Each choice differs in one thing from the main protocol; the usual verdict is looked at in "
-        "the same cells, so it can differ from the ledger's.",
-        ("choice", "claim", "verdict", "usual verdict", "changes", "our figure with it"),
+        "Each choice differs in one thing from the main protocol; verdict and usual verdict are both of "
+        "the conditions that the choice was run in, so they can differ from the ledger's. No choice was "
+        f"run for {_and(sorted(CLAIMS.keys() - {change.claim for change in changes}))}. Of {choices} "
+        f"choices these change a verdict: {'; '.join(turned) or 'none'}.",
+        (
+            "choice",
+            "claim",
+            "conditions",
+            "verdict",
+            "usual verdict",
+            "changes",
+            "our figure with it",
+        ),
         [
             [
                 Cell(change.choice),
                 Cell(change.claim),
+                Cell(f"{change.known} of {change.total}", change.known / max(1, change.total)),
                 Cell(change.verdict),
                 Cell(change.usual),
                 Cell(_changed(change)),
@@ -172,6 +190,10 @@ def _sensitivity(changes: Sequence[Sensitivity]) -> Grid:
             for change in changes
         ],
     )
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:]))) or "none"
 
 
 def _changed(change: Sensitivity) -> str:

@@ -98,10 +98,11 @@ _SYNTHETIC_VARIANTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("eps: 2", "", {"eps": 2.0}),
     ("eps: 10", "", {"eps": 10.0}),
     ("own data", "", {"own_data": True}),
-    ("noise: 0.1", "circles", {"noise": 0.1}),
-    ("factor: 0.8", "circles", {"shape": 0.8}),
-    ("noise: 0.1 ", "spirals", {"noise": 0.1}),
-    ("degrees: 360", "spirals", {"shape": 360.0}),
+    ("loss: squared error", "", {"loss": "squared_error"}),
+    ("circles, noise: 0.1", "circles", {"noise": 0.1}),
+    ("circles, factor: 0.8", "circles", {"shape": 0.8}),
+    ("spirals, noise: 0.1", "spirals", {"noise": 0.1}),
+    ("spirals, degrees: 360", "spirals", {"shape": 360.0}),
 )
 
 
@@ -161,6 +162,7 @@ _MNIST_VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("eps: 0", {"eps": 0.0}),
     ("train: 60,000", {"train": 60_000}),
     ("train: 10,000", {"train": 10_000}),
+    ("loss: squared error", {"output": "sigmoid", "loss": "squared_error"}),
 )
 
 STABILISED: dict[str, tuple[str, float, dict[str, Any]]] = {

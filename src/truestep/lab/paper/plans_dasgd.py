@@ -24,7 +24,7 @@ BATCHES = {
 DASGD_DATA = ("fashion-mnist", "kmnist10k", "quickdraw10")
 DASGD_LRS = tuple(round(0.001 * k, 3) for k in range(1, 11))
 RIVALS = ("momentum 0.5", "momentum 0.9", "nesterov 0.9")
-RIVAL_BATCHES = (32, 128, 256)
+RIVAL_BATCHES = (32, 64, 128, 256)
 SGD_FACTORS = (1.5, 2.0)
 # Batches below this cost hours at 200 epochs: a third of the seeds on the data that no claim is about.
 CHEAP_FROM = 8

@@ -1,6 +1,6 @@
 """Many small networks on points in the plane (aSGD, section 3.2)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from truestep import ensemble
 from truestep.lab.paper.data import POINTS_TEST, POINTS_TRAIN, circles, spirals
 from truestep.lab.paper.engine import named, optimizer
-from truestep.lab.paper.unit import Cost, Outcome
+from truestep.lab.paper.unit import ADDED, Cost, Outcome
 
 __all__ = ["DEGREES", "ENDINGS", "FACTOR", "HIDDEN", "NOISE", "Points", "make_data"]
 
@@ -51,6 +51,7 @@ class Points:
         noise: Of the data.
         shape: Factor of the circles, degrees of the spirals.
         own_data: Whether each training has points of its own, rather than all the same.
+        loss: Of the sigmoid output, as in `truestep.ensemble.Network`.
     """
 
     kind: ClassVar[str] = "points"
@@ -66,6 +67,7 @@ class Points:
     noise: float = 0.0
     shape: float = 0.0
     own_data: bool = False
+    loss: str = field(default="binary_cross_entropy", metadata=ADDED)
 
     def cost(self) -> Cost:
         """An estimate."""
@@ -85,7 +87,7 @@ class Points:
                 widths=(2, *HIDDEN, 1),
                 activation="relu",
                 output="sigmoid",
-                loss="binary_cross_entropy",
+                loss=self.loss,
                 start=self.start,
             ),
             self._data(),

@@ -3,7 +3,7 @@
 aSGD, Figures 1-4. The paper numbers layers from 1 (the inputs) and nodes from 1, and so do names here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
@@ -16,9 +16,9 @@ from torch import nn
 from truestep import ensemble
 from truestep.lab.paper.engine import named, optimizer
 from truestep.lab.paper.points import make_data
-from truestep.lab.paper.unit import Cost, Outcome
+from truestep.lab.paper.unit import ADDED, Cost, Outcome
 
-__all__ = ["WIDTHS", "Panels", "Trajectories", "parameter_names", "per_sample"]
+__all__ = ["LAYER_3", "WIDTHS", "Panels", "Trajectories", "parameter_names", "per_sample"]
 
 WIDTHS = (2, 3, 2, 1)
 MEASUREMENTS = 200
@@ -49,7 +49,7 @@ class Trajectories:
     steps: int = 10_000
     start: str = "glorot_uniform"
     eps: float = 1.0
-    sgd_factor: float = 1.0
+    sgd_factor: float = field(default=1.0, metadata=ADDED)
 
     def cost(self) -> Cost:
         """An estimate."""

@@ -9,17 +9,30 @@ import json
 import math
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Arrays", "Cost", "Outcome", "Record", "Unit", "key", "packed", "settings", "unpacked"]
+__all__ = [
+    "ADDED",
+    "Arrays",
+    "Cost",
+    "Outcome",
+    "Record",
+    "Unit",
+    "key",
+    "packed",
+    "settings",
+    "unpacked",
+]
 
 Arrays = Mapping[str, NDArray[Any]]
 HASH_LENGTH = 20
+# Metadata of a field that came after stores were filled: where it has its default, a unit is the old one.
+ADDED = {"added": True}
 
 
 @dataclass(frozen=True)
@@ -96,8 +109,11 @@ class Record:
 
 
 def settings(unit: Unit) -> dict[str, Any]:
-    """A unit's fields as JSON gives them back: tuples are lists."""
+    """A unit's fields as JSON gives them back, tuples as lists, but for `ADDED` ones at their default."""
     plain: dict[str, Any] = json.loads(json.dumps(asdict(unit)))
+    for each in fields(unit):
+        if each.metadata == ADDED and plain[each.name] == each.default:
+            del plain[each.name]
     return plain
 
 
@@ -134,6 +150,6 @@ def unpacked(content: bytes) -> dict[str, NDArray[Any]]:
     return arrays
 
 
-def _hash(kind: str, fields: Mapping[str, Any]) -> str:
-    text = json.dumps([kind, fields], sort_keys=True)
+def _hash(kind: str, plain: Mapping[str, Any]) -> str:
+    text = json.dumps([kind, plain], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:HASH_LENGTH]

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from truestep.lab.paper.effects import Effect, holm
 
-__all__ = ["Claim", "Condition", "Finding", "Verdict", "judged", "settled"]
+__all__ = ["Claim", "Condition", "Finding", "Verdict", "corrected", "judged", "settled"]
 
 Verdict = Literal["reproduced", "not reproduced", "only under ...", "not run"]
 # More conditions than this are counted rather than named.
@@ -72,9 +72,8 @@ class Finding:
         verdict: As its conditions say.
         reason: Which conditions hold, in words.
         ours: Our figure, with interval and n.
-        conditions: With p-values corrected by Holm's method within the claim.
+        conditions: With p-values corrected by Holm's method within the claim, see `corrected`.
         matched: The same with each optimizer at its own best learning rate, in words.
-        matched_effect: Its main number, where there is one.
     """
 
     claim: Claim
@@ -83,7 +82,6 @@ class Finding:
     ours: str
     conditions: Sequence[Condition]
     matched: str
-    matched_effect: Effect | None = field(default=None)
 
     @property
     def holding(self) -> list[str]:
@@ -91,34 +89,34 @@ class Finding:
         return [condition.under for condition in self.conditions if condition.state == "holds"]
 
 
+def corrected(conditions: Sequence[Condition]) -> list[Condition]:
+    """The same conditions, their p-values corrected together by Holm's method; for words, before `judged`."""
+    effects = holm([condition.effect for condition in conditions])
+    return [
+        replace(condition, effect=effect)
+        for condition, effect in zip(conditions, effects, strict=True)
+    ]
+
+
 def judged(
-    claim: Claim,
-    conditions: Sequence[Condition],
-    ours: str,
-    matched: str = "not run",
-    matched_effect: Effect | None = None,
+    claim: Claim, conditions: Sequence[Condition], ours: str, matched: str = "not run"
 ) -> Finding:
-    """Corrects the conditions' p-values together and gives the verdict.
+    """The verdict that follows from a claim's conditions.
 
     All hold: reproduced. None holds: not reproduced. Some: only under those that do. A condition
     that has no interval is left out and told; without any there is nothing to say.
 
     Args:
         claim: The claim.
-        conditions: All its parts.
+        conditions: All its parts; their p-values are corrected together, if they are not yet.
         ours: Our figure.
         matched: The counterpart at matched learning rates, in words.
-        matched_effect: Its main number.
     """
-    effects = holm([condition.effect for condition in conditions])
-    corrected = [
-        Condition(condition.under, effect, condition.threshold)
-        for condition, effect in zip(conditions, effects, strict=True)
-    ]
+    conditions = corrected(conditions)
     groups: dict[State, list[str]] = {"holds": [], "fails": [], "open": [], "not run": []}
-    for condition in corrected:
+    for condition in conditions:
         groups[condition.state].append(condition.under)
-    known = len(corrected) - len(groups["not run"])
+    known = len(conditions) - len(groups["not run"])
     verdict: Verdict
     if known == 0:
         verdict = "not run"
@@ -134,12 +132,12 @@ def judged(
         "open": "no clear difference: ",
         "not run": "fewer than two seeds: ",
     }
-    if not any(condition.effect.n for condition in corrected):
-        return Finding(claim, verdict, "", "not run", corrected, matched, matched_effect)
+    if not any(condition.effect.n for condition in conditions):
+        return Finding(claim, verdict, "", "not run", conditions, matched)
     reason = "; ".join(
-        words[state] + _listed(names, len(corrected)) for state, names in groups.items() if names
+        words[state] + _listed(names, len(conditions)) for state, names in groups.items() if names
     )
-    return Finding(claim, verdict, reason, ours, corrected, matched, matched_effect)
+    return Finding(claim, verdict, reason, ours, conditions, matched)
 
 
 def settled(finding: Finding) -> Finding:
