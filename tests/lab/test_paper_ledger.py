@@ -18,6 +18,7 @@ from truestep.lab.paper.evidence import Evidence, gather
 from truestep.lab.paper.experiments import EXPERIMENTS
 from truestep.lab.paper.images import Images
 from truestep.lab.paper.ledger import ledger, sensitivity
+from truestep.lab.paper.ledger_paths import a8
 from truestep.lab.paper.levels import distances
 from truestep.lab.paper.options import changed
 from truestep.lab.paper.plans_dasgd import BATCHES, DASGD_DATA
@@ -252,10 +253,10 @@ def test_paths_are_compared_at_equal_loss_too():
         if not item.variant.startswith("start")
     ]
     found = [(item, moved(item, 0.01)) for item in planned]
-    finding = asgd.a8(found)
+    finding = a8(found)
     assert "range 2.00 times SGD's" in finding.ours
     assert "SGD at 2 times the rate: range 1.00 times SGD's" in finding.matched
-    assert asgd.a8(found[:1]).matched == "not run"
+    assert a8(found[:1]).matched == "not run"
 
 
 def points_of(masks, steps):
