@@ -50,6 +50,7 @@ def test_every_field_tells_units_apart():
     others = {
         "data": "spirals", "optimizer": "asgd", "lr": 0.2, "first": 4, "replicas": 5, "steps": 7,
         "start": "torch", "eps": 2.0, "noise": 0.3, "shape": 0.8, "own_data": True,
+        "loss": "squared_error",
     }  # fmt: skip
     assert others.keys() == {field.name for field in dataclasses.fields(Points)}
     keys = {key(dataclasses.replace(unit, **{name: value})) for name, value in others.items()}
