@@ -64,6 +64,50 @@ def with_empty_hooks(task: Task) -> torch.optim.Optimizer:
     return with_hooks(task, lambda _args: nothing)
 
 
+def with_tensor_hooks(task: Task) -> torch.optim.Optimizer:
+    """What a layer's hooks cost where they wait at its output tensor instead of the node that made it."""
+
+    def at_tensor(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        output.register_hook(nothing)
+
+    for layer in task.model.modules():
+        if type(layer) in truestep.RULES:
+            layer.register_forward_hook(at_tensor)
+    return plain(task)
+
+
+def with_full_backward_hooks(task: Task) -> torch.optim.Optimizer:
+    """The same by `register_full_backward_hook`."""
+    for layer in task.model.modules():
+        if type(layer) in truestep.RULES:
+            layer.register_full_backward_hook(nothing)
+    return plain(task)
+
+
+class Passed(torch.autograd.Function):
+    """An operation that does nothing and could look at the gradient that passes it."""
+
+    @staticmethod
+    def forward(_context: Any, output: Tensor) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(_context: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def with_functions(task: Task) -> torch.optim.Optimizer:
+    """The same by an operation of our own behind each layer."""
+
+    def passed(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        return Passed.apply(output)
+
+    for layer in task.model.modules():
+        if type(layer) in truestep.RULES:
+            layer.register_forward_hook(passed)
+    return plain(task)
+
+
 def with_reading_hooks(task: Task) -> torch.optim.Optimizer:
     def make(args: tuple[Tensor]) -> Callable[..., None]:
         def read(gradients: tuple[Tensor]) -> None:
@@ -186,7 +230,14 @@ def measure(names: list[str], rounds: int) -> list[dict[str, Any]]:
 
 def per_layer(rounds: int) -> dict[str, float]:
     """Microseconds that a linear layer more, 8 by 8, costs in forward and backward pass."""
-    made = {"SGD": plain, "SGD, empty hooks": with_empty_hooks, "SGD, counter": watched}
+    made = {
+        "SGD": plain,
+        "SGD, empty hooks": with_empty_hooks,
+        "SGD, empty hooks at tensors": with_tensor_hooks,
+        "SGD, empty full backward hooks": with_full_backward_hooks,
+        "SGD, empty autograd functions": with_functions,
+        "SGD, counter": watched,
+    }
     built = {}
     for depth in DEPTHS:
         for candidate, make in made.items():

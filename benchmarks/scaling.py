@@ -6,11 +6,15 @@
 Each point is a multi-layer perceptron whose training step under AdaptiveBatchSGD takes turns with SGD's. The
 seconds beyond SGD's and SGD's own seconds are fitted by a power of batch, width or depth, the others held:
 least squares on logarithms, with the 95 % interval of the exponent. An exponent below SGD's means that
-the ratio falls as the model grows. One thread.
+the ratio falls as the model grows. All points together are fitted by what counting does, so that the cost of
+other models can be told beforehand: so much for each layer, for each number that a layer takes or whose
+gradient it gets, and for each weight and 64 samples. One thread.
 """
 
 import argparse
 import json
+import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,7 @@ import pandas as pd
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from scipy import stats
+from scipy import optimize, stats
 
 from candidates import CANDIDATES
 from tasks import mlp
@@ -36,14 +40,19 @@ RANGES = {
 }
 
 
+def layers_of(varied: str, value: int) -> tuple[list[int], int]:
+    """A model's widths, and its batch."""
+    sizes = BASE | {varied: value}
+    return [784, *[sizes["width"]] * sizes["depth"], 10], sizes["batch"]
+
+
 def measure(varied: str, value: int, rounds: int) -> list[dict[str, Any]]:
     """One row for each round."""
-    sizes = BASE | {varied: value}
-    layers = [784, *[sizes["width"]] * sizes["depth"], 10]
+    layers, batch = layers_of(varied, value)
     steps = []
     for name in ("AdaptiveBatchSGD", "SGD"):
         torch.manual_seed(0)
-        steps.append(CANDIDATES[name](mlp(*layers, batch=sizes["batch"])))
+        steps.append(CANDIDATES[name](mlp(*layers, batch=batch)))
     turns = zip(*take_turns(*steps, rounds), strict=True)
     return [{"varied": varied, "value": value, "own": own, "sgd": sgd} for own, sgd in turns]
 
@@ -78,6 +87,24 @@ def exponents(table: pd.DataFrame) -> pd.DataFrame:
             row[what], row[f"{what}_interval"] = fit(points["value"], points[what])
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def parts(table: pd.DataFrame) -> tuple[dict[str, float], "pd.Series[float]"]:
+    """Seconds of each thing that counting does, and by what factor they miss each point.
+
+    None is negative; the squares of relative errors are least.
+    """
+    rows = []
+    for varied, value in zip(table["varied"], table["value"], strict=True):
+        layers, batch = layers_of(varied, value)
+        pairs = list(pairwise(layers))
+        numbers = batch * sum(inputs + outputs for inputs, outputs in pairs)
+        weights = math.ceil(batch / 64) * sum(inputs * outputs for inputs, outputs in pairs)
+        rows.append({"layer": len(pairs), "number": numbers, "weight": weights})
+    work = pd.DataFrame(rows, index=table.index)
+    relative = work.div(table["beyond"], axis=0)
+    seconds, _ = optimize.nnls(relative.to_numpy(), np.ones(len(relative)))
+    return dict(zip(work.columns, seconds, strict=True)), relative @ seconds
 
 
 def draw(table: pd.DataFrame) -> Figure:
@@ -121,6 +148,17 @@ def markdown(results: dict[str, Any]) -> str:
             f"| {row.varied} | {row.sgd:.2f} ± {row.sgd_interval:.2f} "
             f"| {row.beyond:.2f} ± {row.beyond_interval:.2f} |"
         )
+    cost, missed = parts(table)
+    errors = (missed - 1).abs()
+    lines += [
+        "",
+        (
+            f"All points together: {cost['layer'] * 1e6:.0f} us for each layer, "
+            f"{cost['number'] * 1e9:.3f} ns for each number that it takes or whose gradient it gets, and "
+            f"{cost['weight'] * 1e9:.3f} ns for each weight and 64 samples. These miss the seconds beyond "
+            f"SGD by {100 * errors.median():.0f} % (median; at most {100 * errors.max():.0f} %)."
+        ),
+    ]
     lines += ["", "| varied | value | SGD, ms | beyond, ms | ratio | quartiles |"]
     lines.append("|---|---:|---:|---:|---:|---:|")
     lines += [

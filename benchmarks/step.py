@@ -12,6 +12,7 @@ slow enough to disturb their neighbours, so each has a block of its own beside S
 import argparse
 import json
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,33 @@ def of_steps_alone(rounds: int) -> Iterator[Row]:
             )
             found = compare(pairs, rounds)
             yield {"task": what, "candidate": "DASGD", "baseline": baseline, **found}
+
+
+def of_many_counted(rounds: int) -> Iterator[Row]:
+    """AdaptiveBatchSGD's step, with its counts, for 250 layers of 10 by 10."""
+
+    def optimizer(make: Any) -> torch.optim.Optimizer:
+        model = nn.Sequential(*[nn.Linear(10, 10) for _ in range(250)])
+        made = make(model)
+        model(torch.randn(64, 10)).sum().backward()
+        return made
+
+    def own(model: nn.Module) -> torch.optim.Optimizer:
+        counter = truestep.SampleCounter(model)
+        return truestep.AdaptiveBatchSGD(model.parameters(), lr=LR, counter=counter)
+
+    for name in ("fused", "foreach"):
+        options = {name: True}
+        pairs = (
+            (
+                optimizer(own).step,
+                optimizer(lambda m, o=options: torch.optim.SGD(m.parameters(), LR, **o)).step,
+            )
+            for _ in range(PLACES)
+        )
+        found = compare(pairs, rounds)
+        task = "500 parameters of 10 and 100"
+        yield {"task": task, "candidate": "AdaptiveBatchSGD", "baseline": f"SGD, {name}", **found}
 
 
 def of_memory(tasks: list[str], *, peers: bool) -> Iterator[Row]:
@@ -158,7 +186,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         torch.set_num_threads(int(threads))
         print(f"\n{threads} threads, {arguments.rounds} rounds")
         blocks = results["threads"][threads] = {}
-        run("Step alone", of_steps_alone(arguments.rounds), blocks)
+        alone = chain(of_steps_alone(arguments.rounds), of_many_counted(arguments.rounds))
+        run("Step alone", alone, blocks)
         run("Training step", of_training(tasks, arguments.rounds), blocks)
         if arguments.peers:
             run("aSGD by other libraries", of_peers(tasks), blocks)

@@ -3,7 +3,9 @@
 import importlib.metadata
 import os
 import platform
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -47,6 +49,7 @@ def machine() -> dict[str, str | int]:
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     versions = {name: version(name) for name in ("truestep", "torch", "numba", "numpy")}
     return {
+        "command": shlex.join(["python", *sys.argv]),
         "cpu": names[0] if names else platform.processor(),
         "cores": os.cpu_count() or 0,
         "python": platform.python_version(),
@@ -63,4 +66,5 @@ def version(package: str) -> str:
 
 def machine_line(found: dict[str, str | int]) -> str:
     versions = ", ".join(f"{name} {found[name]}" for name in ("python", "torch", "numba", "numpy"))
-    return f"{found['cpu']}, {found['cores']} cores; {versions}"
+    by = f" by `{found['command']}`" if "command" in found else ""
+    return f"{found['cpu']}, {found['cores']} cores{by}; {versions}"

@@ -1,5 +1,6 @@
 """Counting and correcting, or counting and stepping, of many parameters in one compiled pass."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,10 @@ from truestep.combine import Counts
 from truestep.kernels import stepping
 from truestep.kernels.stepping import Entry, Options, Table
 
-__all__ = ["Pass"]
+__all__ = ["Found", "Pass"]
+
+# The samples that reach a parameter, and N; None where its gradient stays as it is.
+Found = tuple[Activity, int | Tensor] | None
 
 # Larger parameters get a call of their own, so that what is made for them is not held together.
 LARGE = 1 << 20
@@ -46,10 +50,15 @@ class Pass:
         """Whether compiled loops can go over a parameter, its gradient and its buffer."""
         return stepping.takes(*tensors)
 
+    @staticmethod
+    def takes_all(gradients: Sequence[Tensor], parameters: Sequence[Tensor]) -> bool:
+        """Whether compiled loops can go over all of several parameters and their gradients."""
+        return stepping.takes_all(gradients, parameters)
+
     def add(
         self,
         gradient: Tensor,
-        found: tuple[Activity, int | Tensor] | None,
+        found: Found,
         parameter: Tensor | None = None,
         buffer: Tensor | None = None,
         *,
@@ -67,9 +76,7 @@ class Pass:
         entries, size = self._entries(gradient, found)
         of = 0 if parameter is None else parameter.data_ptr()
         by = 0 if buffer is None else buffer.data_ptr()
-        table = self._tables.get(gradient.dtype)
-        if table is None:
-            table = self._tables[gradient.dtype] = Table(gradient.element_size())
+        table = self._table(gradient)
         elements = table.add((gradient.data_ptr(), of, by), fresh, size, entries)
         self._held.append((gradient, found, entries))
         self._changed.append(gradient if parameter is None else parameter)
@@ -78,9 +85,26 @@ class Pass:
         if elements >= LARGE:
             self.run()
 
-    def _entries(
-        self, gradient: Tensor, found: tuple[Activity, int | Tensor] | None
-    ) -> tuple[list[Entry], int]:
+    def add_all(
+        self, gradients: Sequence[Tensor], found: Iterable[Found], parameters: Sequence[Tensor]
+    ) -> None:
+        """`add` of several parameters that `takes_all`, each with its gradient and no buffer."""
+        for gradient, each, parameter in zip(gradients, found, parameters, strict=True):
+            entries, size = self._entries(gradient, each)
+            addresses = gradient.data_ptr(), parameter.data_ptr(), 0
+            elements = self._table(gradient).add(addresses, 0, size, entries)
+            self._held.append((gradient, each))
+            self._changed.append(parameter)
+            if elements >= LARGE:
+                self.run()
+
+    def _table(self, gradient: Tensor) -> Table:
+        table = self._tables.get(gradient.dtype)
+        if table is None:
+            table = self._tables[gradient.dtype] = Table(gradient.element_size())
+        return table
+
+    def _entries(self, gradient: Tensor, found: Found) -> tuple[list[Entry], int]:
         if found is None:
             return [Entry(1, gradient.numel())], 1  # no sample: a factor of 1
         activity, size = found

@@ -13,20 +13,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.sgd import sgd
 
-from truestep.activity import Activity
 from truestep.counter import SampleCounter
 from truestep.distributed import local
 from truestep.errors import TruestepError
-from truestep.fused import Pass
+from truestep.fused import Found, Pass
 from truestep.hooks import uncompiled
 from truestep.kernels import boosting
 from truestep.kernels.stepping import Options
 from truestep.update import boosted, mean_effective
 
 __all__ = ["DASGD", "AdaptiveBatchSGD"]
-
-# The samples that reach a parameter and N; None where its gradient stays as it is.
-Found = tuple[Activity, int | Tensor] | None
 
 # Where the state keeps the gradient of one step before.
 PREVIOUS = "previous_gradient"
@@ -290,30 +286,24 @@ class AdaptiveBatchSGD(Optimizer):
     def _update(
         self, group: dict[str, Any], params: list[Tensor], reached: Iterable[Found]
     ) -> None:
-        """Takes the step of one group: what compiled loops take with the counting in one pass."""
+        """Takes the step of one group, with the counting in one compiled pass where that takes all of it."""
         whole = Pass(_options(group))
-        others: list[tuple[Tensor, Found]] = []
-        usual = not (group["momentum"] or group["foreach"])
-        for parameter, found in zip(params, reached, strict=True):
-            gradient: Any = parameter.grad
-            if usual and whole.takes(gradient, parameter):
-                whole.add(gradient, found, parameter)
-            else:
-                others.append((parameter, found))
-        if others:
-            self._update_others(group, others, whole)
-        else:
+        gradients: list[Any] = [parameter.grad for parameter in params]
+        if not (group["momentum"] or group["foreach"]) and whole.takes_all(gradients, params):
+            whole.add_all(gradients, reached, params)
             whole.run()
+        else:
+            self._update_singly(group, zip(params, reached, strict=True), whole)
 
     @torch.no_grad()
-    def _update_others(
-        self, group: dict[str, Any], others: list[tuple[Tensor, Found]], whole: Pass
+    def _update_singly(
+        self, group: dict[str, Any], found_for: Iterable[tuple[Tensor, Found]], whole: Pass
     ) -> None:
-        """The same of parameters with a buffer of momentum, or parts on other ranks, or only for torch."""
+        """The same where some have a buffer of momentum, or parts on other ranks, or are only for torch."""
         plain: list[Tensor] = []
         directions: list[Tensor] = []
         begun: list[tuple[dict[str, Any], Tensor]] = []
-        for parameter, found in others:
+        for parameter, found in found_for:
             gradient: Any = parameter.grad
             state = self.state[parameter] if group["momentum"] else {}
             buffer = state.get("momentum_buffer")

@@ -75,8 +75,9 @@ CLAIMS = {
             "output, equally many within a layer.",
             "+5 and +3; probability 0.2 and 0.12 in the last hidden layer",
             "as A4, at the end of training; nodes with z <= 0 for all 128 training samples",
-            "at least half as many more as in the paper; more in the last hidden layer than in the "
-            "first; each node within 0.05 of its layer's mean probability",
+            "at least half as many more as in the paper; more of them the nearer a hidden layer is to "
+            "the output, by the slope over the five; each node within 0.05 of its layer's mean "
+            "probability",
         ),
         Claim(
             "A7",
