@@ -5,11 +5,14 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 from papers_made_up import COMMAND, VERSIONS, fill
 from papers_made_up import record as made_up_record
 
 from truestep import TruestepError, cli
+from truestep.lab.paper import figures_more, figures_small
 from truestep.lab.paper import page as page_module
 from truestep.lab.paper.claims import CLAIMS
 from truestep.lab.paper.evidence import gather
@@ -136,6 +139,55 @@ def test_tables_have_the_papers_number_and_the_difference(written):
     assert "0.5783 ± 0.1189" in text
     assert "Table 1, at the lowest test loss of each training, as in the paper" in text
     assert "Table 2, at the lowest validation loss of each training" in text
+
+
+def test_figures_of_stand_ins_say_what_they_are(written):
+    *_, markdown, _ = written
+    captions = {
+        letter: re.search(rf"### DA-SGD Figure {letter}.*\n(?:.*\n){{0,4}}", markdown)[0]
+        for letter in ("4", "5a", "5b", "5c")
+    }
+    said = {letter: "compared with published figures" in c for letter, c in captions.items()}
+    assert said == {"4": True, "5a": False, "5b": True, "5c": True}
+    assert "quickdraw10 (other classes)" in captions["5c"]
+
+
+def test_intervals_of_what_helps_stay_in_their_panels():
+    # Two seeds whose spreads differ this much have an interval that begins far under 0.
+    curves = pd.DataFrame(
+        [
+            ("help: alone", "sgd", seed, epoch, 0.3, 0.3 + wave * (epoch % 2), 0.9)
+            for seed, wave in enumerate((0.001, 0.3))
+            for epoch in range(20)
+        ],
+        columns=[
+            *("variant", "optimizer", "seed", "epoch"),
+            *("validation_loss", "test_loss", "test_accuracy"),
+        ],
+    )
+    for axes in figures_more.stabilised(curves).axes:
+        low, high = axes.get_xlim()
+        ends = [
+            end for bar in axes.collections for part in bar.get_segments() for end in part[:, 0]
+        ]
+        assert ends
+        assert low < min(ends) <= max(ends) < high
+        assert axes.get_xlabel()
+
+
+@pytest.mark.parametrize("dummy", [None, 0, 1])
+def test_the_dummy_node_is_marked(dummy):
+    active = np.ones((4, 2))
+    if dummy is not None:
+        active[:, dummy] = -1
+    arrays = dict.fromkeys(("z3", "a3", "delta3", "db3", "dw4", "points"), active)
+    arrays |= {"w4": active[:1], "delta4": active[:, :1], "labels": np.array([0, 1, 0, 1])}
+    _, network = figures_small.network(arrays).axes
+    marks = [text.xy for text in network.texts if text.get_text() == "dummy"]
+    assert len(marks) == (dummy is not None)
+    for draw in (figures_small.backpropagation, figures_small.gradients):
+        rows = [axes.get_ylabel() for axes in draw(arrays).axes if axes.get_ylabel()]
+        assert [row.startswith("dummy node") for row in rows] == [dummy == 0, dummy == 1]
 
 
 def test_writing_twice_gives_the_same_files(tmp_path):

@@ -27,7 +27,6 @@ LOOKS = styles(["asgd", "sgd"])
 NAMES = {"asgd": "aSGD", "sgd": "SGD"}
 # SGD at a learning rate that is not its own.
 BORROWED = "#56b4e9"
-ROOM = 2.0  # percent of the parameters
 
 
 class Setting(NamedTuple):
@@ -96,7 +95,6 @@ def accuracy_and_size(table: pd.DataFrame) -> Figure:
         plain_axes(axes)
         axes.grid(axis="x", color=GRID, linewidth=0.6)
         axes.set_title(data, loc="left", fontsize=9, color=INK)
-        lowest = 100.0 - ROOM
         for key, setting in settings(table, data).items():
             if key not in marks or not len(setting.rows):
                 continue
@@ -109,8 +107,6 @@ def accuracy_and_size(table: pd.DataFrame) -> Figure:
                 color=colour, linewidth=1.2,
             )  # fmt: skip
             axes.plot(left.mean(), accuracy.mean(), marker, color=colour, markersize=8)
-            lowest = min(lowest, float(left.min()) - ROOM)
-        axes.set_xlim(lowest, 100.0 + ROOM / 2)
     figure.supxlabel("parameters left, %", fontsize=9, color=INK)
     figure.supylabel("test accuracy, %", fontsize=9, color=INK)
     explain(

@@ -1,6 +1,7 @@
 """Figures of trainings on images: aSGD Figure 8, DA-SGD Figures 3-5, and what goes beyond them."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -37,8 +38,10 @@ NAMES = {"sgd": "SGD", "asgd": "aSGD", "dasgd": "DA-SGD"}
 # From light to dark, for learning rates of one optimizer.
 SHADES = {
     "asgd": ("#f7b77e", "#f08a3c", "#d55e00", "#8f3f00"),
-    "sgd": ("#b9cfe4", "#8db4d6", "#5f97c6", "#3478b0", "#1d5c93", "#0f4472", "#062b4b"),
+    "sgd": ("#b3dced", "#7cc4e4", "#3fa3d6", "#1f7ab8", "#3a4fa8", "#3b2a85", "#1c0f4a"),
 }
+# Beside a shade, for those that lie close together.
+DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 
 
 def learning_curves(curves: pd.DataFrame, cells: Sequence[tuple[str, float]]) -> Figure:
@@ -58,13 +61,13 @@ def learning_curves(curves: pd.DataFrame, cells: Sequence[tuple[str, float]]) ->
         for name in ("asgd", "sgd"):
             own = [lr for optimizer, lr in cells if optimizer == name]
             shades = _spread(SHADES[name], len(own))
-            for lr, colour in zip(own, shades, strict=True):
+            for lr, colour, style in zip(own, shades, cycle(DASHES), strict=False):
                 part = curves[(curves["optimizer"] == name) & np.isclose(curves["lr"], lr)]
                 if not len(part):
                     continue
-                line = _mean_and_band(axes, part, column, colour)
+                line = _mean_and_band(axes, part, column, colour, style)
                 tops.append(line)
-                marks[f"{NAMES[name]} {lr:g}"] = Line2D([], [], color=colour, linewidth=2)
+                marks[f"{NAMES[name]} {lr:g}"] = Line2D([], [], color=colour, linestyle=style)
         _limit(axes, tops, column)
     figure.supxlabel("epoch", fontsize=9, color=INK)
     _explain(figure, marks, 6)
@@ -170,7 +173,8 @@ def contestants(curves: pd.DataFrame, size: int) -> Iterable[tuple[str, str, Any
         "dasgd": (COLOURS["dasgd"], "-"),
         "momentum 0.5": (COLOURS["momentum"], "--"),
         "momentum 0.9": (COLOURS["momentum"], "-"),
-        "nesterov 0.9": (COLOURS["nesterov"], "-"),
+        # Lies on momentum 0.9, which shows in its wide gaps.
+        "nesterov 0.9": (COLOURS["nesterov"], (0, (4, 4))),
     }
     for name, (colour, style) in looks.items():
         rows = curves[curves["optimizer"] == name]
@@ -241,7 +245,7 @@ def _two() -> dict[str, Line2D]:
 def _explain(figure: Figure, marks: Mapping[str, Line2D], columns: int) -> None:
     figure.legend(
         list(marks.values()), list(marks), loc="outside upper left", ncols=columns,
-        frameon=False, fontsize=8, labelcolor=INK, columnspacing=1.2,
+        frameon=False, fontsize=8, labelcolor=INK, columnspacing=1.2, handlelength=2.8,
     )  # fmt: skip
 
 

@@ -1,6 +1,5 @@
 """Figures that the papers don't have: the premise, stability late in training, Table 1's level."""
 
-import math
 from typing import Any
 
 import numpy as np
@@ -8,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from truestep.lab.panels import INK, PAPER, plain_axes, set_log_x, set_log_y, styles
+from truestep.lab.panels import GRID, INK, PAPER, plain_axes, set_log_x, set_log_y, styles
 from truestep.lab.paper.effects import mean
 from truestep.lab.paper.plans_asgd import STABILISED
 from truestep.lab.paper.premise import SIZES
@@ -21,8 +20,8 @@ NAMES = {"asgd": "aSGD", "sgd": "SGD"}
 SHADES = ("#b9cfe4", "#8db4d6", "#5f97c6", "#3478b0", "#1d5c93", "#0f4472", "#062b4b")
 # The last part of training is the last fifth of its epochs.
 LATE = 0.8
-MOST_TICKS = 5
-TICKS = [step * 10.0**k for k in range(-5, 2) for step in (1, 1.5, 2, 3, 4, 5, 6, 8)]
+# Spreads under this are on the linear part of their axis, which shows 0 as well.
+LINEAR_TO = 0.001
 
 
 def premise(found: list[Found]) -> Figure:
@@ -110,31 +109,35 @@ def stabilised(curves: pd.DataFrame) -> Figure:
     helps = ["alone", "early stopping", *list(STABILISED)[1:]]
     figure = Figure(figsize=(8.0, 3.8), layout="constrained", facecolor=PAPER)
     grid = figure.subplots(1, 3, sharey=True)
+    # Before anything is drawn: margins are made on the scale that an axis has by then.
+    grid[0].set_xscale("symlog", linthresh=LINEAR_TO, linscale=0.5)
+    grid[0].xaxis.set_major_formatter("{x:g}")
     columns = {
-        "spread": "spread of the test loss, late",
-        "final": "test loss at the end",
-        "lowest": "test loss, chosen on validation",
+        "spread": (
+            "spread of the test loss, late",
+            f"standard deviation,\nlogarithmic above {LINEAR_TO}",
+        ),
+        "final": ("test loss at the end", "test loss"),
+        "lowest": ("test loss, chosen on validation", "test loss"),
     }
-    for axes, (column, title) in zip(grid, columns.items(), strict=True):
+    for axes, (column, (title, label)) in zip(grid, columns.items(), strict=True):
         plain_axes(axes)
+        axes.grid(axis="x", color=GRID, linewidth=0.6)
+        axes.set_xlabel(label, fontsize=8, color=INK)
         axes.set_title(title, loc="left", fontsize=9, color=INK)
         for shift, name in ((-0.15, "asgd"), (0.15, "sgd")):
             for place, help_ in enumerate(helps):
                 rows = table[(table["help"] == help_) & (table["optimizer"] == name)]
                 effect = mean(column, rows[column].dropna())
                 if effect.n:
+                    # Of few trainings an interval can go beyond what there is.
                     spread = np.nan_to_num(
-                        [[effect.mean - effect.low], [effect.high - effect.mean]]
+                        [[effect.mean - max(effect.low, 0)], [effect.high - effect.mean]]
                     )
                     axes.errorbar(
                         effect.mean, place + shift, xerr=spread, color=LOOKS[name].colour,
                         marker=LOOKS[name].marker, markersize=5, capsize=2,
                     )  # fmt: skip
-        seen = table[column].dropna()
-        if len(seen):
-            low, high = float(seen.min()), float(seen.max())
-            ticks = [tick for tick in TICKS if low / 1.1 <= tick <= high * 1.1]
-            set_log_x([axes], [low, high], ticks=ticks[:: math.ceil(len(ticks) / MOST_TICKS) or 1])
         axes.set_yticks(range(len(helps)), helps)
     grid[0].invert_yaxis()
     marks = [

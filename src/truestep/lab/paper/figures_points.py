@@ -18,7 +18,8 @@ LOOKS = styles(["asgd", "sgd"])
 COLOURS = {name: LOOKS[name].colour for name in ("asgd", "sgd")}
 NAMES = {"asgd": "aSGD", "sgd": "SGD"}
 DATA = ("circles", "spirals")
-POSITIVE, NEGATIVE = "#0072b2", "#d55e00"
+# The classes; neither is the colour of an optimizer in the panel beside them.
+CLASSES = {1: ("positive class", "#0072b2"), 0: ("negative class", "#cc79a7")}
 NODES = sum(HIDDEN)
 MOST_BARS = 51
 
@@ -34,11 +35,15 @@ def steps(points: pd.DataFrame) -> Figure:
     for axes, data in zip(left, DATA, strict=True):
         plain_axes(axes)
         (inputs, labels), _ = make_data(data, 0, noise=0, shape=0)
-        for label, colour in ((1, POSITIVE), (0, NEGATIVE)):
+        for label, (name, colour) in CLASSES.items():
             x, y = inputs[labels == label].T
-            axes.scatter(x, y, s=7, color=colour, linewidths=0)
+            axes.scatter(x, y, s=7, color=colour, linewidths=0, label=name)
         axes.set_aspect("equal")
         axes.set_title(f"(a) {data}", loc="left", fontsize=9, color=INK)
+    figure.legend(
+        *left[0].get_legend_handles_labels(), loc="outside upper left", ncols=len(CLASSES),
+        frameon=False, fontsize=8, labelcolor=INK, markerscale=2,
+    )  # fmt: skip
     _boxes(right, points, "steps")
     right.set_title("(b) steps to the end", loc="left", fontsize=9, color=INK)
     return figure

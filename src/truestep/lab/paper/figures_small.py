@@ -15,9 +15,11 @@ from truestep.lab.paper.unit import Arrays
 
 __all__ = ["backpropagation", "gradients", "network", "trajectories"]
 
-# As in the paper: red is positive, blue negative, grey 0.
+# The paper has red, blue and grey; orange for red can be told from blue by colour-blind readers too.
 POSITIVE, NEGATIVE, ZERO = "#d55e00", "#0072b2", "#aaaaaa"
 LAYERS = 3
+# L3, whose dummy node the panels were chosen for.
+DUMMY_LAYER = 2
 TIMES = "\N{MULTIPLICATION SIGN}"
 # Figure 4 gives each parameter a colour of its own, the same under both optimizers.
 LINE_COLOURS = (
@@ -51,11 +53,19 @@ def network(arrays: Arrays) -> Figure:
         for layer, count in enumerate(WIDTHS)
         for node in range(count)
     }
+    dummies = _dummies(arrays)
     for (layer, node), place in places.items():
         for following in range(WIDTHS[layer + 1] if layer < LAYERS else 0):
             x, y = zip(place, places[layer + 1, following], strict=True)
             right.plot(x, y, color=FAINT, linewidth=1, zorder=1)
         right.scatter(place[0], place[1], s=420, color=GRID, edgecolors=INK, zorder=2)
+        if layer == DUMMY_LAYER and dummies[node]:
+            right.scatter(
+                place[0], place[1], s=750, color="none", edgecolors=INK, linestyles="--", zorder=2
+            )
+            right.annotate(
+                "dummy", (place[0], place[1] - 0.55), ha="center", fontsize=8, color=INK, zorder=3
+            )
         name = f"x{node + 1}" if layer == 0 else f"a{node + 1}"
         right.annotate(name, place, ha="center", va="center", fontsize=8, color=INK, zorder=3)
     for layer in range(len(WIDTHS)):
@@ -148,7 +158,9 @@ def _panels(
     columns = len(rows[0])
     figure = Figure(figsize=(8.0, 1.95 * len(rows) + 0.4), layout="constrained", facecolor=PAPER)
     grid = figure.subplots(len(rows), columns, sharex=True, sharey=True)
-    for line, row in zip(grid, rows, strict=True):
+    for node, (line, row) in enumerate(zip(grid, rows, strict=True)):
+        kind = "dummy node" if _dummies(arrays)[node] else "node"
+        line[0].set_ylabel(f"{kind} {node + 1} of L3", fontsize=9, color=INK)
         for column, (axes, (label, values)) in enumerate(zip(line, row, strict=True)):
             _signed(axes, arrays["points"], values)
             axes.set_xlabel(label, fontsize=10, color=INK)
@@ -163,6 +175,11 @@ def _panels(
         list(marks), loc="outside upper left", ncols=3, frameon=False, fontsize=8, labelcolor=INK,
     )  # fmt: skip
     return figure
+
+
+def _dummies(arrays: Arrays) -> list[bool]:
+    """Which nodes of L3 are true dummies: no sample activates them."""
+    return [bool((inputs <= 0).all()) for inputs in arrays["z3"].T]
 
 
 def _signed(axes: Axes, points: NDArray[Any], values: NDArray[Any]) -> None:
