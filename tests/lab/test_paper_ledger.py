@@ -355,7 +355,7 @@ def test_the_level_is_nearest_where_the_paper_is_copied():
     planned = [
         item
         for item in EXPERIMENTS["asgd-mnist"].units("paper", 1)
-        if item.variant.startswith("level: 10,000 images, start glorot")
+        if not item.variant or item.variant.startswith("level: 10,000 images, start glorot")
     ]
     curves = of_curves([(item, record(item.unit)) for item in planned])
     paper = TABLE_1 | TABLE_2
@@ -365,8 +365,9 @@ def test_the_level_is_nearest_where_the_paper_is_copied():
             curves.loc[rows, column] = value
     table = distances(curves)
     assert table["distance"].max() == pytest.approx(0.0, abs=1e-4)
-    assert table["asgd"].to_list() == pytest.approx([0.1922] * 9)
-    assert len(table) == 9
+    assert table["asgd"].to_list() == pytest.approx([0.1922] * 18)
+    settings_found = ["50,000 images, start glorot_uniform", "10,000 images, start glorot_uniform"]
+    assert table["setting"].to_list() == [name for name in settings_found for _ in range(9)]
     assert dict(BATCHES)[256] == 0.007
 
 

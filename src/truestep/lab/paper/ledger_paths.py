@@ -47,17 +47,18 @@ def a8(trajectories: Sequence[Found]) -> Finding:
 def _at_equal_loss(records: Sequence[Record]) -> str:
     """Distances beside SGD at the rate whose last training loss is nearest to aSGD's.
 
-    The rate is chosen on the first half of the starts, distances are compared on the other.
+    The rate is chosen on the first half of the starts, distances are compared on the other. Of losses the
+    median counts: trainings that got stuck would decide the mean.
     """
     if len(records) < 2:  # noqa: PLR2004 - nothing to choose from
         return "not run"
     half = records[0].settings["replicas"] // 2
     ours = records[0].outcome.arrays
-    loss = np.nanmean(ours["asgd loss"][:half, -1].astype(float))
+    loss = np.nanmedian(ours["asgd loss"][:half, -1].astype(float))
 
     def distance(record: Record) -> float:
         theirs = record.outcome.arrays["sgd loss"][:half, -1].astype(float)
-        return abs(float(np.nanmean(theirs) - loss))
+        return abs(float(np.nanmedian(theirs) - loss))
 
     nearest = min(records, key=distance)
     factor = nearest.settings.get("sgd_factor", 1)
@@ -67,7 +68,7 @@ def _at_equal_loss(records: Sequence[Record]) -> str:
     ]
     effect = mean("range", (ranges[0] - ranges[1]).mean(1))
     return (
-        f"at equal training loss, SGD at {factor:g} times the rate: range "
+        f"at equal training loss (median), SGD at {factor:g} times the rate: range "
         f"{ranges[0].mean() / ranges[1].mean():.2f} times SGD's, {difference(effect)} further"
     )
 

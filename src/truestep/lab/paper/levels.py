@@ -21,6 +21,7 @@ Means = dict[tuple[str, float], dict[str, float]]
 EPOCHS = 500
 # Steps of an epoch that are looked at; 64 is the end of the trainings.
 EPOCH_STEPS = (2, 4, 8, 12, 16, 24, 32, 48, 64)
+ALL_IMAGES = 50_000  # of the main protocol, which is read at the same numbers of steps
 COLUMNS = ("train_accuracy", "train_loss", "test_accuracy", "test_loss")
 
 
@@ -37,9 +38,12 @@ def distances(curves: pd.DataFrame) -> pd.DataFrame:
         rows alone), ``asgd`` and ``sgd`` (our test loss where the paper is tuned).
     """
     rows = []
-    chosen = curves[curves["variant"].str.startswith("level")]
+    chosen = curves[(curves["variant"] == "") | curves["variant"].str.startswith("level")]
     for setting, part in chosen.groupby("variant", sort=False):
-        per_epoch = math.ceil(part["train"].iloc[0] / part["batch_size"].iloc[0])
+        images = int(part["train"].iloc[0]) or ALL_IMAGES
+        label = str(setting).removeprefix("level: ")
+        label = label or f"{images:,} images, start {part['start'].iloc[0]}"
+        per_epoch = math.ceil(images / part["batch_size"].iloc[0])
         for steps in EPOCH_STEPS:
             lowest = best(part[part["epoch"] * per_epoch <= EPOCHS * steps], "test_loss")
             means = cast(
@@ -47,7 +51,7 @@ def distances(curves: pd.DataFrame) -> pd.DataFrame:
             )
             rows.append(
                 {
-                    "setting": str(setting).removeprefix("level: "),
+                    "setting": label,
                     "steps": steps,
                     "distance": _distance(means, ("asgd", "sgd")),
                     "distance asgd": _distance(means, ("asgd",)),

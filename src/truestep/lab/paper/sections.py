@@ -199,13 +199,14 @@ def _mnist(evidence: Evidence) -> Iterator[Drawing]:
             protocol,
             curves.learning_curves(table, cells),
         )
-    if evidence.mnist["variant"].str.startswith("level").any():
+    levels = evidence.mnist[evidence.mnist["variant"].str.startswith("level")]
+    if len(levels):
         yield Drawing(
             "asgd-level",
             "Which setting gives the paper's level",
             "Root mean square distance of our means to the entries of Tables 1 and 2, in the paper's "
             "standard deviations, for trainings on fewer images read after 500 epochs of so many "
-            "steps; at the lowest test loss, as in the paper; 2 seeds.",
+            f"steps; at the lowest test loss, as in the paper; {_seeds(levels)}.",
             more.level(distances(evidence.mnist)),
         )
 
