@@ -1,5 +1,6 @@
 """Compiled loops and their twins in torch operations give the same, to the bit."""
 
+import importlib
 import math
 
 import pytest
@@ -91,6 +92,15 @@ def test_packing_what_is_off_its_mean_equals_its_twin(
         assert packing.off_mean(values, means).all()
     else:
         assert torch.equal(found, expected)
+
+
+def test_tables_have_the_columns_that_loops_read():
+    fields = importlib.import_module("truestep.kernels.loops.fields")
+    names = [name.upper() for name in stepping.Entry._fields]
+    before = fields.FIELDS - len(names)
+    assert [getattr(fields, name) for name in names] == list(range(before, fields.FIELDS))
+    assert stepping.FIELDS == fields.FIELDS
+    assert packing.PACK_FIELDS == importlib.import_module("truestep.kernels.loops.pack").FIELDS
 
 
 def test_packing_takes_any_stride():

@@ -204,8 +204,8 @@ class Database:
             )
         return TruestepError(
             f"{self.path} is damaged ({reason}). It was moved to {aside}, from which "
-            f"`sqlite3 {aside.name} .recover` may save {self._layout.contents}; give the same "
-            "command again to start a new file."
+            f"`sqlite3 {aside.name} .recover` may save {self._layout.contents}; the next "
+            "run starts a new file."
         )
 
 
