@@ -263,7 +263,7 @@ def test_a_damaged_file_is_moved_aside(path):
     for number in (1, 2):
         fill(path)
         content = damage(path)
-        with pytest.raises(TruestepError, match=rf"moved to .*corrupt-{number}.*same command"):
+        with pytest.raises(TruestepError, match=rf"moved to .*corrupt-{number}.*next run starts"):
             Store(path)
         assert path.with_name(f"results.db.corrupt-{number}").read_bytes() == content
         assert not path.exists()
