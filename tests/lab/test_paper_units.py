@@ -122,8 +122,8 @@ def test_impossible_options_say_what_is_possible(text, complaint):
 
 
 def test_options_of_other_experiments_are_refused():
-    with pytest.raises(TruestepError, match="has no option loss"):
-        changed(EXPERIMENTS["asgd-synthetic"].units("smoke"), {"loss": "squared_error"})
+    with pytest.raises(TruestepError, match="has no option output"):
+        changed(EXPERIMENTS["asgd-synthetic"].units("smoke"), {"output": "softmax"})
 
 
 def test_circles_and_spirals_are_what_they_say():
