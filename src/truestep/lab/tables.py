@@ -15,6 +15,8 @@ __all__ = ["Column", "Row", "columns", "plain", "sorted_rows", "table", "with_in
 Row = Mapping[str, Any]
 
 DECIMALS = 4
+# Numbers from here on have four digits without decimals.
+WHOLE = 1000
 
 
 @dataclass(frozen=True)
@@ -163,12 +165,13 @@ def with_interval(mean: float, low: float, high: float) -> str:
     Example:
         >>> with_interval(0.98765, 0.93245, 1.04285), with_interval(0.98765, 0.98731, 0.98799)
         ('0.988 ± 0.055', '0.9877 ± 0.0003')
-        >>> with_interval(2.0, float("nan"), float("nan"))
-        '2.000'
+        >>> with_interval(2.0, float("nan"), float("nan")), with_interval(1e4, 1e4, 1e4)
+        ('2.000', '10000 ± 0')
     """
     half = (high - low) / 2
     if not half > 0:
-        return (f"{mean:#.4g}" if math.isfinite(mean) else "—") + (" ± 0" if half == 0 else "")
+        digits = f"{mean:.0f}" if abs(mean) >= WHOLE else f"{mean:#.4g}"
+        return (digits if math.isfinite(mean) else "—") + (" ± 0" if half == 0 else "")
     exponent = math.floor(math.log10(half))
     decimals = max(0, min(1 - exponent, max(DECIMALS, -exponent)))
     return f"{mean:.{decimals}f} ± {half:.{decimals}f}"
