@@ -192,14 +192,12 @@ def a6(points: pd.DataFrame, rates: pd.DataFrame, ending: str = ENDING) -> Findi
             )
         )
         if effect.n:
-            shares = [
-                mean("", [value / HIDDEN[k] for value in layer.values()])
-                for k, layer in enumerate(layers)
-            ]
+            shares = np.array([list(layer.values()) for layer in layers]) / HIDDEN[0]
+            error = 1.96 * shares.std(1, ddof=1).max() / math.sqrt(shares.shape[1])
             words.append(
                 f"{data}: {difference(effect)} more; probabilities in the hidden layers, first to "
-                f"last: {', '.join(f'{share.mean:.3f}' for share in shares)}, each ± "
-                f"{max(share.high - share.mean for share in shares):.3f} or less"
+                f"last: {', '.join(f'{share:.3f}' for share in shares.mean(1))}, each ± "
+                f"{error:.3f} or less"
             )
     matched = _matched_points(rates, ending, "dummies", "true dummy nodes")
     return judged(CLAIMS["A6"], conditions, "; ".join(words), matched)
