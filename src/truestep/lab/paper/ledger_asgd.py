@@ -191,7 +191,7 @@ def a6(points: pd.DataFrame, rates: pd.DataFrame, ending: str = ENDING) -> Findi
                 threshold=-NODE_MARGIN,
             )
         )
-        if effect.n:
+        if effect.n > 1:
             shares = np.array([list(layer.values()) for layer in layers]) / HIDDEN[0]
             error = 1.96 * shares.std(1, ddof=1).max() / math.sqrt(shares.shape[1])
             words.append(
