@@ -44,15 +44,19 @@ def nothing(*_: Any) -> None:
     pass
 
 
+def counted(task: Task) -> list[nn.Module]:
+    """The layers that a counter hooks."""
+    return [layer for layer in task.model.modules() if type(layer) in truestep.RULES]
+
+
 def with_hooks(task: Task, make: Callable[[Any], Callable[..., None]]) -> torch.optim.Optimizer:
     """SGD with hooks where counting has hooks; `make` gets a layer's arguments."""
 
     def on_layer(_module: nn.Module, args: Any, _kwargs: Any, output: Tensor) -> None:
         output.grad_fn.register_prehook(make(args))
 
-    for layer in task.model.modules():
-        if type(layer) in truestep.RULES:
-            layer.register_forward_hook(on_layer, with_kwargs=True)
+    for layer in counted(task):
+        layer.register_forward_hook(on_layer, with_kwargs=True)
     task.model.register_forward_pre_hook(nothing, with_kwargs=True)
     task.model.register_forward_hook(nothing, always_call=True)
     for parameter in task.model.parameters():
@@ -70,17 +74,15 @@ def with_tensor_hooks(task: Task) -> torch.optim.Optimizer:
     def at_tensor(_module: nn.Module, _args: Any, output: Tensor) -> None:
         output.register_hook(nothing)
 
-    for layer in task.model.modules():
-        if type(layer) in truestep.RULES:
-            layer.register_forward_hook(at_tensor)
+    for layer in counted(task):
+        layer.register_forward_hook(at_tensor)
     return plain(task)
 
 
 def with_full_backward_hooks(task: Task) -> torch.optim.Optimizer:
     """The same by `register_full_backward_hook`."""
-    for layer in task.model.modules():
-        if type(layer) in truestep.RULES:
-            layer.register_full_backward_hook(nothing)
+    for layer in counted(task):
+        layer.register_full_backward_hook(nothing)
     return plain(task)
 
 
@@ -102,9 +104,8 @@ def with_functions(task: Task) -> torch.optim.Optimizer:
     def passed(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         return Passed.apply(output)
 
-    for layer in task.model.modules():
-        if type(layer) in truestep.RULES:
-            layer.register_forward_hook(passed)
+    for layer in counted(task):
+        layer.register_forward_hook(passed)
     return plain(task)
 
 

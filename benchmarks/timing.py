@@ -8,7 +8,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
+
+from truestep.lab.training import processor
 
 Step = Callable[[], None]
 WARM_UP = 3  # rounds that allocate and compile
@@ -44,13 +45,10 @@ def compare(pairs: Iterable[tuple[Step, Step]], rounds: int) -> dict[str, float 
 
 def machine() -> dict[str, str | int]:
     """What the figures depend on."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     versions = {name: version(name) for name in ("truestep", "torch", "numba", "numpy")}
     return {
         "command": shlex.join(["python", *sys.argv]),
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": processor(),
         "cores": os.cpu_count() or 0,
         "python": platform.python_version(),
         **versions,
