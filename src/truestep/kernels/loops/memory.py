@@ -115,14 +115,21 @@ def repeat(builder: Any, number: Any, kind: Any) -> Any:
 def read(builder: Any, address: Any, kind: Any) -> Any:
     """A vector at an address that need not be aligned to more than its items, for intrinsics."""
     vector = builder.load(builder.inttoptr(address, kind.as_pointer()))
-    vector.align = kind.element.width // 8
+    vector.align = _bytes(kind.element)
     return vector
 
 
 def write(builder: Any, vector: Any, address: Any) -> None:
     """Stores a vector at such an address, for intrinsics."""
     stored = builder.store(vector, builder.inttoptr(address, vector.type.as_pointer()))
-    stored.align = vector.type.element.width // 8
+    stored.align = _bytes(vector.type.element)
+
+
+def _bytes(kind: Any) -> int:
+    """Of a number."""
+    if kind == ir.FloatType():
+        return 4
+    return 8 if kind == ir.DoubleType() else kind.width // 8
 
 
 def _lanes(width: int, lanes: int) -> Callable[..., Any]:

@@ -3,7 +3,7 @@
 They are written out since compilers take vectors of half the width, and load inputs for one output alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -13,14 +13,44 @@ from numba.extending import intrinsic
 
 from truestep.kernels.loops.memory import read, repeat, write
 
-__all__ = ["count_pairs", "join_pairs"]
+__all__ = ["count_pairs", "join_pairs", "update_pairs"]
 
 WORD, HALF = ir.IntType(64), ir.IntType(32)
 LANES = 8
 
 
+def _count(builder: Any, arguments: Sequence[Any], lanes: int, before: Sequence[Any]) -> list[Any]:
+    """Adds to vectors of counts, one for each row, how many bits are on: each stays in a register.
+
+    Args:
+        builder: of an intrinsic.
+        arguments: address of the outputs' words and bytes from word to word, the same of inputs; how many
+            words.
+        lanes: how many columns.
+        before: the counts.
+    """
+    output, output_step, source, source_step, length = arguments
+    kind = ir.VectorType(WORD, lanes)
+    function, name = ir.FunctionType(kind, [kind]), f"llvm.ctpop.v{lanes}i64"
+    population = cgutils.get_or_insert_function(builder.module, function, name)
+    totals = [cgutils.alloca_once_value(builder, vector) for vector in before]
+    at_output = cgutils.alloca_once_value(builder, output)
+    at_source = cgutils.alloca_once_value(builder, source)
+    with cgutils.for_range(builder, length):
+        here, there = builder.load(at_output), builder.load(at_source)
+        line = read(builder, there, kind)
+        for row, total in enumerate(totals):
+            place = builder.inttoptr(builder.add(here, WORD(8 * row)), WORD.as_pointer())
+            same = repeat(builder, builder.load(place), kind)
+            found = builder.call(population, [builder.and_(line, same)])
+            builder.store(builder.add(builder.load(total), found), total)
+        builder.store(builder.add(here, output_step), at_output)
+        builder.store(builder.add(there, source_step), at_source)
+    return [builder.load(total) for total in totals]
+
+
 def _counting(rows: int, lanes: int) -> Callable[..., Any]:
-    """`count_pairs` for so many rows and columns: each count stays in a register for all words."""
+    """`count_pairs` for so many rows and columns."""
     kind, half = ir.VectorType(WORD, lanes), ir.VectorType(HALF, lanes)
 
     @intrinsic
@@ -35,32 +65,72 @@ def _counting(rows: int, lanes: int) -> Callable[..., Any]:
         count_stride: Any,
     ) -> Any:
         def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            output, output_step, source, source_step, length, target, target_step = arguments
-            function = ir.FunctionType(kind, [kind])
-            name = f"llvm.ctpop.v{lanes}i64"
-            population = cgutils.get_or_insert_function(builder.module, function, name)
+            *bits, target, target_step = arguments
             places = [builder.add(target, builder.mul(target_step, WORD(r))) for r in range(rows)]
             before = [builder.zext(read(builder, place, half), kind) for place in places]
-            totals = [cgutils.alloca_once_value(builder, vector) for vector in before]
-            at_output = cgutils.alloca_once_value(builder, output)
-            at_source = cgutils.alloca_once_value(builder, source)
-            with cgutils.for_range(builder, length):
-                here, there = builder.load(at_output), builder.load(at_source)
-                line = read(builder, there, kind)
-                for row, total in enumerate(totals):
-                    place = builder.inttoptr(builder.add(here, WORD(8 * row)), WORD.as_pointer())
-                    same = repeat(builder, builder.load(place), kind)
-                    found = builder.call(population, [builder.and_(line, same)])
-                    builder.store(builder.add(builder.load(total), found), total)
-                builder.store(builder.add(here, output_step), at_output)
-                builder.store(builder.add(there, source_step), at_source)
-            for total, place in zip(totals, places, strict=True):
-                write(builder, builder.trunc(builder.load(total), half), place)
+            for total, place in zip(_count(builder, bits, lanes, before), places, strict=True):
+                write(builder, builder.trunc(total, half), place)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 7), generate
 
     return add
+
+
+def _updating(rows: int, lanes: int) -> Callable[..., Any]:
+    """`update_pairs` for so many rows and columns."""
+
+    @intrinsic
+    def update(
+        _context: Any,
+        outputs: Any,
+        output_stride: Any,
+        inputs: Any,
+        input_stride: Any,
+        words: Any,
+        gradients: Any,
+        parameters: Any,
+        stride: Any,
+        size: Any,
+        eps: Any,
+        limit: Any,
+        sign: Any,
+        back: Any,
+    ) -> Any:
+        def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            *bits, gradient, parameter, step = arguments[:8]
+            number, half = arguments[8].type, ir.VectorType(HALF, lanes)
+            kind, none = ir.VectorType(number, lanes), ir.Constant(ir.VectorType(WORD, lanes), None)
+            size, eps, limit, sign, back = (repeat(builder, a, kind) for a in arguments[8:])
+            one = ir.Constant(kind, [1.0] * lanes)
+            width = 32 if number == ir.FloatType() else 64
+            function, name = ir.FunctionType(kind, [kind] * 3), f"llvm.fma.v{lanes}f{width}"
+            fma = cgutils.get_or_insert_function(builder.module, function, name)
+            for row, total in enumerate(_count(builder, bits, lanes, [none] * rows)):
+                offset = builder.mul(step, WORD(row))
+                place, there = builder.add(gradient, offset), builder.add(parameter, offset)
+                adaptive = builder.sitofp(builder.trunc(total, half), kind)
+                factor = builder.fdiv(size, builder.fadd(adaptive, eps))
+                within = builder.fcmp_ordered("<", factor, limit)
+                factor = builder.select(within, factor, limit)
+                unreached = builder.icmp_unsigned("==", total, none)
+                factor = builder.select(unreached, one, factor)
+                effective = builder.fmul(read(builder, place, kind), factor)
+                with builder.if_else(builder.icmp_unsigned("==", parameter, WORD(0))) as (
+                    corrects,
+                    steps,
+                ):
+                    with corrects:
+                        write(builder, effective, place)
+                    with steps:
+                        before = read(builder, there, kind)
+                        direction = builder.fmul(sign, effective)
+                        write(builder, builder.call(fma, [back, direction, before]), there)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 8, *[size] * 5), generate
+
+    return update
 
 
 def _joining(lanes: int, *, fresh: bool) -> Callable[..., Any]:
@@ -96,6 +166,9 @@ def _joining(lanes: int, *, fresh: bool) -> Callable[..., Any]:
 
 COUNT_1_1, COUNT_1_8, COUNT_4_1, COUNT_4_8 = (
     _counting(rows, lanes) for rows in (1, 4) for lanes in (1, LANES)
+)
+UPDATE_1_1, UPDATE_1_8, UPDATE_4_1, UPDATE_4_8 = (
+    _updating(rows, lanes) for rows in (1, 4) for lanes in (1, LANES)
 )
 BEGIN_1, BEGIN_8 = (_joining(lanes, fresh=True) for lanes in (1, LANES))
 JOIN_1, JOIN_8 = (_joining(lanes, fresh=False) for lanes in (1, LANES))
@@ -138,6 +211,70 @@ def count_pairs(
             COUNT_4_1(outputs, output_stride, source, input_stride, words, target, stride)
         else:
             COUNT_1_1(outputs, output_stride, source, input_stride, words, target, stride)
+        column += 1
+
+
+@njit(cache=True, nogil=True)
+def update_pairs(
+    outputs: Any,
+    output_stride: Any,
+    inputs: Any,
+    input_stride: Any,
+    words: Any,
+    rows: Any,
+    columns: Any,
+    gradients: Any,
+    parameters: Any,
+    item: Any,
+    factors: Any,
+    steps: Any,
+) -> None:
+    """Counts as `count_pairs`, and takes a step with each element while its count is in a register.
+
+    Args:
+        outputs: address of int64.
+        output_stride: bytes from word to word.
+        inputs: address of int64.
+        input_stride: bytes from word to word.
+        words: how many.
+        rows: how many: 4 or 1.
+        columns: how many.
+        gradients: address of ``[rows, columns]``.
+        parameters: address of the same, or 0 to correct the gradients alone.
+        item: bytes of an element.
+        factors: batch size, eps and limit, of the parameters' type.
+        steps: 1 or -1, and the learning rate below zero.
+    """
+    size, eps, limit = factors
+    sign, back = steps
+    stride, column = item * columns, 0
+    while column + LANES <= columns:
+        source, gradient = inputs + 8 * column, gradients + item * column
+        parameter = parameters + item * column if parameters != 0 else 0
+        if rows == 4:
+            UPDATE_4_8(
+                outputs, output_stride, source, input_stride, words,
+                gradient, parameter, stride, size, eps, limit, sign, back,
+            )  # fmt: skip
+        else:
+            UPDATE_1_8(
+                outputs, output_stride, source, input_stride, words,
+                gradient, parameter, stride, size, eps, limit, sign, back,
+            )  # fmt: skip
+        column += LANES
+    while column < columns:
+        source, gradient = inputs + 8 * column, gradients + item * column
+        parameter = parameters + item * column if parameters != 0 else 0
+        if rows == 4:
+            UPDATE_4_1(
+                outputs, output_stride, source, input_stride, words,
+                gradient, parameter, stride, size, eps, limit, sign, back,
+            )  # fmt: skip
+        else:
+            UPDATE_1_1(
+                outputs, output_stride, source, input_stride, words,
+                gradient, parameter, stride, size, eps, limit, sign, back,
+            )  # fmt: skip
         column += 1
 
 

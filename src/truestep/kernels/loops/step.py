@@ -33,7 +33,7 @@ from truestep.kernels.loops.fields import (
 )  # fmt: skip
 from truestep.kernels.loops.memory import aligned, count_bits, fma, pointer, prefetch
 from truestep.kernels.loops.operands import find_silent, look, nothing, operands
-from truestep.kernels.loops.pairs import count_pairs, join_pairs
+from truestep.kernels.loops.pairs import count_pairs, join_pairs, update_pairs
 from truestep.kernels.loops.window import channels_first, sizes
 
 __all__ = ["count", "step"]
@@ -193,6 +193,11 @@ def _linear(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> No
         _stretch(entry, first * columns, last * columns, same, options)
         return
     outputs, view = nothing() if constant else operands(entry)
+    at_once = entry[BUFFER] == 0 and (entry[PARAMETER] == 0 or options[WEIGHT_DECAY] == 0)
+    at_once = at_once and counted.shape[0] == 0 and len(outputs) == 1 and entry[WINDOW] == 0
+    if at_once and not (by_row or by_column or joined):
+        _at_once(entry, outputs, view, first, last, options)
+        return
     for row in range(first, last):
         group = row // (rows // groups)
         if constant:
@@ -222,6 +227,34 @@ def _linear(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> No
             counted[row] = ordered
         else:
             _update(entry, row * columns, ordered, options)
+
+
+@njit(cache=True, nogil=True)
+def _at_once(entry: Any, outputs: Any, view: Any, first: Any, last: Any, options: Any) -> None:
+    """Counts and updates rows of a linear map without positions, buffer and weight decay."""
+    columns, words, rows = entry[COLUMNS], outputs.shape[1], outputs.shape[2]
+    number = options.dtype.type
+    factors = number(entry[BATCH_SIZE]), options[EPS], options[LIMIT]
+    steps = number(-1) if options[MAXIMIZE] != 0 else number(1), -options[LR]
+    row = first
+    while row < last:
+        block = BLOCK if last - row >= BLOCK else 1
+        place = row * columns * options.itemsize
+        update_pairs(
+            outputs.ctypes.data + 8 * row,
+            8 * rows,
+            view.inputs.ctypes.data,
+            8 * columns,
+            words,
+            block,
+            columns,
+            entry[GRADIENT] + place,
+            entry[PARAMETER] + place if entry[PARAMETER] != 0 else 0,
+            options.itemsize,
+            factors,
+            steps,
+        )
+        row += block
 
 
 @njit(cache=True, nogil=True)
