@@ -34,6 +34,7 @@ LAYERS = [
         "rules_convolution",
         "rules_embedding",
         "rules",
+        "ways",
         "oracle",
         "consumers",
         "wire",
@@ -116,7 +117,7 @@ def test_imports_point_down(path):
 @pytest.mark.parametrize("name", CORE)
 def test_the_core_knows_torch_alone(name):
     allowed = {"torch", "numpy", "truestep"}
-    known = {"abc", "ast", "collections", "contextlib", "copy", "dataclasses", "functools"}
+    known = {"abc", "array", "ast", "collections", "contextlib", "copy", "dataclasses", "functools"}
     known |= {"io", "itertools", "math", "operator", "statistics", "sys", "time", "typing"}
     known |= {"warnings", "weakref"}
     roots = {imported.split(".")[0] for imported in imports(ROOT / f"{name}.py")}

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import truestep
-from truestep import direct, records
+from truestep import direct, records, ways
 from truestep.errors import TruestepError
 
 
@@ -17,18 +17,13 @@ from truestep.errors import TruestepError
 def uses(monkeypatch):
     """The uses that go the short way, counted by layer."""
     found = []
-    start, late = direct.Use.__init__, direct.Late.__init__
+    start = direct.Use.__init__
 
-    def init(use, watch, layer, call, given):
+    def init(use, watch, layer, *arguments):
         found.append(layer.name)
-        start(use, watch, layer, call, given)
-
-    def init_late(self, layer, given, seen):
-        found.append(layer.name)
-        late(self, layer, given, seen)
+        start(use, watch, layer, *arguments)
 
     monkeypatch.setattr(direct.Use, "__init__", init)
-    monkeypatch.setattr(direct.Late, "__init__", init_late)
     return found
 
 
@@ -67,7 +62,7 @@ def trained(
     """Counts, batch sizes and weights of a small model after some steps."""
     with monkeypatch.context() as patch:
         if not short:
-            patch.setattr(direct.Direct, "node", lambda *_: None)
+            patch.setattr(ways.Direct, "node", lambda *_: None)
         patch.setattr(records, "MOST_GATHERED", held)
         torch.manual_seed(0)
         model = make()
@@ -104,15 +99,18 @@ def test_both_ways_lead_to_the_same(held, penalty, accumulate, unit, positions, 
     assert all(torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True))
 
 
+@pytest.mark.parametrize("held", [0, records.MOST_GATHERED])
 @pytest.mark.parametrize("penalty", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("unit", ["sample", "position"])
-def test_both_ways_of_other_layers_lead_to_the_same(penalty, accumulate, unit, monkeypatch, uses):
+def test_both_ways_of_other_layers_lead_to_the_same(
+    held, penalty, accumulate, unit, monkeypatch, uses
+):
     batches = [torch.randn(size, 2, 4, 4).relu() for size in (5, 70, 1, 7)]
     options = {
         "make": convolutional, "penalty": penalty, "accumulate": accumulate, "unit": unit
     }  # fmt: skip
-    one, other = (trained(short, 0, monkeypatch, batches, **options) for short in (True, False))
+    one, other = (trained(short, held, monkeypatch, batches, **options) for short in (True, False))
     assert uses == ["0", "1", "3", "6", "7", "9"] * (len(batches) - 1)
     for (size, counts), (same_size, same_counts) in zip(one[0], other[0], strict=True):
         assert size == same_size

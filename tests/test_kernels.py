@@ -2,6 +2,8 @@
 
 import importlib
 import math
+from array import array
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 
 import truestep
 from truestep.activity import Elements, Outer, Rows, Window
-from truestep.bits import pack, pack_all
+from truestep.bits import Bits, join, pack, packed_in
 from truestep.fused import Pass
 from truestep.kernels import dispatch, packing, stepping, threads
 from truestep.kernels.scanning import scan, scan_torch
@@ -133,10 +135,48 @@ def test_scanning_equals_its_twin(dtype, rows, units, positions, odd):
         torch.testing.assert_close(ours, twin, rtol=0, atol=0, equal_nan=True)
 
 
-@given(st.integers(1, 70), st.integers(0, 140), st.integers(1, 9), st.sampled_from([0.02, 0.5, 1]))
-def test_joining_positions_equals_its_twin(samples, positions, units, density):
+def made(mask):
+    """Bits of a mask, with words also where all are on."""
+    return Bits(packing.pack_torch(mask), *mask.shape)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 130),
+            st.integers(1, 140),
+            st.integers(1, 9),
+            st.sampled_from([0.02, 0.5, 1.0]),
+            st.sampled_from([None, 0.5, 1.0]),
+        ),
+        max_size=4,
+    )
+)
+def test_joining_positions_equals_its_twin(sizes):
+    pairs, expected = [], []
+    for samples, positions, units, density, other in sizes:
+        mask = torch.rand(samples, positions, units) < density
+        second = None if other is None else torch.rand(mask.shape) < other
+        pairs.append((pack(mask), None if second is None else pack(second)))
+        expected.append((mask if second is None else mask & second).any(1))
+    for bits, mask in zip(join(pairs), expected, strict=True):
+        assert bits.positions == 1
+        assert torch.equal(bits.mask(), mask)
+        # Words, or none where all are on.
+        assert bits.words is not None or mask.all()
+
+
+def test_what_is_joined_is_known_to_be_full():
+    mask = torch.zeros(3, 4, 2, dtype=torch.bool)
+    mask[:, 1, 0] = mask[:, 2, 1] = True
+    one, other = made(mask), made(torch.ones(70, 1, 2, dtype=torch.bool))
+    assert [bits.words for bits in join([(one, None), (other, other)])] == [None, None]
+
+
+@given(st.integers(1, 70), st.integers(1, 140), st.integers(1, 9), st.sampled_from([0.02, 0.5, 1]))
+def test_joining_in_torch_operations(samples, positions, units, density):
     mask = torch.rand(samples, positions, units) < density
-    joined = packing.join(packing.pack_torch(mask), samples, positions)
+    joined = packing.join_torch(packing.pack_torch(mask), samples, positions)
     if joined is None:
         assert mask.any(1).all()
     else:
@@ -301,6 +341,31 @@ def test_a_fused_step_equals_the_step_of_torch(dtype, momentum, weight_decay, ma
             assert torch.equal(one.signbit(), other.detach().signbit())
 
 
+@given(
+    st.integers(1, 200),
+    st.integers(1, 9),
+    st.integers(1, 20),
+    st.sampled_from([0.0, 0.5, 1.0]),
+    st.sampled_from([None, 3.0]),
+    st.booleans(),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_counting_and_stepping_at_once(samples, rows, columns, eps, limit, corrects, dtype):
+    activity = Outer(
+        torch.Size([rows, columns]),
+        pack(torch.rand(samples, rows) < 0.4),
+        pack(torch.rand(samples, columns) < 0.2),
+    )
+    gradient, weight = (torch.randn(rows, columns, dtype=dtype) for _ in range(2))
+    counts = activity.count_masks()
+    effective = gradient * adaptive_factor(counts, samples, eps, limit, dtype=dtype)
+    stepped = weight.add(effective, alpha=-0.1)
+    whole = Pass(stepping.Options(lr=0.1, eps=eps, limit=limit))
+    whole.add(gradient, (activity, samples), None if corrects else weight)
+    whole.run()
+    assert torch.equal(*((gradient, effective) if corrects else (weight, stepped)))
+
+
 def test_half_and_strided_gradients_take_the_twin():
     assert not stepping.takes(torch.ones(2, 2, dtype=torch.bfloat16))
     assert not stepping.takes(torch.ones(2, 3).T)
@@ -317,6 +382,25 @@ def test_a_fused_step_is_seen_by_autograd():
     assert all(p._version > v for p, v in zip(model.parameters(), before, strict=True))
 
 
+def packed_together(pairs):
+    """Bits of pairs of tensors of one type, each with its rows, the first with means or None."""
+    table, words, read, made = array("q"), 0, 0, []
+    for (one, first, means), (other, second) in pairs:
+        lines = packing.Lines(first, second, one.dtype)
+        at = 0 if means is None else means.data_ptr()
+        table.extend(lines.at(one.data_ptr(), other.data_ptr(), at, words))
+        words, read = words + lines.words, read + lines.read
+        made += [first, second]
+    packed = packing.pack_table(table, words, read)
+    start, fields = packed.buffer_info()[0], packing.PACK_FIELDS
+    return [packed_in(packed, start, table, n * fields, r) for n, r in enumerate(made)]
+
+
+def flat(values):
+    """A tensor of samples without positions, and its rows."""
+    return values, packing.Rows(len(values), 1, values.shape[1])
+
+
 def all_loops(dtype):
     """What every loop that runs on several threads makes of the same numbers."""
     torch.manual_seed(0)
@@ -324,8 +408,10 @@ def all_loops(dtype):
     found = [packing.pack(mask.to(dtype)) for mask in masks]
     found.append(packing.pack(torch.ones(700, 40, dtype=dtype)) is None)
     sizes = (1, 3), (130, 5), (64, 70), (700, 40)
-    together = [(torch.rand(size) < 0.9).to(dtype) for size in sizes] + [torch.ones(700, 3)]
-    found += [bits.dense() for bits in pack_all(together)]
+    together = [(torch.rand(size) < 0.9).to(dtype) for size in sizes]
+    together.append(torch.ones(700, 3, dtype=dtype))
+    pairs = [((*flat(one), None), flat(other)) for one, other in pairwise(together)]
+    found += [bits.dense() for bits in packed_together(pairs)]
     outputs, inputs = torch.rand(100, 40) < 0.4, torch.rand(100, 30) < 0.4
     activity = Outer(torch.Size([40, 30]), pack(outputs), pack(inputs))
     found += [activity.count(), scale_(torch.randn(40, 30, dtype=dtype), activity, 100)]
@@ -368,13 +454,51 @@ def test_threads_give_the_same(kind, dtype, monkeypatch):
         assert ours is single or torch.equal(ours, single)
 
 
-@pytest.mark.parametrize("rows", [1, 63, 64, 65, 200])
-def test_packing_many_equals_packing_each(rows):
-    values = [(torch.rand(rows, units) < 0.5).float() for units in (1, 7, 64, 65)]
-    values += [torch.ones(rows, 5), torch.zeros(rows + 1, 2)]
-    for ours, alone in zip(pack_all(values), map(pack, values), strict=True):
-        assert torch.equal(ours.mask(), alone.mask())
-        assert (ours.words is None) == (alone.words is None)
+def kinds(samples, dtype):
+    """Tensors of all kinds, some of which are on everywhere: numbers, rows, means."""
+    for units in (1, 7, 64, 65):
+        yield *flat((torch.rand(samples, units) < 0.5).to(dtype)), None
+    yield *flat(torch.ones(samples, 5, dtype=dtype)), None
+    for positions, units in ((1, 4), (3, 4), (70, 6)):
+        values = (torch.randn(samples, positions * units) * 2).round().to(dtype)
+        by_row, by_group = values.new_zeros(samples * positions), values.new_zeros(samples, 2)
+        for numbers in (by_row, by_group):
+            numbers.flatten()[::2] = 1
+        sizes = samples, positions, units
+        yield values, packing.Rows(*sizes), None
+        yield values, packing.Rows(*sizes, by_unit=True), None
+        yield values, packing.Rows(*sizes, groups=1), by_row
+        yield values, packing.Rows(*sizes, by_unit=True, groups=2), by_group
+
+
+@pytest.mark.parametrize("samples", [1, 63, 64, 65, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_packing_many_equals_packing_each(samples, dtype):
+    torch.manual_seed(0)
+    second = flat(torch.randn(samples + 1, 3, dtype=dtype).relu())
+    pairs = [(kind, second) for kind in kinds(samples, dtype)]
+    expected = []
+    for (values, rows, means), (other, flat_rows) in pairs:
+        expected.append((packing.pack_rows(values, rows, means), rows))
+        expected.append((packing.pack_rows(other, flat_rows), flat_rows))
+    for bits, (words, rows) in zip(packed_together(pairs), expected, strict=True):
+        assert (bits.samples, bits.positions, bits.units) == rows[:3]
+        assert (bits.words is None) == (words is None)
+        assert words is None or torch.equal(bits.words, words)
+
+
+@given(st.sampled_from([1, 3, 70]), st.integers(1, 9), st.booleans(), st.booleans())
+def test_rows_are_what_they_say(positions, units, by_unit, centred):
+    values = (torch.randn(5, positions * units) * 2).round()
+    rows = packing.Rows(5, positions, units, by_unit, (1 if centred else 0))
+    means = torch.randint(-1, 2, (5,) if by_unit else (5, positions)).float() if centred else None
+    shaped = values.reshape((5, units, positions) if by_unit else (5, positions, units))
+    if centred:
+        shaped = shaped - means.reshape((5, 1, 1) if by_unit else (5, positions, 1))
+    mask = (shaped.transpose(1, 2) if by_unit else shaped) != 0
+    words = packing.pack_rows(values, rows, means)
+    found = Bits(words, *rows[:3])
+    assert torch.equal(found.mask().reshape(mask.shape), mask)
 
 
 def test_masks_are_counted_exactly_under_autocast():

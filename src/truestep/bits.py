@@ -2,14 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from truestep.kernels import packing
-from truestep.kernels.packing import WORD, unpack
+from truestep.kernels.dispatch import finds_addresses
+from truestep.kernels.packing import PACK_FULL, PACK_WORDS, WORD, Join, Rows, unpack
 
-__all__ = ["Bits", "appended", "pack", "pack_all"]
+if TYPE_CHECKING:
+    from array import array
+
+__all__ = ["Bits", "appended", "join", "pack", "pack_rows", "packed_in"]
 
 
 @dataclass(slots=True)
@@ -84,20 +89,19 @@ class Bits:
 
     def any_position(self) -> "Bits":
         """Whether any position of a sample is on; the same where there are no positions."""
-        if self.positions == 1:
-            return self
-        words = self.words
-        if words is not None:
-            words = packing.join(words, self.samples, self.positions)
-        return Bits(words, self.samples, 1, self.units)
+        return self if self.positions == 1 else join([(self, None)])[0]
 
     def apart(self) -> "Bits":
         """Each position as a sample of its own."""
-        return Bits(self.words, self.length, 1, self.units)
+        return self if self.positions == 1 else self.shaped(self.length, 1)
 
     def with_positions(self, positions: int) -> "Bits":
         """So many samples in a row as the positions of one: the inverse of `apart`."""
-        return Bits(self.words, self.samples // positions, positions, self.units)
+        return self if positions == 1 else self.shaped(self.samples // positions, positions)
+
+    def shaped(self, samples: int, positions: int) -> "Bits":
+        """The same rows as those of other samples."""
+        return Bits(self.words, samples, positions, self.units)
 
     def __and__(self, other: "Bits") -> "Bits":
         if self.words is None or other.words is None:
@@ -123,38 +127,101 @@ def pack(mask: Tensor, means: Tensor | None = None) -> Bits:
 
 
 class _Slice(Bits):
-    """Bits ``[samples, units]`` whose words lie among others' in one tensor."""
+    """Bits whose words lie among others' in one piece of memory; they are a tensor when somebody asks."""
 
     __slots__ = ("_address", "_all", "_place")
 
-    def __init__(self, words: Tensor, start: int, place: int, shape: torch.Size) -> None:
+    def __init__(
+        self, words: "array[int]", start: int, place: int, samples: int, positions: int, units: int
+    ) -> None:
         self._all, self._place, self._address = words, place, start + 8 * place
-        self.positions = 1
-        self.samples, self.units = shape
+        self.samples, self.positions, self.units = samples, positions, units
 
     @property
     def words(self) -> Tensor:  # type: ignore[override]
         """See `Bits`."""
-        count = (self.samples + WORD - 1) // WORD
-        return self._all[self._place : self._place + count * self.units].view(count, self.units)
+        count = (self.length + WORD - 1) // WORD
+        shape = count, self.units
+        whole = torch.frombuffer(self._all, dtype=torch.int64)
+        return whole[self._place : self._place + count * self.units].view(shape)
 
     def address(self) -> int | None:
         return self._address
 
+    def shaped(self, samples: int, positions: int) -> Bits:
+        start = self._address - 8 * self._place
+        return _Slice(self._all, start, self._place, samples, positions, self.units)
 
-def pack_all(masks: Sequence[Tensor]) -> list[Bits]:
-    """`pack` of many masks ``[samples, units]``, or of their non-zero entries, at once."""
-    packed = packing.pack_rows(masks)
-    if packed is None:
-        return [pack(mask) for mask in masks]
-    words, places = packed
-    start = words.data_ptr()
-    return [
-        _Slice(words, start, place, mask.shape)
+
+def pack_rows(tensor: Tensor, rows: Rows, means: Tensor | None = None) -> Bits:
+    """`pack` of a tensor of any shape; see `truestep.kernels.packing.pack_rows`."""
+    return Bits(packing.pack_rows(tensor, rows, means), rows.samples, rows.positions, rows.units)
+
+
+def packed_in(words: "array[int]", start: int, table: "array[int]", first: int, rows: Rows) -> Bits:
+    """What one line of a table has packed.
+
+    Args:
+        words: of all lines.
+        start: their address.
+        table: see `truestep.kernels.packing.pack_table`.
+        first: the place in it of the line's first number.
+        rows: of the line's tensor.
+    """
+    samples, positions, units = rows[:3]
+    if table[first + PACK_FULL]:
+        return Bits(None, samples, positions, units)
+    return _Slice(words, start, table[first + PACK_WORDS], samples, positions, units)
+
+
+def join(pairs: Sequence[tuple[Bits, Bits | None]]) -> list[Bits]:
+    """Whether any position of a sample is on, in both where there are two masks, of many at once.
+
+    Args:
+        pairs: of the same samples, positions and units.
+
+    Example:
+        >>> one, other = pack(torch.tensor([[1, 0], [1, 1]])), pack(torch.tensor([[1, 1], [0, 1]]))
+        >>> [bits.mask().tolist() for bits in join([(one, other)])]
+        [[[True, False], [False, True]]]
+    """
+    if not pairs:
+        return []
+    if not finds_addresses():
+        return [_joined(one, other) for one, other in pairs]
+    found: list[Bits | None] = []
+    masks: list[Join] = []
+    for one, other in pairs:
+        first, second = one.address(), 0 if other is None else other.address()
+        if first == 0 and other is not None:
+            one, first, second = other, second, 0  # noqa: PLW2901
+        if second == 0 and (first == 0 or one.positions == 1):
+            found.append(one if first != 0 else Bits(None, one.samples, 1, one.units))
+        elif first is None or second is None:
+            found.append(_joined(one, other))
+        else:
+            found.append(None)
+            masks.append(Join(first, second, one.samples, one.positions, one.units))
+    if not masks:
+        return [bits for bits in found if bits is not None]
+    words, places = packing.join(masks)
+    start = words.buffer_info()[0]
+    made = iter(
+        _Slice(words, start, place, mask.samples, 1, mask.units)
         if place >= 0
-        else Bits(None, len(mask), 1, mask.shape[1])
+        else Bits(None, mask.samples, 1, mask.units)
         for mask, place in zip(masks, places, strict=True)
-    ]
+    )
+    return [next(made) if bits is None else bits for bits in found]
+
+
+def _joined(one: Bits, other: Bits | None) -> Bits:
+    """`join` of one pair in torch operations."""
+    both = one if other is None else one & other
+    words = both.words
+    if words is not None and both.positions != 1:
+        words = packing.join_torch(words, both.samples, both.positions)
+    return Bits(words, both.samples, 1, both.units)
 
 
 def appended(parts: Sequence[Bits]) -> Bits:

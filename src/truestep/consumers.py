@@ -92,11 +92,12 @@ class Uses:
 
     Attributes:
         hooked: the numbers of the layers whose hooks have run in that call.
+        checked: whether it was held against the graph.
     """
 
     def __init__(self) -> None:
         self.hooked: set[int] = set()
-        self._checked = False
+        self.checked = False
         self._uses: dict[Any, list[Used]] = {}
         self._refused: list[TruestepError] = []
 
@@ -105,7 +106,7 @@ class Uses:
         if not self._uses:
             self._refused.clear()
             self.hooked.clear()
-        if not self._checked:
+        if not self.checked:
             self._uses[call] = []
 
     def counts(self, call: Any) -> bool:
@@ -158,19 +159,19 @@ class Uses:
             TruestepError: there are parameters that `bypassed` finds, or rules have refused modules.
         """
         uses = self._uses.pop(call, None)
-        if uses is None or not outputs or self._checked:
+        if uses is None or not outputs or self.checked:
             return False
         refused, self._refused = self._refused, []
         if refused:
             raise refused[0] if len(refused) == 1 else TruestepError("\n".join(map(str, refused)))
-        self._checked = True
+        self.checked = True
         known = {p: name for p, name in names.items() if p not in plain}
         gathered = {p: known[owner] for p, owner in present.items() if owner in known}
         return self.check(outputs, uses, known | gathered)
 
     def begin_check(self) -> bool:
         """Whether no call was checked yet; it is taken to be checked now."""
-        checked, self._checked = self._checked, True
+        checked, self.checked = self.checked, True
         return not checked
 
     @staticmethod

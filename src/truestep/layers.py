@@ -1,7 +1,7 @@
 """The layers that a counter watches, and where their tensors hold the samples."""
 
 import sys
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from truestep.calls import Call
-from truestep.direct import Direct, goes_directly
 from truestep.distributed import is_sharded
 from truestep.errors import TruestepError
 from truestep.graph import Recording
@@ -20,6 +19,7 @@ from truestep.rules import backward_is_known, find_rule, refused
 from truestep.rules_bare import LEAVE_OUT, UncountableError, bare, holders_in, own_parameters
 from truestep.rules_embedding import looks_up_positions
 from truestep.rules_func import AloneError, PerSample, unusable
+from truestep.ways import Direct, direct_way
 
 __all__ = [
     "Layer",
@@ -205,7 +205,7 @@ def make_layer(
         )
         return Layer(name, module, rule, layout, sharded, True, lenient, holds)
     builtin = type(module).forward.__module__.startswith("torch.nn.")
-    direct = Direct(module) if goes_directly(module, rule, layout) and not sharded else None
+    direct = None if sharded else direct_way(module, rule, layout)
     followed = backward_is_known(module, rule)
     return Layer(
         name, module, rule, layout, sharded, builtin=builtin, direct=direct, followed=followed
@@ -409,8 +409,7 @@ def check_batch(layer: Layer, call: Call, samples: int) -> None:
     call.batch_size = samples
 
 
-def sizes_of(value: Any, batch_dim: int) -> Iterator[int]:
+def sizes_of(value: Any, batch_dim: int) -> list[int]:
     """The sizes that tensors in nested containers have in their batch dimension."""
-    for tensor in tensors_in(value):
-        if tensor.dim() > batch_dim:
-            yield tensor.shape[batch_dim]
+    tensors = [value] if isinstance(value, Tensor) else tensors_in(value)
+    return [shape[batch_dim] for tensor in tensors if len(shape := tensor.shape) > batch_dim]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from truestep.activity import Activity
 
-__all__ = ["Given", "Inside", "Layout", "Rule", "Unit", "outputs_in", "tensors_in"]
+__all__ = ["Given", "Inside", "Layout", "Rule", "Unit", "outputs_in", "tensors_given", "tensors_in"]
 
 Unit = Literal["sample", "position"]
 Given = Callable[..., dict[str, Activity]]
@@ -81,6 +81,13 @@ def _find(value: Any, found: list[Tensor]) -> None:
     elif is_dataclass(value) and not isinstance(value, type):
         for field in fields(value):
             _find(getattr(value, field.name), found)
+
+
+def tensors_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors among a module's arguments: mostly one."""
+    if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+        return [args[0]]
+    return list(tensors_in((args, kwargs)))
 
 
 def outputs_in(value: Any) -> Iterator[Tensor]:

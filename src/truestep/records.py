@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from torch import Tensor
 
 from truestep.activity import Activity
-from truestep.bits import pack_all
+from truestep.bits import Bits, join
 from truestep.calls import Call, at_end, backward_id
 from truestep.combine import joint, total
-from truestep.direct import Use
+from truestep.direct import Use, pack_all
 from truestep.distributed import is_sharded, local, nobody
 from truestep.errors import TruestepError, corrected_already, without_numbers, without_record
 from truestep.hooks import uncompiled
@@ -37,6 +37,8 @@ class Records:
         follows: whether a record follows its gradient when a backward pass puts another tensor in its
             place, as DistributedDataParallel does with gradient_as_bucket_view=True.
         current: the call that the running backward pass is going through.
+        landed: the gradients that have reached `.grad` and are not settled yet: their parameters, the
+            gradients (weakly), their versions then, and the backward passes.
     """
 
     def __init__(self, names: dict[Tensor, str], unit: Unit) -> None:
@@ -48,11 +50,10 @@ class Records:
         self._unit = unit
         # By backward pass and parameter.
         self._pending: dict[int, dict[int, Pending]] = {}
-        # What the running backward pass has left to do: uses, and gradients (weakly, with the version
-        # that they had) that have landed; each with its backward pass.
+        # What the running backward pass has left to do: uses, each with its backward pass.
         self._gathered: list[tuple[Use, int]] = []
         self._gathered_bytes = 0
-        self._landed: list[tuple[Tensor, Callable[[], Tensor | None], int, int]] = []
+        self.landed: list[tuple[Tensor, Callable[[], Tensor | None], int, int]] = []
         # Sharded parameters' pending activity whose gradient has not been handed to them yet.
         self._held: dict[int, list[Pending]] = {}
         # Where gradients are followed: the parameters whose gradient the running backward passes found or
@@ -68,7 +69,7 @@ class Records:
     @property
     def committed(self) -> dict[int, Record]:
         """The records, by the identity of their parameters."""
-        if self._landed:
+        if self.landed:
             self.settle()
         return self._committed
 
@@ -79,7 +80,7 @@ class Records:
         self._living.clear()
         self._held.clear()
         self._gathered.clear()
-        self._landed.clear()
+        self.landed.clear()
 
     def nbytes(self) -> int:
         """The memory that the records hold, in bytes."""
@@ -157,41 +158,41 @@ class Records:
             entry = pending[id(parameter)] = Pending(fresh, task)
         return entry
 
-    def gather(self, use: Use) -> bool:
-        """Takes a use whose activity may wait until its backward pass ends, or does nothing and says so.
+    def arrive(self, use: Use) -> None:
+        """Takes a use that has its gradient: most are left to the end of the backward pass.
 
-        What is done for many uses at once costs each of them a fraction. Such a use is of parameters that
-        have no gradient yet.
+        What is done for many uses at once costs each of them a fraction. Those that wait are of parameters
+        that have no gradient yet; their tensors wait too, if they are small.
         """
-        size = None if self.follows else use.begin()
-        if size is None or size > MOST_WAITING or self._gathered_bytes + size > MOST_GATHERED:
-            return False
         task = backward_id()
         if task not in self._pending:
             self._pending_of(task)
+        if self.follows or not use.begins():
+            pack_all([use])
+            self.receive(*use.deliver(iter(join(use.masks()))))
+            return
+        size = use.wait(min(MOST_WAITING, MOST_GATHERED - self._gathered_bytes))
+        if size is None:
+            pack_all([use])
+        else:
+            self._gathered_bytes += size
         self._gathered.append((use, task))
-        self._gathered_bytes += size
-        return True
 
     def _pending_of(self, task: int) -> dict[int, Pending]:
         """The pending activity of a backward pass."""
         pending = self._pending.get(task)
         if pending is None:
-            self.settle()  # of a backward pass that this one is nested in, or that has raised
+            if self._gathered or self.landed:
+                self.settle()  # of a backward pass that this one is nested in, or that has raised
             # Whatever this backward pass does not commit (torch.autograd.grad) goes when it ends. One
             # that raised leaves its own behind, under an id that no other backward pass looks up.
             if len(self._pending) > MOST_BACKWARDS:
                 self._pending.clear()
             pending = self._pending[task] = {}
             at_end(self, Records.forget)
-            self.watch(task)
+            if self.follows:
+                self.watch(task)
         return pending
-
-    def note(self, landed: tuple[Tensor, Callable[[], Tensor | None], int, int]) -> None:
-        """Notes a parameter, its gradient that reached `.grad`, that one's version, the backward pass."""
-        self._landed.append(landed)
-        if self.follows:
-            self.settle()
 
     def settle(self, ending: int | None = None) -> None:
         """Brings the records up to date with what has landed.
@@ -200,7 +201,7 @@ class Records:
             ending: the backward pass that is just ending, if any.
         """
         whole = self._packed(ending) if self._gathered else {}
-        landed, self._landed = self._landed, []
+        landed, self.landed = self.landed, []
         for parameter, reference, version, task in landed:
             key = id(parameter)
             single = whole.pop((task, key), None)
@@ -220,15 +221,16 @@ class Records:
         """The activity of gathered uses by backward pass and parameter; of further uses it is pending."""
         gathered, self._gathered, self._gathered_bytes = self._gathered, [], 0
         # What a backward pass that raised has left behind may have changed since.
-        gathered = [
-            (use, task) for use, task in gathered if use.is_unchanged(strict=task == ending)
-        ]
-        bits = iter(pack_all([tensor for use, _ in gathered for tensor in use.tensors()]))
+        uses = [(use, task) for use, task in gathered if use.is_unchanged(strict=task == ending)]
+        pack_all([use for use, _ in uses])
+        masks: list[tuple[Bits, Bits | None]] = []
+        for use, _ in uses:
+            masks += use.masks()
+        joined = iter(join(masks))
         found: dict[tuple[int, int], tuple[Call, Activity, int]] = {}
-        for use, task in gathered:
-            inputs, outputs = next(bits), next(bits)
+        for use, task in uses:
             pending = self._pending.get(task, {})
-            call, pairs = use.deliver(inputs, outputs)
+            call, pairs = use.deliver(joined)
             for parameter, activity in pairs:
                 key = id(parameter)
                 if not pending and (task, key) not in found and self._unit == "sample":
@@ -400,7 +402,9 @@ def landing(records: Records) -> Callable[[Tensor], None]:
         living, gradient = reference(), parameter.grad
         if living is not None and gradient is not None:
             version = gradient._version  # noqa: SLF001
-            living.note((parameter, weakref.ref(gradient), version, backward_id()))
+            living.landed.append((parameter, weakref.ref(gradient), version, backward_id()))
+            if living.follows:
+                living.settle()
 
     return uncompiled(land, inside=False)
 

@@ -10,7 +10,7 @@ from truestep.activity import Activity, Elements, Outer, Window
 from truestep.bits import pack
 from truestep.layout import Layout
 
-__all__ = ["CONVOLUTIONS", "convolution", "transposed_convolution"]
+__all__ = ["CONVOLUTIONS", "convolution", "transposed_convolution", "window_of"]
 
 
 def convolution(
@@ -28,19 +28,7 @@ def convolution(
         outputs = pack(_channels_last(delta, rank, layout.batch_dim))
         found: dict[str, Activity] = {}
         if inputs is not None:
-            zeros = module.padding_mode == "zeros"
-            window = _window(
-                size=size,
-                positions=tuple(delta.shape[-rank:]),
-                kernel=tuple(module.kernel_size),
-                stride=tuple(module.stride),
-                dilation=tuple(module.dilation),
-                padding=tuple(module._reversed_padding_repeated_twice),  # noqa: SLF001
-                padding_mode="constant" if zeros else module.padding_mode,
-                channels=module.in_channels,
-                groups=module.groups,
-                by_position=layout.unit == "position",
-            )
+            window = window_of(module, size, tuple(delta.shape[-rank:]), layout)
             found["weight"] = Outer(weight.shape, outputs, inputs, window)
         if bias is not None and bias.requires_grad:
             ends = outputs.apart() if layout.unit == "position" else outputs.any_position()
@@ -48,6 +36,34 @@ def convolution(
         return found
 
     return activity
+
+
+def window_of(
+    module: nn.Conv1d | nn.Conv2d | nn.Conv3d,
+    size: tuple[int, ...],
+    positions: tuple[int, ...],
+    layout: Layout,
+) -> Window:
+    """How a convolution looks at its input.
+
+    Args:
+        module: the convolution.
+        size: spatial shape of the input.
+        positions: spatial shape of the output.
+        layout: of the call.
+    """
+    return _window(
+        size=size,
+        positions=positions,
+        kernel=tuple(module.kernel_size),
+        stride=tuple(module.stride),
+        dilation=tuple(module.dilation),
+        padding=tuple(module._reversed_padding_repeated_twice),  # noqa: SLF001
+        padding_mode="constant" if module.padding_mode == "zeros" else module.padding_mode,
+        channels=module.in_channels,
+        groups=module.groups,
+        by_position=layout.unit == "position",
+    )
 
 
 # Made once: every call of a layer on images of one size has the same.

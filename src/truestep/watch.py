@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from truestep import compiled
@@ -36,7 +37,7 @@ from truestep.layers import (
     layout_of,
     sizes_of,
 )
-from truestep.layout import Layout, Rule, Unit, outputs_in, tensors_in
+from truestep.layout import Layout, Rule, Unit, outputs_in, tensors_given, tensors_in
 from truestep.penalties import input_to_follow, wait_for_penalty
 from truestep.records import FORWARD, Records, landing
 from truestep.shapes import traced_by_shapes
@@ -85,7 +86,7 @@ class Watch:
         self._probed: list[tuple[Used, tuple[int, str]]] | None = None
         self._looks_up = any(isinstance(layer.module, nn.Embedding) for layer in layers)
         hook = partial(Hook, self._reference)
-        if isinstance(model, nn.parallel.DistributedDataParallel):
+        if isinstance(model, DistributedDataParallel):
             self._follow(model)
         begins = Receiver(hook(Watch._on_traced), begins=True)
         self._handles.append(
@@ -151,24 +152,23 @@ class Watch:
                 if not (outer.training or torch.compiler.is_compiling()):
                     handle.remove()
             return
-        inputs = list(tensors_in((args, kwargs)))
+        inputs, dim = tensors_given(args, kwargs), self._batch_dim
         if torch.compiler.is_compiling():
-            self._calls.append(compiled.begin(inputs, self._batch_dim))
+            self._calls.append(compiled.begin(inputs, dim))
             return
         for _, handle in self._fused:
             handle.resume()  # an evaluation that was interrupted could not
-        self._find_wrapper()
-        places: set[int] = set()
-        if self._looks_up:
-            places = {tensor.untyped_storage().data_ptr() for tensor in inputs}
-        sizes = list(sizes_of(inputs, self._batch_dim))
-        call = Call(sizes, places, task=backward_id())
+        if DistributedDataParallel._active_ddp_module is not None:  # noqa: SLF001
+            self._find_wrapper()
+        places = {t.untyped_storage().data_ptr() for t in inputs} if self._looks_up else set()
+        call = Call(sizes_of(inputs, dim), places, task=backward_id())
         if self._traced:
             compiled.give_key(call)
         self._calls.append(call)
-        self._uses.begin(call)
-        if not self._uses.counts(call):
+        if self._uses.checked:
             self.usual = call
+        else:
+            self._uses.begin(call)
 
     def _on_traced(self) -> None:
         """Notes that a graph is being made: only compiled parts of a model ask for a call by its key."""
@@ -322,7 +322,8 @@ class Watch:
             return None
         call = compiled.call_of(call) if isinstance(call, Tensor) else call
         call.sizes.extend(sizes_of(output, self._batch_dim))
-        outputs = [tensor for tensor in outputs_in(output) if tensor.requires_grad]
+        made = [output] if isinstance(output, Tensor) else outputs_in(output)
+        outputs = [tensor for tensor in made if tensor.requires_grad]
         for tensor in outputs:
             # Looking at it brings the node of a view up to date whose base was written to in place:
             # register_hook crashes on an old one.
@@ -400,11 +401,10 @@ class Watch:
         self._records.receive(call, pairs)
 
     def on_samples(self, use: Use, layer: Layer, call: Call, samples: int) -> None:
-        """Takes what a layer's use finds on so many samples, now or when the backward pass ends."""
+        """Takes what a layer's use finds on so many samples."""
         if self._unit == "sample" and call.batch_size != samples:
             check_batch(layer, call, samples)
-        if not self._records.gather(use):
-            self._records.receive(*use.deliver_now())
+        self._records.arrive(use)
 
     def on_differentiable(
         self,

@@ -152,13 +152,18 @@ def _write(value: Any, header: list[int], tensors: list[Tensor]) -> bool:
             narrow = value.dtype == torch.int32
             header += [HALF_WORDS if narrow else WORDS, value.dim(), *value.shape]
             tensors.append(_halves(value) if narrow else value)
-        case _ if is_dataclass(value) and type(value) in KINDS:
-            header += [OBJECT, KINDS.index(type(value))]
+        case _ if is_dataclass(value) and (kind := _kind(value)) in KINDS:
+            header += [OBJECT, KINDS.index(kind)]
             parts = [getattr(value, field.name) for field in fields(value)]
             return all(_write(part, header, tensors) for part in parts)
         case _:
             return False
     return True
+
+
+def _kind(value: Any) -> type:
+    """What a value arrives as: bits that lie among others' as bits of their own."""
+    return Bits if isinstance(value, Bits) else type(value)
 
 
 class _Tape:

@@ -16,8 +16,10 @@ from torch import Tensor
 __all__ = [
     "LIKE",
     "PLAIN",
+    "address_of",
     "all_plain",
     "compiled_loops",
+    "finds_addresses",
     "installed",
     "is_plain",
     "loops",
@@ -62,23 +64,32 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) in PLAIN and not wrapped
 
 
+def finds_addresses() -> bool:
+    """Whether compiled loops are there, and tensors have addresses: functorch's have none to ask for."""
+    return installed() and torch._C._functorch.peek_interpreter_stack() is None  # noqa: SLF001
+
+
+def address_of(tensor: Tensor) -> int:
+    """Where compiled loops can read a tensor's numbers, which lie without gaps; 0 where they cannot.
+
+    Zeros that autograd makes up have no address; neither have tensors without elements.
+
+    Args:
+        tensor: of any kind, where `finds_addresses`.
+    """
+    if (
+        type(tensor) in PLAIN
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and tensor.is_contiguous()
+    ):
+        return tensor.data_ptr()
+    return 0
+
+
 def all_plain(tensors: Iterable[Tensor]) -> bool:
     """Whether compiled loops can read the numbers of all tensors, which lie without gaps."""
-    # First: functorch's tensors have no address to ask for.
-    if not installed() or torch._C._functorch.peek_interpreter_stack() is not None:  # noqa: SLF001
-        return False
-    for tensor in tensors:
-        if not (
-            tensor.is_cpu
-            and type(tensor) in PLAIN
-            and tensor.dtype in DTYPES
-            and tensor.layout is torch.strided
-            and tensor.is_contiguous()
-            # Zeros that autograd makes up have no memory; neither have tensors without elements.
-            and tensor.data_ptr()
-        ):
-            return False
-    return True
+    return finds_addresses() and all(t.dtype in DTYPES and address_of(t) for t in tensors)
 
 
 @functools.cache

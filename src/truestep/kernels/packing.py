@@ -8,18 +8,50 @@ import functools
 import math
 from array import array
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from truestep.kernels.dispatch import LIKE, all_plain, compiled_loops, is_plain, loops
+from truestep.kernels.dispatch import (
+    LIKE,
+    all_plain,
+    compiled_loops,
+    is_plain,
+    loops,
+)
 from truestep.kernels.threads import spread
 
-__all__ = ["WORD", "join", "pack", "pack_rows", "unpack"]
+__all__ = [
+    "PACK_FIELDS",
+    "PACK_FULL",
+    "PACK_WORDS",
+    "SIZES",
+    "WORD",
+    "Join",
+    "Lines",
+    "Rows",
+    "join",
+    "join_torch",
+    "pack",
+    "pack_rows",
+    "pack_table",
+    "unpack",
+]
 
 WORD = 64
+NONE = array("q", [0])
 NANOSECONDS = 0.08  # for each byte, which is seldom in the nearest cache
-PACK_FIELDS = 14  # of the table of `truestep.kernels.loops.pack`
+# Of the tables of `truestep.kernels.loops.pack`.
+PACK_FIELDS, JOIN_FIELDS = 14, 7
+PACK_ADDRESS, PACK_MEANS, PACK_WORDS, PACK_FULL = 0, 10, 12, 13
+SIZES = {
+    torch.float32: 4,
+    torch.float64: 8,
+    torch.float16: 2,
+    torch.bfloat16: 2,
+    torch.bool: 1,
+}
 # The bits that tell a number of so many bytes from zero: all but a float's sign.
 MAGNITUDE = {1: 0xFF, 2: 0x7FFF, 4: 0x7FFF_FFFF, 8: 0x7FFF_FFFF_FFFF_FFFF}
 
@@ -63,51 +95,108 @@ def pack(values: Tensor, means: Tensor | None = None) -> Tensor | None:
     words = torch.empty((samples * positions + WORD - 1) // WORD, units, dtype=torch.int64)
     line = [values.data_ptr(), size, MAGNITUDE[size], samples, positions, units]
     line += [strides[0] * size, inner * size, strides[-1] * size, by_unit, address, groups, 0, 1]
-    (full,) = _run(line, words, samples * positions * units * size)
-    return None if full else words
+    table = array("q", line)
+    _run(table, words.data_ptr(), words.numel(), samples * positions * units * size)
+    return None if table[PACK_FULL] else words
 
 
-def pack_rows(tensors: Sequence[Tensor]) -> tuple[Tensor, list[int]] | None:
-    """`pack` of many tensors ``[samples, units]`` at once, or None where it has to be one by one.
+class Rows(NamedTuple):
+    """How a tensor's numbers lie, as rows of units.
+
+    Attributes:
+        samples: how many.
+        positions: of each.
+        units: how many.
+        by_unit: whether they lie ``[samples, units, positions]``, not ``[samples, positions, units]``.
+        groups: how many groups of neighbouring units have a mean of their own in each sample; where numbers
+            are not `by_unit`, 1 mean for each row; 0 where numbers are compared with zero.
+    """
+
+    samples: int
+    positions: int
+    units: int
+    by_unit: bool = False
+    groups: int = 0
+
+
+def pack_rows(tensor: Tensor, rows: Rows, means: Tensor | None = None) -> Tensor | None:
+    """`pack` of a tensor that need not have the shape of its rows.
 
     Args:
-        tensors: of bools or numbers.
+        tensor: bool or numbers.
+        rows: how they lie.
+        means: floats of the same type, as many as rows say.
+    """
+    samples, positions, units, by_unit, groups = rows
+    values = tensor.reshape((samples, units, positions) if by_unit else rows[:3])
+    if means is not None:
+        means = means.reshape((samples, 1, groups) if by_unit else (samples, positions, 1))
+    return pack(values.transpose(1, 2) if by_unit else values, means)
+
+
+class Lines:
+    """Two lines of the packing loop's table, for tensors of one type, but for the addresses.
+
+    Args:
+        first: how the first tensor's numbers lie.
+        second: the second's.
+        dtype: of both.
+
+    Attributes:
+        words: how many they will take.
+        read: how many bytes are read.
+    """
+
+    __slots__ = ("_table", "dtype", "first", "read", "second", "words")
+
+    def __init__(self, first: Rows, second: Rows, dtype: torch.dtype) -> None:
+        self.first, self.second, self.dtype, self.words = first, second, dtype, 0
+        self._table, size = array("q"), SIZES[dtype]
+        for samples, positions, units, by_unit, groups in (first, second):
+            strides = (size, positions * size) if by_unit else (units * size, size)
+            self._table.extend((0, size, MAGNITUDE[size], samples, positions, units))
+            self._table.extend((positions * units * size, *strides, by_unit, 0, groups))
+            self._table.extend((self.words, 1))
+            self.words += (samples * positions + WORD - 1) // WORD * units
+        self.read = self.words * WORD * size
+
+    def at(self, first: int, second: int, means: int, place: int) -> "array[int]":
+        """A table of these lines.
+
+        Args:
+            first: address of the first tensor.
+            second: of the second.
+            means: of the first one's means, or 0.
+            place: of the first word among others'.
+        """
+        table = array("q", self._table)
+        table[PACK_ADDRESS], table[PACK_FIELDS + PACK_ADDRESS] = first, second
+        table[PACK_MEANS] = means
+        if place:
+            table[PACK_WORDS] += place
+            table[PACK_FIELDS + PACK_WORDS] += place
+        return table
+
+
+def pack_table(table: "array[int]", words: int, read: int) -> "array[int]":
+    """Packs what the lines of a table say, each of which then says whether all its bits are on.
+
+    Args:
+        table: of `Lines`.
+        words: how many there will be.
+        read: how many bytes are read.
 
     Returns:
-        int64 words, one tensor's after the other's, and for each tensor its first word's place, or -1
-        where all bits are on.
+        All tensors' words: no tensor, whose making would take small ones longer than the packing.
     """
-    if not all_plain(tensors):
-        return None
-    lines: list[int] = []
-    places: list[int] = []
-    total = read = 0
-    for tensor in tensors:
-        samples, units = tensor.shape
-        size = tensor.element_size()
-        lines += tensor.data_ptr(), size, MAGNITUDE[size], samples, 1, units
-        lines += units * size, 0, size, 0, 0, 0, total, 1
-        places.append(total)
-        count = (samples + WORD - 1) // WORD * units
-        total += count
-        read += count * WORD * size
-    words = torch.empty(total, dtype=torch.int64)
-    full = _run(lines, words, read)
-    return words, [-1 if on else place for place, on in zip(places, full, strict=True)]
+    made = NONE * words
+    _run(table, made.buffer_info()[0], words, read)
+    return made
 
 
-def _run(lines: list[int], words: Tensor, read: int) -> "array[int]":
-    """Packs what the lines of a table say; returns for each whether all its bits are on.
-
-    Args:
-        lines: see `truestep.kernels.loops.pack`.
-        words: where the bits go.
-        read: bytes.
-    """
-    table = array("q", lines)
-    arguments = table.buffer_info()[0], len(lines) // PACK_FIELDS, words.data_ptr()
-    spread(loops().pack, words.numel(), read * NANOSECONDS, *arguments)
-    return table[PACK_FIELDS - 1 :: PACK_FIELDS]
+def _run(table: "array[int]", address: int, words: int, read: int) -> None:
+    lines, size = table.buffer_info()
+    spread(loops().pack, words, read * NANOSECONDS, lines, size // PACK_FIELDS, address)
 
 
 def off_mean(values: Tensor, means: Tensor) -> Tensor:
@@ -150,21 +239,57 @@ def unpack(words: Tensor, length: int) -> Tensor:
     return bits.reshape(count * WORD, units)[:length]
 
 
-def join(words: Tensor, samples: int, positions: int) -> Tensor | None:
-    """The samples with any position on: packed like `pack` does, None where all are on.
+class Join(NamedTuple):
+    """Packed words ``[samples, positions, units]`` whose positions are to be joined.
+
+    Attributes:
+        words: their address.
+        other: that of others in which bits must be on too; 0 where there are none, and several positions.
+        samples: how many.
+        positions: of each.
+        units: how many.
+    """
+
+    words: int
+    other: int
+    samples: int
+    positions: int
+    units: int
+
+
+def join(masks: Sequence[Join]) -> tuple["array[int]", list[int]]:
+    """The samples with any position on, of many masks at once, by compiled loops.
+
+    Args:
+        masks: see `Join`.
+
+    Returns:
+        Words, one mask's after the other's, and for each mask its first word's place, or -1 where
+        all bits are on.
+    """
+    lines: list[int] = []
+    places: list[int] = []
+    total = 0
+    for mask in masks:
+        lines += *mask, total, 1
+        places.append(total)
+        total += (mask.samples + WORD - 1) // WORD * mask.units
+    words, table = NONE * total, array("q", lines)
+    loops().join(table.buffer_info()[0], len(masks), words.buffer_info()[0])
+    full = table[JOIN_FIELDS - 1 :: JOIN_FIELDS]
+    return words, [-1 if on else place for place, on in zip(places, full, strict=True)]
+
+
+def join_torch(words: Tensor, samples: int, positions: int) -> Tensor | None:
+    """The twin of `join` in torch operations, of one mask; None where all are on.
 
     Args:
         words: int64 ``[words, units]``.
         samples: how many.
         positions: of each.
     """
-    units = words.shape[1]
-    if not (words.is_cpu and compiled_loops(words.new_empty(0, dtype=torch.bool))) or samples == 0:
-        mask = unpack(words, samples * positions).reshape(samples, positions, units)
-        return _packed(mask.any(1))
-    joined = torch.empty((samples + WORD - 1) // WORD, units, dtype=torch.int64)
-    full = loops().join(words.data_ptr(), samples, positions, units, joined.data_ptr())
-    return None if full else joined
+    mask = unpack(words, samples * positions).reshape(samples, positions, words.shape[1])
+    return _packed(mask.any(1))
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import os
 import threading
+from array import array
 from collections.abc import Callable
 from itertools import pairwise
 from queue import SimpleQueue
@@ -92,16 +93,15 @@ def _team(loop: Loop, arguments: tuple[Any, ...]) -> Any:
 
 def _run(team: Any, length: int, parts: int, arguments: tuple[Any, ...]) -> None:
     """Lets a team run a loop."""
-    numbers = [0, parts, length]
+    work = array("q", (0, parts, length))
     for argument in arguments:
-        if isinstance(argument, np.ndarray):
-            numbers += [argument.ctypes.data, argument.size, argument.itemsize]
-        elif isinstance(argument, float):
-            numbers.append(int(np.float64(argument).view(np.int64)))
+        if isinstance(argument, int):
+            work.append(argument)
+        elif isinstance(argument, np.ndarray):
+            work.extend((argument.ctypes.data, argument.size, argument.itemsize))
         else:
-            numbers.append(int(argument))
-    work = np.array(numbers, np.int64)
-    teams()(team.address, work.ctypes.data, parts, 0)
+            work.append(int(np.float64(argument).view(np.int64)))
+    teams()(team.address, work.buffer_info()[0], parts, 0)
 
 
 def _wait(done: Done, parts: int) -> list[BaseException]:

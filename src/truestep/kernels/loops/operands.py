@@ -143,12 +143,12 @@ def find_silent(view: Any, sample: Any) -> None:
     if view.window == 0:
         _, words, _, columns = view.inputs.shape
         place = view.inputs.ctypes.data + 8 * sample * words * columns
-        view.silent[sample, 0] = gather(place, 0, 64 * words, np.zeros(columns, np.int64))
+        view.silent[sample, 0] = gather(place, 0, 0, 64 * words, np.zeros(columns, np.int64))
         return
     _, taps = sizes(view.window)
     pixels, channels = pixels_of(view.window)
     found = np.zeros(channels, np.int64)
-    gather(view.packed.ctypes.data, sample * pixels, (sample + 1) * pixels, found)
+    gather(view.packed.ctypes.data, 0, sample * pixels, (sample + 1) * pixels, found)
     view.silent[sample] = 0
     width = channels // view.silent.shape[1]
     for channel in range(channels):

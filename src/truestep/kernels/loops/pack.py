@@ -47,6 +47,11 @@ ADDRESS, SIZE, MAGNITUDE, SAMPLES, POSITIONS, UNITS = range(6)
 SAMPLE_STRIDE, POSITION_STRIDE, UNIT_STRIDE, BY_UNIT, MEANS, GROUPS, WORDS, FULL = range(6, 14)
 FIELDS = 14
 
+# The columns of the table of masks whose positions are to be joined.
+JOINED_ADDRESS, JOINED_OTHER, JOINED_SAMPLES, JOINED_POSITIONS, JOINED_UNITS = range(5)
+JOINED_WORDS, JOINED_FULL = 5, 6
+JOIN_FIELDS = 7
+
 # Rows are read so many words' bits at a time: in the order in which they lie, as far as caches go.
 PIECES = 32
 
@@ -287,11 +292,12 @@ def _extract(words: Any, row: Any, length: Any, target: Any) -> None:
 
 
 @njit(cache=True, nogil=True)
-def gather(words_address: Any, row: Any, end: Any, found: Any) -> Any:
+def gather(words_address: Any, other: Any, row: Any, end: Any, found: Any) -> Any:
     """Adds the bits of rows `row` to `end` to each unit's word in `found`, until no unit's is zero.
 
     Args:
         words_address: of int64 ``[words, units]``.
+        other: of words in which bits must be on too, or 0.
         row: the first.
         end: the row after the last.
         found: int64 ``[units]``.
@@ -305,32 +311,68 @@ def gather(words_address: Any, row: Any, end: Any, found: Any) -> Any:
         # To the end of the word or of the rows.
         length = min(end - row, 64 - row % 64)
         kept = (ALL >> np.uint64(64 - length)) << np.uint64(row % 64)
-        place = words_address + 8 * (row // 64) * units
-        source = carray(pointer(place), (units,), np.uint64)
+        place = 8 * (row // 64) * units
+        source = carray(pointer(words_address + place), (units,), np.uint64)
         missing = 0
-        for unit in range(units):
-            found[unit] |= np.int64(source[unit] & kept)
-            missing += found[unit] == 0
+        if other == 0:
+            for unit in range(units):
+                found[unit] |= np.int64(source[unit] & kept)
+                missing += found[unit] == 0
+        else:
+            second = carray(pointer(other + place), (units,), np.uint64)
+            for unit in range(units):
+                found[unit] |= np.int64(source[unit] & second[unit] & kept)
+                missing += found[unit] == 0
         row += length
     return missing
 
 
 @njit(cache=True, nogil=True)
-def join(words_address: Any, samples: Any, positions: Any, units: Any, joined_address: Any) -> Any:
-    """Joins the positions of each sample: int64 ``[words of samples, units]``.
+def join(address: Any, lines: Any, words_address: Any) -> None:
+    """Joins the positions of each sample, of several masks: int64 ``[words of samples, units]`` each.
 
-    Returns:
-        1 if all bits are on, else 0.
+    Args:
+        address: of a table, int64 ``[lines, JOIN_FIELDS]``, whose `JOINED_FULL` become 0 where not all bits
+            are on.
+        lines: how many masks.
+        words_address: of all joined words.
     """
-    joined = carray(pointer(joined_address), ((samples + 63) // 64, units), np.int64)
-    joined[:] = 0
-    found = aligned(units)
-    full = 1
-    for sample in range(samples):
-        found[:] = 0
-        gather(words_address, sample * positions, (sample + 1) * positions, found)
-        target, on = joined[sample // 64], np.int64(1) << np.int64(sample % 64)
+    table = carray(pointer(address), (lines, JOIN_FIELDS), np.int64)
+    for index in range(lines):
+        line = table[index]
+        units = line[JOINED_UNITS]
+        shape = (line[JOINED_SAMPLES] + 63) // 64, units
+        joined = carray(pointer(words_address + 8 * line[JOINED_WORDS]), shape, np.int64)
+        if line[JOINED_POSITIONS] == 1:
+            line[JOINED_FULL] = _both(line, joined)
+            continue
+        joined[:] = 0
+        found = aligned(units)
+        full = 1
+        for sample in range(line[JOINED_SAMPLES]):
+            found[:] = 0
+            first = sample * line[JOINED_POSITIONS]
+            end = first + line[JOINED_POSITIONS]
+            gather(line[JOINED_ADDRESS], line[JOINED_OTHER], first, end, found)
+            target, on = joined[sample // 64], np.int64(1) << np.int64(sample % 64)
+            for unit in range(units):
+                target[unit] |= on if found[unit] != 0 else np.int64(0)
+                full &= found[unit] != 0
+        line[JOINED_FULL] = full
+
+
+@njit(cache=True, nogil=True)
+def _both(line: Any, joined: Any) -> Any:
+    """Writes the bits that are on in both masks; returns 1 if all are on, else 0."""
+    words, units = joined.shape
+    first = carray(pointer(line[JOINED_ADDRESS]), (words, units), np.int64)
+    second = carray(pointer(line[JOINED_OTHER]), (words, units), np.int64)
+    every = np.int64(-1)
+    for word in range(words):
+        rows = min(64, line[JOINED_SAMPLES] - 64 * word)
+        unused = np.int64(0) if rows == 64 else np.int64(-1) << np.int64(rows)
         for unit in range(units):
-            target[unit] |= on if found[unit] != 0 else np.int64(0)
-            full &= found[unit] != 0
-    return full
+            bits = first[word, unit] & second[word, unit]
+            joined[word, unit] = bits
+            every &= bits | unused
+    return 1 if every == -1 else 0

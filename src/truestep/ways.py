@@ -1,0 +1,301 @@
+"""What the short way knows of each kind of layer.
+
+That is: which node of the autograd graph reads its input, where its tensors hold samples, positions and
+units, and what their bits say about its parameters.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from truestep.activity import Activity, Elements, Outer, Window
+from truestep.bits import Bits
+from truestep.graph import saved_tensors_are_packed
+from truestep.kernels.dispatch import LIKE
+from truestep.kernels.packing import Lines, Rows
+from truestep.layout import Layout, Rule
+from truestep.rules import RULES
+from truestep.rules_convolution import window_of
+
+__all__ = ["Direct", "Sizes", "direct_way"]
+
+Found = list[tuple[Tensor, Activity]]
+Sizes = tuple[torch.Size, torch.Size]
+
+
+class Direct(ABC):
+    """The short way of one layer.
+
+    Its parameters are those of a call that went the long way, which gave them their hooks.
+
+    Args:
+        module: the layer.
+        layout: of its calls.
+
+    Attributes:
+        weight: its weight, None as long as there is no short way.
+        bias: its bias, if it has one.
+        groups: how many means autograd keeps of each row of its input; 0 where it keeps none.
+        apart: whether each position counts as a sample.
+    """
+
+    # What the layer adds to the autograd graph whose backward pass reads the input that it was given.
+    NODES: frozenset[str]
+    groups = 0
+
+    def __init__(self, module: Any, layout: Layout) -> None:
+        del module
+        self.weight: Any = None
+        self.bias: Any = None
+        self.apart = layout.unit == "position"
+        # Of the latest calls: those to come are likely to have the same.
+        self._kind: type | None = None
+        self._lines: tuple[Sizes, Lines] | None = None
+
+    def know(self, module: nn.Module) -> None:
+        """Notes the parameters if all are trained: those have their hooks now."""
+        trained = all(parameter.requires_grad for parameter in module.parameters())
+        self.weight, self.bias = (module.weight, module.bias) if trained else (None, None)
+
+    def node(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """The autograd node to wait at, or None where anything about the call is unusual."""
+        held = module._parameters  # noqa: SLF001
+        weight, bias = held.get("weight"), held.get("bias")
+        if not (
+            weight is self.weight
+            and bias is self.bias
+            and weight is not None
+            and weight.requires_grad
+            and (bias is None or bias.requires_grad)
+            and type(output) is Tensor
+            and (node := output.grad_fn) is not None
+            and len(args) == 1
+            and (given := args[0]).dtype is output.dtype  # autocast keeps a copy of its own
+            and not saved_tensors_are_packed()  # checkpointing would not hold the input
+        ):
+            return None
+        node = self.reader(given, output, node)
+        kind = type(node)
+        if kind is not self._kind:
+            if kind.__name__ not in self.NODES:
+                return None
+            self._kind = kind
+        return node
+
+    @abstractmethod
+    def reader(self, given: Tensor, output: Tensor, node: Any) -> Any:
+        """The node that reads the input, or None; takes the one that made the output."""
+
+    def rows(self, shape: torch.Size) -> int:
+        """How many rows of the node's output are one sample's, for an input of a shape."""
+        del shape
+        return 1
+
+    def means(self, node: Any) -> Tensor | None:
+        """The means that autograd has kept."""
+        del node
+        return None
+
+    @abstractmethod
+    def arranged(self, shape: torch.Size, rows: int) -> Rows:
+        """How numbers lie in the input, or in the node's output.
+
+        Args:
+            shape: of it.
+            rows: see `rows`.
+        """
+
+    def lines(self, sizes: Sizes, dtype: torch.dtype, rows: int) -> Lines:
+        """How input and output gradient are packed together.
+
+        Args:
+            sizes: shapes of the input and of the node's output.
+            dtype: of both.
+            rows: see `rows`.
+        """
+        known = self._lines
+        if known is not None and known[0] == sizes and known[1].dtype is dtype:
+            return known[1]
+        arranged = self.arranged(sizes[0], rows)._replace(groups=self.groups)
+        lines = Lines(arranged, self.arranged(sizes[1], rows), dtype)
+        self._lines = sizes, lines
+        return lines
+
+    def masks(self, outputs: Bits, inputs: Bits) -> list[tuple[Bits, Bits | None]]:
+        """The masks whose positions are to be joined, as `truestep.bits.join` takes them."""
+        del inputs
+        return (
+            [] if self.bias is None or self.apart or outputs.positions == 1 else [(outputs, None)]
+        )
+
+    def ends(self, outputs: Bits, joined: Iterator[Bits]) -> Bits:
+        """The samples in which a unit has a gradient: `outputs` alone, or what `masks` has become."""
+        if self.apart:
+            return outputs.apart()
+        return outputs if outputs.positions == 1 else next(joined)
+
+    @abstractmethod
+    def found(self, outputs: Bits, inputs: Bits, joined: Iterator[Bits], sizes: Sizes) -> Found:
+        """The activity of the parameters.
+
+        Args:
+            outputs: where the node's output had a gradient.
+            inputs: where the input was not zero, or not its mean.
+            joined: `masks`, joined.
+            sizes: shapes of input and output.
+        """
+
+
+class DirectLinear(Direct):
+    """`nn.Linear`."""
+
+    NODES = frozenset({"AddmmBackward0", "MmBackward0"})  # with and without a bias
+
+    def reader(self, given: Tensor, output: Tensor, node: Any) -> Any:
+        """For inputs with positions autograd has a product of rows, of which the output is a view."""
+        dims = len(given.shape)
+        if dims == 2:  # noqa: PLR2004
+            return node
+        usual = dims > 2 and given.is_contiguous() and output.is_contiguous()  # noqa: PLR2004
+        if not usual or output.numel() == 0:
+            return None
+        if type(node).__name__ == "UnsafeViewBackward0":  # without a bias
+            return node.next_functions[0][0]
+        rows, width = output._base, output.shape[-1]  # noqa: SLF001
+        if rows is None or rows.shape != (output.numel() // width, width):
+            return None
+        return rows.grad_fn
+
+    def rows(self, shape: torch.Size) -> int:
+        """The positions of a sample, unless each is one."""
+        return 1 if self.apart or len(shape) == 2 else shape[1:-1].numel()  # noqa: PLR2004
+
+    def arranged(self, shape: torch.Size, rows: int) -> Rows:
+        """Rows of units."""
+        count = shape[0] if len(shape) == 2 else shape[:-1].numel()  # noqa: PLR2004
+        return Rows(count // rows, rows, shape[-1])
+
+    def found(self, outputs: Bits, inputs: Bits, joined: Iterator[Bits], sizes: Sizes) -> Found:
+        """As `truestep.rules.linear`."""
+        del sizes
+        weight, bias = self.weight, self.bias
+        outer = weight, Outer(weight.shape, outputs, inputs)
+        if bias is None:
+            return [outer]
+        return [outer, (bias, Elements(bias.shape, self.ends(outputs, joined)))]
+
+
+class DirectConvolution(Direct):
+    """Convolutions."""
+
+    NODES = frozenset({"ConvolutionBackward0"})
+
+    def __init__(self, module: Any, layout: Layout) -> None:
+        super().__init__(module, layout)
+        self._module, self._layout = module, layout
+        self._dims = len(module.kernel_size) + 2
+        self._window: tuple[Sizes, Window] | None = None
+
+    def reader(self, given: Tensor, output: Tensor, node: Any) -> Any:
+        """Images that have a batch among their dimensions."""
+        del output
+        return node if len(given.shape) == self._dims else None
+
+    def arranged(self, shape: torch.Size, rows: int) -> Rows:
+        """Channels come first."""
+        del rows
+        positions = shape[2:].numel()
+        return Rows(shape[0], positions, shape[1], positions > 1)
+
+    def found(self, outputs: Bits, inputs: Bits, joined: Iterator[Bits], sizes: Sizes) -> Found:
+        """As `truestep.rules_convolution.convolution`."""
+        known, bias = self._window, self.bias
+        if known is None or known[0] != sizes:
+            given, made = (tuple(size[2:]) for size in sizes)
+            known = self._window = sizes, window_of(self._module, given, made, self._layout)
+        outer = self.weight, Outer(self.weight.shape, outputs, inputs, known[1])
+        if bias is None:
+            return [outer]
+        return [outer, (bias, Elements(bias.shape, self.ends(outputs, joined)))]
+
+
+class DirectNorm(Direct):
+    """Norms of whose input autograd keeps the means: what is equal to its mean is normalised to zero."""
+
+    NODES = frozenset({"NativeLayerNormBackward0", "NativeGroupNormBackward0"})
+
+    def __init__(self, module: Any, layout: Layout) -> None:
+        super().__init__(module, layout)
+        images = isinstance(module, nn.GroupNorm)
+        self.groups = module.num_groups if images else 1
+        self._dims = None if images else len(module.normalized_shape)
+
+    def reader(self, given: Tensor, output: Tensor, node: Any) -> Any:
+        """Of others, autograd keeps a copy, or rounded means."""
+        del output
+        batched = self._dims is None or len(given.shape) > self._dims
+        return node if batched and given.is_contiguous() and given.dtype in LIKE else None
+
+    def means(self, node: Any) -> Tensor:
+        """Detached: GroupNorm's would keep the node alive that this is hung on."""
+        found: Tensor = node._saved_result1.detach()  # noqa: SLF001
+        return found
+
+    def arranged(self, shape: torch.Size, rows: int) -> Rows:
+        """Of LayerNorm, rows of all normalised numbers."""
+        del rows
+        if self._dims is None:
+            return Rows(shape[0], shape[2:].numel(), shape[1], by_unit=True)
+        lead, units = shape[: -self._dims], shape[-self._dims :].numel()
+        if self.apart:
+            return Rows(lead.numel(), 1, units)
+        return Rows(lead[0], lead[1:].numel(), units)
+
+    def masks(self, outputs: Bits, inputs: Bits) -> list[tuple[Bits, Bits | None]]:
+        """Of the weight too."""
+        if self.apart:
+            outputs, inputs = outputs.apart(), inputs.apart()
+        both: list[tuple[Bits, Bits | None]] = [(outputs, inputs), (outputs, None)]
+        return both[:1] if self.bias is None else both
+
+    def found(self, outputs: Bits, inputs: Bits, joined: Iterator[Bits], sizes: Sizes) -> Found:
+        """As `truestep.rules_norm.normalization`."""
+        del outputs, inputs, sizes
+        parameters = [self.weight] if self.bias is None else [self.weight, self.bias]
+        return [(each, Elements(each.shape, next(joined))) for each in parameters]
+
+
+KINDS: dict[type[nn.Module], type[Direct]] = {
+    nn.Linear: DirectLinear,
+    nn.Conv1d: DirectConvolution,
+    nn.Conv2d: DirectConvolution,
+    nn.Conv3d: DirectConvolution,
+    nn.LayerNorm: DirectNorm,
+    nn.GroupNorm: DirectNorm,
+}
+
+
+def direct_way(module: nn.Module, rule: Rule, layout: Layout) -> Direct | None:
+    """The short way of a layer's usual calls, if there is one.
+
+    Args:
+        module: the layer.
+        rule: its rule.
+        layout: of its calls.
+    """
+    kind = KINDS.get(type(module))
+    usual = kind is not None and rule is RULES[type(module)] and layout.batch_dim == 0
+    return kind(module, layout) if kind and usual and not _pads_its_input(module) else None
+
+
+def _pads_its_input(module: Any) -> bool:
+    """Whether autograd holds a padded copy instead of what a convolution is given."""
+    if getattr(module, "padding_mode", "zeros") != "zeros":
+        return True
+    if getattr(module, "padding", None) != "same":
+        return False
+    sides = zip(module.dilation, module.kernel_size, strict=True)
+    return any(dilation * (kernel - 1) % 2 for dilation, kernel in sides)
