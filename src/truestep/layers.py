@@ -409,7 +409,6 @@ def check_batch(layer: Layer, call: Call, samples: int) -> None:
     call.batch_size = samples
 
 
-def sizes_of(value: Any, batch_dim: int) -> list[int]:
-    """The sizes that tensors in nested containers have in their batch dimension."""
-    tensors = [value] if isinstance(value, Tensor) else tensors_in(value)
+def sizes_of(tensors: Iterable[Tensor], batch_dim: int) -> list[int]:
+    """The sizes that tensors have in their batch dimension."""
     return [shape[batch_dim] for tensor in tensors if len(shape := tensor.shape) > batch_dim]

@@ -321,8 +321,11 @@ class Watch:
                 handle.resume()
             return None
         call = compiled.call_of(call) if isinstance(call, Tensor) else call
-        call.sizes.extend(sizes_of(output, self._batch_dim))
-        made = [output] if isinstance(output, Tensor) else outputs_in(output)
+        if isinstance(output, Tensor):
+            made = shown = [output]
+        else:
+            made, shown = list(outputs_in(output)), list(tensors_in(output))
+        call.sizes.extend(sizes_of(shown, self._batch_dim))
         outputs = [tensor for tensor in made if tensor.requires_grad]
         for tensor in outputs:
             # Looking at it brings the node of a view up to date whose base was written to in place:
@@ -432,7 +435,7 @@ class Watch:
     ) -> None:
         if args is not None and self._uses.begin_check():
             self._check_by_shapes(args, kwargs)
-        call.sizes.extend(sizes_of(deltas, self._batch_dim))
+        call.sizes.extend(sizes_of(tensors_in(deltas), self._batch_dim))
         for delta in deltas:
             # A compiled graph gives zeros to outputs that the loss does not depend on.
             if delta is not None and (self._unit == "sample" or delta.any()):
