@@ -362,3 +362,26 @@ def test_inputs_filled_anew_after_a_backward_pass_that_raised_are_no_error():
             assert counter.counts()["0.bias"].eq(5).all()
         with torch.no_grad():
             x.add_(1)
+
+
+@pytest.mark.parametrize("full", ["inputs", "gradients", "both", "neither"])
+def test_masks_that_are_on_everywhere_take_no_memory(full, monkeypatch):
+    monkeypatch.setattr(records, "MOST_GATHERED", 0)
+    model, x = nn.Linear(64, 128), torch.ones(64, 64)
+    if full in {"gradients", "neither"}:
+        x[0] = 0
+    counter = truestep.SampleCounter(model)
+    for _ in range(2):
+        model.zero_grad()
+        delta = torch.ones(64, 128)
+        if full in {"inputs", "neither"}:
+            delta[1] = 0
+        model(x.clone().requires_grad_()).backward(delta)
+    words = counter._records.of(model.weight).activity
+    held = {
+        id(bits._all): len(bits._all) for bits in (words.inputs, words.outputs) if bits.address()
+    }
+    expected = {"inputs": 128, "gradients": 64, "both": 0, "neither": 192}
+    assert sum(held.values()) == expected[full]
+    reached = {"inputs": 63, "gradients": 63, "both": 64, "neither": 62}
+    assert counter.counts()["weight"].unique().tolist() == [reached[full]]

@@ -21,7 +21,7 @@ from truestep.calls import Call
 from truestep.errors import TruestepError
 from truestep.hooks import Hook, uncompiled
 from truestep.kernels.dispatch import address_of, finds_addresses
-from truestep.kernels.packing import PACK_FIELDS, SIZES, Lines, pack_table
+from truestep.kernels.packing import PACK_FIELDS, SIZES, Lines, pack_table, without_full
 
 if TYPE_CHECKING:
     from truestep.ways import Sizes
@@ -221,6 +221,8 @@ def pack_all(uses: Sequence[Use]) -> None:
     if not together:
         return
     words = pack_table(whole, total, read)
+    if len(together) == 1:
+        words = without_full(words, whole)
     start = words.buffer_info()[0]
     for use, lines in together:
         use.inputs = packed_in(words, start, whole, first, lines.first)

@@ -37,6 +37,7 @@ __all__ = [
     "pack_rows",
     "pack_table",
     "unpack",
+    "without_full",
 ]
 
 WORD = 64
@@ -192,6 +193,21 @@ def pack_table(table: "array[int]", words: int, read: int) -> "array[int]":
     made = NONE * words
     _run(table, made.buffer_info()[0], words, read)
     return made
+
+
+def without_full(words: "array[int]", table: "array[int]") -> "array[int]":
+    """The words of two tensors without those of one of which all bits are on, which nobody will read.
+
+    Args:
+        words: see `pack_table`.
+        table: of one `Lines`; where the words lie is changed in it.
+    """
+    second = PACK_FIELDS + PACK_WORDS
+    cut = table[second]
+    if table[PACK_FULL] and not table[PACK_FIELDS + PACK_FULL]:
+        table[second] = 0
+        return words[cut:]
+    return words[:cut] if table[PACK_FIELDS + PACK_FULL] and not table[PACK_FULL] else words
 
 
 def _run(table: "array[int]", address: int, words: int, read: int) -> None:
