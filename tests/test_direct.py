@@ -257,9 +257,9 @@ def test_a_layer_that_is_partly_frozen_takes_the_long_way(uses):
 class Fork(nn.Module):
     """Both branches get the same gradient; a hook writes into it when the later layer has seen it."""
 
-    def __init__(self):
+    def __init__(self, early, late):
         super().__init__()
-        self.early, self.late = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.early, self.late = early, late
 
     def forward(self, x):
         early = self.early(x)
@@ -278,8 +278,16 @@ def test_a_bias_unfrozen_later_is_counted():
         assert counter.counts().get("bias", torch.zeros(2)).tolist() == [5 * trained] * 2
 
 
-def test_a_gradient_changed_in_place_while_it_is_held_is_an_error():
-    model, x = Fork(), torch.randn(4, 3)
+@pytest.mark.parametrize(
+    ("make", "x"),
+    [
+        (lambda: nn.Linear(3, 3), torch.randn(4, 3)),
+        (lambda: nn.Conv1d(3, 3, 1), torch.randn(4, 3, 5)),
+        (lambda: nn.LayerNorm(3), torch.randn(4, 3)),
+    ],
+)
+def test_a_gradient_changed_in_place_while_it_is_held_is_an_error(make, x):
+    model = Fork(make(), make())
     counter = truestep.SampleCounter(model)
     model(x).square().sum().backward()
     model.zero_grad()
@@ -288,6 +296,79 @@ def test_a_gradient_changed_in_place_while_it_is_held_is_an_error():
     model.zero_grad()
     model.late(x).square().sum().backward()
     assert counter.batch_size == 4
+
+
+@pytest.mark.parametrize("between", ["frozen", "bias frozen", "other weights"])
+@pytest.mark.parametrize("make", [linear, convolutional])
+def test_calls_between_a_forward_and_its_backward_pass_change_nothing(make, between):
+    model = make()
+    x = torch.randn(5, 3) if make is linear else torch.randn(5, 2, 4, 4)
+    counter = truestep.SampleCounter(model)
+    model(x).sum().backward()
+    expected = counter.counts()
+    model.zero_grad()
+    out = model(x)
+    if between == "other weights":
+        others = {name: p.detach().clone() for name, p in model.named_parameters()}
+        torch.func.functional_call(model, others, (x,))
+    else:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(between != "frozen" and name != "0.bias")
+        given = x.clone().requires_grad_()
+        torch.autograd.grad(model(given).sum(), given)
+        model.requires_grad_(True)
+    out.sum().backward()
+    found = counter.counts()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_backward_pass_within_another_through_a_layer_that_waits():
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(5, 3)
+    counter = truestep.SampleCounter(model)
+    model(x).sum().backward()
+    expected = counter.counts()
+    model.zero_grad()
+    outputs = []
+
+    def differentiate(_gradient):
+        with torch.enable_grad():
+            torch.autograd.grad(outputs[0][:1].sum(), model[2].weight, retain_graph=True)
+
+    handle = model[2].register_forward_pre_hook(
+        lambda _module, args: args[0].register_hook(differentiate) and None
+    )
+    outputs.append(model(x))
+    handle.remove()
+    outputs[0].sum().backward(retain_graph=True)
+    found = counter.counts()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("make", [linear, convolutional])
+def test_several_penalties_through_one_forward_pass(make, monkeypatch):
+    x = torch.randn(5, 3) if make is linear else torch.randn(5, 2, 4, 4)
+    found = []
+    for short in (True, False):
+        with monkeypatch.context() as patch:
+            if not short:
+                patch.setattr(ways.Direct, "node", lambda *_: None)
+            torch.manual_seed(0)
+            model = make()
+            counter = truestep.SampleCounter(model)
+            for _ in range(2):
+                model.zero_grad()
+                given = x.clone().requires_grad_()
+                out = model(given).flatten(1)
+                penalty = sum(
+                    torch.autograd.grad(out[:, k].sum(), given, create_graph=True)[0].square().sum()
+                    for k in range(2)
+                )
+                penalty.backward()
+            found.append(counter.counts())
+    one, other = found
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_step_inside_the_backward_pass_finds_what_has_landed():

@@ -236,6 +236,8 @@ class Outer(Activity):
         else:
             places = math.prod(window.positions), math.prod(window.size)
             expected = (*places, window.channels)
+            if columns * window.groups != window.channels * math.prod(window.kernel):
+                return False
         whole = outputs.units * columns == self.shape.numel()
         return whole and seen == expected and outputs.samples == inputs.samples
 

@@ -95,10 +95,6 @@ class Bits:
         """Each position as a sample of its own."""
         return self if self.positions == 1 else self.shaped(self.length, 1)
 
-    def with_positions(self, positions: int) -> "Bits":
-        """So many samples in a row as the positions of one: the inverse of `apart`."""
-        return self if positions == 1 else self.shaped(self.samples // positions, positions)
-
     def shaped(self, samples: int, positions: int) -> "Bits":
         """The same rows as those of other samples."""
         return Bits(self.words, samples, positions, self.units)
@@ -114,16 +110,15 @@ class Bits:
         return Bits(self.words | other.words, self.samples, self.positions, self.units)
 
 
-def pack(mask: Tensor, means: Tensor | None = None) -> Bits:
-    """Packs a mask, or the entries of numbers that are not zero, or not their mean, to bits.
+def pack(mask: Tensor) -> Bits:
+    """Packs a mask, or the entries of numbers that are not zero, to bits.
 
     Args:
         mask: ``[samples, units]`` or ``[samples, positions, units]``.
-        means: see `truestep.kernels.packing.pack`.
     """
     shape = mask.shape
     positions = 1 if len(shape) == 2 else shape[1]  # noqa: PLR2004
-    return Bits(packing.pack(mask, means), shape[0], positions, shape[-1])
+    return Bits(packing.pack(mask), shape[0], positions, shape[-1])
 
 
 class _Slice(Bits):

@@ -102,12 +102,11 @@ class Uses:
         self._refused: list[TruestepError] = []
 
     def begin(self, call: Any) -> None:
-        """Notes that a call of the model begins."""
+        """Notes that a call of the model begins, of those before one is checked."""
         if not self._uses:
             self._refused.clear()
             self.hooked.clear()
-        if not self.checked:
-            self._uses[call] = []
+        self._uses[call] = []
 
     def counts(self, call: Any) -> bool:
         """Whether the uses of a call are wanted."""

@@ -73,6 +73,8 @@ class Use:
 
     Attributes:
         direct: the layer's short way.
+        weight: the layer's in this call.
+        bias: the same.
         given: the layer's input, until it is packed.
         means: its means, if the layer needs them, as long.
         delta: the gradient of the node's output, from its arrival until it is packed.
@@ -84,9 +86,11 @@ class Use:
 
     __slots__ = (
         "_call",
+        "_followed",
         "_layer",
         "_versions",
         "_watch",
+        "bias",
         "delta",
         "direct",
         "given",
@@ -95,6 +99,7 @@ class Use:
         "outputs",
         "rows",
         "sizes",
+        "weight",
     )
 
     def __init__(
@@ -102,9 +107,11 @@ class Use:
     ) -> None:
         self._watch, self._layer, self._call = watch, layer, call
         self.given: Tensor | None = given
+        self._followed: Tensor | None = given
         self.sizes: Sizes
         self.delta: Tensor | None = None
         direct = self.direct = layer.direct
+        self.weight, self.bias = direct.weight, direct.bias
         self.means = direct.means(node) if direct.groups else None
         self.rows = direct.rows(given.shape)
         self.inputs: Bits
@@ -115,8 +122,10 @@ class Use:
         watch, delta, passed = self._watch(), gradients[0], None
         if watch is None or delta is None:
             return None
-        if torch.is_grad_enabled():  # create_graph=True
-            given, layer = self.given, self._layer
+        if not torch.is_grad_enabled():
+            self._followed = None
+        else:  # create_graph=True
+            given, layer = self._followed, self._layer
             if given is None and not delta.requires_grad:
                 delta = delta.detach().requires_grad_()
                 passed = (delta, *gradients[1:])
@@ -124,19 +133,17 @@ class Use:
             rows = given is not None and len(given.shape) > 2 == len(delta.shape)  # noqa: PLR2004
             shaped = delta.unflatten(0, given.shape[:-1]) if given is not None and rows else delta
             watch.on_differentiable(layer, layer.layout, self._call, given, [shaped])
-        self.delta = delta
-        watch.on_samples(self, self._layer, self._call, delta.shape[0] // self.rows)
+        watch.on_samples(self, delta, self._layer, self._call, delta.shape[0] // self.rows)
         return passed
 
     uncompiled(__call__, inside=False)
 
     def begins(self) -> bool:
         """Whether the parameters have no gradient yet, and the input no bits."""
-        bias = self.direct.bias
         return (
             self.given is not None
-            and self.direct.weight.grad is None
-            and (bias is None or bias.grad is None)
+            and self.weight.grad is None
+            and (self.bias is None or self.bias.grad is None)
         )
 
     def wait(self, most: int) -> int | None:
@@ -186,13 +193,12 @@ class Use:
 
     def masks(self) -> list[tuple[Bits, Bits | None]]:
         """The masks that `deliver` needs with their positions joined."""
-        found: list[tuple[Bits, Bits | None]] = self.direct.masks(self.outputs, self.inputs)
+        found: list[tuple[Bits, Bits | None]] = self.direct.masks(self)
         return found
 
     def deliver(self, joined: Iterator[Bits]) -> tuple[Call, list[tuple[Tensor, Activity]]]:
         """The call of the model, and the parameters with their activity."""
-        found = self.direct.found(self.outputs, self.inputs, joined, self.sizes)
-        return self._call, found
+        return self._call, self.direct.found(self, joined)
 
 
 def pack_all(uses: Sequence[Use]) -> None:
@@ -207,13 +213,13 @@ def pack_all(uses: Sequence[Use]) -> None:
         dtype, of, to, by = delta.dtype, 0, 0, 0
         if reads and given is not None and given.dtype is dtype and dtype in SIZES:
             of, to = address_of(given), address_of(delta)
-            if means is not None and means.dtype is dtype:
+            use.sizes = given.shape, delta.shape
+            lines = use.direct.lines(use.sizes, dtype, use.rows)
+            if means is not None and means.dtype is dtype and means.numel() == lines.means:
                 by = address_of(means)
-        if given is None or not (of and to and (by or means is None)):
+        if not (of and to and (by or means is None)):
             use.pack()
             continue
-        use.sizes = sizes = given.shape, delta.shape
-        lines = use.direct.lines(sizes, dtype, use.rows)
         whole.extend(lines.at(of, to, by, total))
         together.append((use, lines))
         total += lines.words

@@ -80,6 +80,7 @@ class Records:
         self._living.clear()
         self._held.clear()
         self._gathered.clear()
+        self._gathered_bytes = 0
         self.landed.clear()
 
     def nbytes(self) -> int:
@@ -158,15 +159,16 @@ class Records:
             entry = pending[id(parameter)] = Pending(fresh, task)
         return entry
 
-    def arrive(self, use: Use) -> None:
-        """Takes a use that has its gradient: most are left to the end of the backward pass.
+    def arrive(self, use: Use, delta: Tensor) -> None:
+        """Takes a use and the gradient of its output: most are left to the end of the backward pass.
 
         What is done for many uses at once costs each of them a fraction. Those that wait are of parameters
         that have no gradient yet; their tensors wait too, if they are small.
         """
         task = backward_id()
         if task not in self._pending:
-            self._pending_of(task)
+            self._pending_of(task)  # where the same use may still wait, with another gradient
+        use.delta = delta
         if self.follows or not use.begins():
             pack_all([use])
             self.receive(*use.deliver(iter(join(use.masks()))))

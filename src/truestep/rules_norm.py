@@ -29,25 +29,16 @@ def normalization(
     layout: Layout,
     module: Norm,
     input: Tensor,
-    *,
-    means: Tensor | None = None,
 ) -> Callable[[Tensor], dict[str, Activity]]:
-    """Norms with weights: weight j needs output gradient and normalised input j, bias j the former.
-
-    Args:
-        layout: of the call.
-        module: the norm.
-        input: of the call.
-        means: of a LayerNorm or GroupNorm, as autograd has kept them: what is equal is normalised to zero.
-    """
+    """Norms with weights: weight j needs output gradient and normalised input j, bias j the former."""
     if module.weight is None or not module.weight.requires_grad:
         return _activity(layout, module, None)
     factors = input.detach()
     # RMSNorm divides each row by one number.
-    if means is None and not isinstance(module, nn.RMSNorm):
+    if not isinstance(module, nn.RMSNorm):
         with torch.no_grad():
             factors = _normalize(module, factors)
-    return _activity(layout, module, factors, means)
+    return _activity(layout, module, factors)
 
 
 def normalization_twice(
@@ -71,9 +62,9 @@ def normalization_twice(
 
 
 def _activity(
-    layout: Layout, module: Norm, factors: Tensor | None, means: Tensor | None = None
+    layout: Layout, module: Norm, factors: Tensor | None
 ) -> Callable[[Tensor], dict[str, Activity]]:
-    """From output gradients to activity; what the weight's are multiplied with is `factors` less `means`."""
+    """From output gradients to activity; what the weight's are multiplied with is `factors`."""
     channels = not isinstance(module, nn.LayerNorm | nn.RMSNorm)
     unit_dims = len(module.normalized_shape) if isinstance(module, nn.LayerNorm | nn.RMSNorm) else 1
     together = Layout(layout.batch_dim)
@@ -85,14 +76,7 @@ def _activity(
         return bits.apart() if layout.unit == "position" else bits.any_position()
 
     weight, bias = module.weight, getattr(module, "bias", None)
-    met = None
-    if factors is not None:
-        arranged = arrange(factors)
-        if means is not None and not channels:
-            means = arrange(means)
-        elif means is not None and arranged.dim() > means.dim():
-            means = means.unsqueeze(1)  # of a sample's groups: all positions have the same
-        met = pack(arranged, means)
+    met = None if factors is None else pack(arrange(factors))
 
     def activity(delta: Tensor) -> dict[str, Activity]:
         outputs = pack(arrange(delta))

@@ -403,11 +403,11 @@ class Watch:
             pairs.append((parameter, found))
         self._records.receive(call, pairs)
 
-    def on_samples(self, use: Use, layer: Layer, call: Call, samples: int) -> None:
-        """Takes what a layer's use finds on so many samples."""
+    def on_samples(self, use: Use, delta: Tensor, layer: Layer, call: Call, samples: int) -> None:
+        """Takes what a layer's use finds on so many samples where a gradient has arrived."""
         if self._unit == "sample" and call.batch_size != samples:
             check_batch(layer, call, samples)
-        self._records.arrive(use)
+        self._records.arrive(use, delta)
 
     def on_differentiable(
         self,

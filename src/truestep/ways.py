@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from truestep.activity import Activity, Elements, Outer, Window
+from truestep.activity import Activity, Elements, Outer
 from truestep.bits import Bits
 from truestep.graph import saved_tensors_are_packed
 from truestep.kernels.dispatch import LIKE
@@ -29,7 +29,7 @@ Sizes = tuple[torch.Size, torch.Size]
 class Direct(ABC):
     """The short way of one layer.
 
-    Its parameters are those of a call that went the long way, which gave them their hooks.
+    It knows the parameters as they were in the latest call that went the long way, which gave them hooks.
 
     Args:
         module: the layer.
@@ -124,12 +124,15 @@ class Direct(ABC):
         self._lines = sizes, lines
         return lines
 
-    def masks(self, outputs: Bits, inputs: Bits) -> list[tuple[Bits, Bits | None]]:
-        """The masks whose positions are to be joined, as `truestep.bits.join` takes them."""
-        del inputs
-        return (
-            [] if self.bias is None or self.apart or outputs.positions == 1 else [(outputs, None)]
-        )
+    def masks(self, use: Any) -> list[tuple[Bits, Bits | None]]:
+        """The masks whose positions are to be joined, as `truestep.bits.join` takes them.
+
+        Args:
+            use: see `truestep.direct.Use`.
+        """
+        outputs = use.outputs
+        joins = use.bias is not None and not self.apart and outputs.positions != 1
+        return [(outputs, None)] if joins else []
 
     def ends(self, outputs: Bits, joined: Iterator[Bits]) -> Bits:
         """The samples in which a unit has a gradient: `outputs` alone, or what `masks` has become."""
@@ -138,14 +141,12 @@ class Direct(ABC):
         return outputs if outputs.positions == 1 else next(joined)
 
     @abstractmethod
-    def found(self, outputs: Bits, inputs: Bits, joined: Iterator[Bits], sizes: Sizes) -> Found:
+    def found(self, use: Any, joined: Iterator[Bits]) -> Found:
         """The activity of the parameters.
 
         Args:
-            outputs: where the node's output had a gradient.
-            inputs: where the input was not zero, or not its mean.
+            use: see `truestep.direct.Use`.
             joined: `masks`, joined.
-            sizes: shapes of input and output.
         """
 
 
@@ -178,11 +179,10 @@ class DirectLinear(Direct):
         count = shape[0] if len(shape) == 2 else shape[:-1].numel()  # noqa: PLR2004
         return Rows(count // rows, rows, shape[-1])
 
-    def found(self, outputs: Bits, inputs: Bits, joined: Iterator[Bits], sizes: Sizes) -> Found:
+    def found(self, use: Any, joined: Iterator[Bits]) -> Found:
         """As `truestep.rules.linear`."""
-        del sizes
-        weight, bias = self.weight, self.bias
-        outer = weight, Outer(weight.shape, outputs, inputs)
+        weight, bias, outputs = use.weight, use.bias, use.outputs
+        outer = weight, Outer(weight.shape, outputs, use.inputs)
         if bias is None:
             return [outer]
         return [outer, (bias, Elements(bias.shape, self.ends(outputs, joined)))]
@@ -197,7 +197,6 @@ class DirectConvolution(Direct):
         super().__init__(module, layout)
         self._module, self._layout = module, layout
         self._dims = len(module.kernel_size) + 2
-        self._window: tuple[Sizes, Window] | None = None
 
     def reader(self, given: Tensor, output: Tensor, node: Any) -> Any:
         """Images that have a batch among their dimensions."""
@@ -210,13 +209,12 @@ class DirectConvolution(Direct):
         positions = shape[2:].numel()
         return Rows(shape[0], positions, shape[1], positions > 1)
 
-    def found(self, outputs: Bits, inputs: Bits, joined: Iterator[Bits], sizes: Sizes) -> Found:
+    def found(self, use: Any, joined: Iterator[Bits]) -> Found:
         """As `truestep.rules_convolution.convolution`."""
-        known, bias = self._window, self.bias
-        if known is None or known[0] != sizes:
-            given, made = (tuple(size[2:]) for size in sizes)
-            known = self._window = sizes, window_of(self._module, given, made, self._layout)
-        outer = self.weight, Outer(self.weight.shape, outputs, inputs, known[1])
+        weight, bias, outputs = use.weight, use.bias, use.outputs
+        given, made = (tuple(size[2:]) for size in use.sizes)
+        window = window_of(self._module, given, made, self._layout)
+        outer = weight, Outer(weight.shape, outputs, use.inputs, window)
         if bias is None:
             return [outer]
         return [outer, (bias, Elements(bias.shape, self.ends(outputs, joined)))]
@@ -254,17 +252,17 @@ class DirectNorm(Direct):
             return Rows(lead.numel(), 1, units)
         return Rows(lead[0], lead[1:].numel(), units)
 
-    def masks(self, outputs: Bits, inputs: Bits) -> list[tuple[Bits, Bits | None]]:
+    def masks(self, use: Any) -> list[tuple[Bits, Bits | None]]:
         """Of the weight too."""
+        outputs, inputs = use.outputs, use.inputs
         if self.apart:
             outputs, inputs = outputs.apart(), inputs.apart()
         both: list[tuple[Bits, Bits | None]] = [(outputs, inputs), (outputs, None)]
-        return both[:1] if self.bias is None else both
+        return both[:1] if use.bias is None else both
 
-    def found(self, outputs: Bits, inputs: Bits, joined: Iterator[Bits], sizes: Sizes) -> Found:
+    def found(self, use: Any, joined: Iterator[Bits]) -> Found:
         """As `truestep.rules_norm.normalization`."""
-        del outputs, inputs, sizes
-        parameters = [self.weight] if self.bias is None else [self.weight, self.bias]
+        parameters = [use.weight] if use.bias is None else [use.weight, use.bias]
         return [(each, Elements(each.shape, next(joined))) for each in parameters]
 
 

@@ -146,9 +146,10 @@ class Lines:
     Attributes:
         words: how many they will take.
         read: how many bytes are read.
+        means: how many the first has.
     """
 
-    __slots__ = ("_table", "dtype", "first", "read", "second", "words")
+    __slots__ = ("_table", "dtype", "first", "means", "read", "second", "words")
 
     def __init__(self, first: Rows, second: Rows, dtype: torch.dtype) -> None:
         self.first, self.second, self.dtype, self.words = first, second, dtype, 0
@@ -160,6 +161,7 @@ class Lines:
             self._table.extend((self.words, 1))
             self.words += (samples * positions + WORD - 1) // WORD * units
         self.read = self.words * WORD * size
+        self.means = first.samples * (first.groups if first.by_unit else first.positions)
 
     def at(self, first: int, second: int, means: int, place: int) -> "array[int]":
         """A table of these lines.
