@@ -102,7 +102,13 @@ def test_tables_have_the_columns_that_loops_read():
     before = fields.FIELDS - len(names)
     assert [getattr(fields, name) for name in names] == list(range(before, fields.FIELDS))
     assert stepping.FIELDS == fields.FIELDS
-    assert packing.PACK_FIELDS == importlib.import_module("truestep.kernels.loops.pack").FIELDS
+    pack = importlib.import_module("truestep.kernels.loops.pack")
+    assert packing.PACK_FIELDS == pack.FIELDS
+    ours = packing.PACK_ADDRESS, packing.PACK_MEANS, packing.PACK_WORDS, packing.PACK_FULL
+    assert ours == (pack.ADDRESS, pack.MEANS, pack.WORDS, pack.FULL)
+    joined = pack.JOINED_ADDRESS, pack.JOINED_OTHER, pack.JOINED_SAMPLES, pack.JOINED_POSITIONS
+    assert (*joined, pack.JOINED_UNITS) == tuple(range(len(packing.Join._fields)))
+    assert packing.JOIN_FIELDS == pack.JOIN_FIELDS == len(packing.Join._fields) + 2
 
 
 def test_packing_takes_any_stride():

@@ -186,8 +186,7 @@ class Use:
         assert delta is not None  # noqa: S101
         self.outputs = pack_rows(delta, direct.arranged(delta.shape, rows))
         if given is not None:
-            arranged = direct.arranged(given.shape, rows)._replace(groups=direct.groups)
-            self.inputs = pack_rows(given, arranged, self.means)
+            self.inputs = pack_rows(given, direct.of_input(given.shape, rows), self.means)
             self.sizes = given.shape, delta.shape
         self.given = self.delta = self.means = None
 

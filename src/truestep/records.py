@@ -184,16 +184,14 @@ class Records:
         """The pending activity of a backward pass."""
         pending = self._pending.get(task)
         if pending is None:
-            if self._gathered or self.landed:
-                self.settle()  # of a backward pass that this one is nested in, or that has raised
+            self.settle()  # of a backward pass that this one is nested in, or that has raised
             # Whatever this backward pass does not commit (torch.autograd.grad) goes when it ends. One
             # that raised leaves its own behind, under an id that no other backward pass looks up.
             if len(self._pending) > MOST_BACKWARDS:
                 self._pending.clear()
             pending = self._pending[task] = {}
             at_end(self, Records.forget)
-            if self.follows:
-                self.watch(task)
+            self.watch(task)
         return pending
 
     def settle(self, ending: int | None = None) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from truestep import compiled
@@ -86,7 +85,7 @@ class Watch:
         self._probed: list[tuple[Used, tuple[int, str]]] | None = None
         self._looks_up = any(isinstance(layer.module, nn.Embedding) for layer in layers)
         hook = partial(Hook, self._reference)
-        if isinstance(model, DistributedDataParallel):
+        if isinstance(model, nn.parallel.DistributedDataParallel):
             self._follow(model)
         begins = Receiver(hook(Watch._on_traced), begins=True)
         self._handles.append(
@@ -158,8 +157,7 @@ class Watch:
             return
         for _, handle in self._fused:
             handle.resume()  # an evaluation that was interrupted could not
-        if DistributedDataParallel._active_ddp_module is not None:  # noqa: SLF001
-            self._find_wrapper()
+        self._find_wrapper()
         places = {t.untyped_storage().data_ptr() for t in inputs} if self._looks_up else set()
         call = Call(sizes_of(inputs, dim), places, task=backward_id())
         if self._traced:

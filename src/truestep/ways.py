@@ -108,6 +108,10 @@ class Direct(ABC):
             rows: see `rows`.
         """
 
+    def of_input(self, shape: torch.Size, rows: int) -> Rows:
+        """`arranged` of the input, with its means."""
+        return self.arranged(shape, rows)._replace(groups=self.groups)
+
     def lines(self, sizes: Sizes, dtype: torch.dtype, rows: int) -> Lines:
         """How input and output gradient are packed together.
 
@@ -119,8 +123,7 @@ class Direct(ABC):
         known = self._lines
         if known is not None and known[0] == sizes and known[1].dtype is dtype:
             return known[1]
-        arranged = self.arranged(sizes[0], rows)._replace(groups=self.groups)
-        lines = Lines(arranged, self.arranged(sizes[1], rows), dtype)
+        lines = Lines(self.of_input(sizes[0], rows), self.arranged(sizes[1], rows), dtype)
         self._lines = sizes, lines
         return lines
 

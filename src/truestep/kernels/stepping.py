@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from truestep.kernels.dispatch import PLAIN, all_plain, finds_addresses, loops
+from truestep.kernels.dispatch import address_of, all_plain, finds_addresses, loops
 from truestep.kernels.threads import spread
 
 __all__ = ["Entry", "Options", "Table", "count", "run", "takes", "takes_all"]
@@ -142,25 +142,14 @@ def takes(*tensors: Tensor) -> bool:
 
 def takes_all(gradients: Sequence[Tensor], parameters: Sequence[Tensor]) -> bool:
     """`takes` of many gradients and their parameters, in one look: small models' steps feel each call."""
-    if not finds_addresses():
-        return False
-    for gradient, parameter in zip(gradients, parameters, strict=True):
-        if not (
-            type(gradient) in PLAIN
-            and type(parameter) in PLAIN
-            and gradient.dtype in REAL
-            and gradient.dtype is parameter.dtype
-            and gradient.is_cpu
-            and parameter.is_cpu
-            and gradient.layout is parameter.layout is torch.strided
-            and gradient.shape == parameter.shape
-            and gradient.is_contiguous()
-            and parameter.is_contiguous()
-            and gradient.data_ptr()
-            and parameter.data_ptr()
-        ):
-            return False
-    return True
+    return finds_addresses() and all(
+        gradient.dtype in REAL
+        and gradient.dtype is parameter.dtype
+        and gradient.shape == parameter.shape
+        and address_of(gradient)
+        and address_of(parameter)
+        for gradient, parameter in zip(gradients, parameters, strict=True)
+    )
 
 
 def run(table: Table, options: Options, dtype: torch.dtype) -> None:

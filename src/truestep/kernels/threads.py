@@ -95,12 +95,12 @@ def _run(team: Any, length: int, parts: int, arguments: tuple[Any, ...]) -> None
     """Lets a team run a loop."""
     work = array("q", (0, parts, length))
     for argument in arguments:
-        if isinstance(argument, int):
-            work.append(argument)
-        elif isinstance(argument, np.ndarray):
+        if isinstance(argument, np.ndarray):
             work.extend((argument.ctypes.data, argument.size, argument.itemsize))
-        else:
+        elif isinstance(argument, float):
             work.append(int(np.float64(argument).view(np.int64)))
+        else:
+            work.append(int(argument))
     teams()(team.address, work.buffer_info()[0], parts, 0)
 
 

@@ -197,21 +197,20 @@ def count_pairs(
         columns: how many.
         counts: address of int32 ``[rows, columns]``.
     """
-    stride, column = 4 * columns, 0
-    while column + LANES <= columns:
-        source, target = inputs + 8 * column, counts + 4 * column
-        if rows == 4:
-            COUNT_4_8(outputs, output_stride, source, input_stride, words, target, stride)
-        else:
-            COUNT_1_8(outputs, output_stride, source, input_stride, words, target, stride)
-        column += LANES
+    column = 0
     while column < columns:
-        source, target = inputs + 8 * column, counts + 4 * column
-        if rows == 4:
-            COUNT_4_1(outputs, output_stride, source, input_stride, words, target, stride)
+        whole = column + LANES <= columns
+        bits = outputs, output_stride, inputs + 8 * column, input_stride, words
+        places = counts + 4 * column, 4 * columns
+        if rows == 4 and whole:
+            COUNT_4_8(*bits, *places)
+        elif rows == 4:
+            COUNT_4_1(*bits, *places)
+        elif whole:
+            COUNT_1_8(*bits, *places)
         else:
-            COUNT_1_1(outputs, output_stride, source, input_stride, words, target, stride)
-        column += 1
+            COUNT_1_1(*bits, *places)
+        column += LANES if whole else 1
 
 
 @njit(cache=True, nogil=True)
@@ -245,37 +244,22 @@ def update_pairs(
         factors: batch size, eps and limit, of the parameters' type.
         steps: 1 or -1, and the learning rate below zero.
     """
-    size, eps, limit = factors
-    sign, back = steps
-    stride, column = item * columns, 0
-    while column + LANES <= columns:
-        source, gradient = inputs + 8 * column, gradients + item * column
-        parameter = parameters + item * column if parameters != 0 else 0
-        if rows == 4:
-            UPDATE_4_8(
-                outputs, output_stride, source, input_stride, words,
-                gradient, parameter, stride, size, eps, limit, sign, back,
-            )  # fmt: skip
-        else:
-            UPDATE_1_8(
-                outputs, output_stride, source, input_stride, words,
-                gradient, parameter, stride, size, eps, limit, sign, back,
-            )  # fmt: skip
-        column += LANES
+    numbers = (*factors, *steps)
+    column = 0
     while column < columns:
-        source, gradient = inputs + 8 * column, gradients + item * column
+        whole = column + LANES <= columns
         parameter = parameters + item * column if parameters != 0 else 0
-        if rows == 4:
-            UPDATE_4_1(
-                outputs, output_stride, source, input_stride, words,
-                gradient, parameter, stride, size, eps, limit, sign, back,
-            )  # fmt: skip
+        bits = outputs, output_stride, inputs + 8 * column, input_stride, words
+        places = gradients + item * column, parameter, item * columns
+        if rows == 4 and whole:
+            UPDATE_4_8(*bits, *places, *numbers)
+        elif rows == 4:
+            UPDATE_4_1(*bits, *places, *numbers)
+        elif whole:
+            UPDATE_1_8(*bits, *places, *numbers)
         else:
-            UPDATE_1_1(
-                outputs, output_stride, source, input_stride, words,
-                gradient, parameter, stride, size, eps, limit, sign, back,
-            )  # fmt: skip
-        column += 1
+            UPDATE_1_1(*bits, *places, *numbers)
+        column += LANES if whole else 1
 
 
 @njit(cache=True, nogil=True)
