@@ -73,8 +73,8 @@ def _fetch(_context: Any, address: Any) -> Any:
         place, number = ir.IntType(8).as_pointer(), ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [place, number, number, number])
         fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-        # To be written to, into all caches, data.
-        options = [number(1), number(3), number(1)]
+        # To be read, into all caches, data.
+        options = [number(0), number(3), number(1)]
         builder.call(fetch, [builder.inttoptr(arguments[0], place), *options])
         return context.get_dummy_value()
 
