@@ -7,6 +7,7 @@ guards it against changes. A small model's step is made of such calls and feels 
 until the backward pass ends is done there, for all layers at once.
 """
 
+import weakref
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from truestep.activity import Activity
 from truestep.bits import Bits, pack_rows, packed_in
 from truestep.calls import Call
 from truestep.errors import TruestepError
-from truestep.hooks import Hook, uncompiled
+from truestep.hooks import Hook, hang, uncompiled
 from truestep.kernels.dispatch import address_of, finds_addresses
 from truestep.kernels.packing import PACK_FIELDS, SIZES, Lines, pack_table, without_full
 
@@ -55,7 +56,7 @@ class ShortHook(Hook):
         node = layer.direct.node(module, args, output)
         if node is None:
             return self._other(module, args, kwargs, output)
-        node.register_prehook(Use(self.counter, layer, call, args[0], node))
+        Use(self.counter, layer, call, args[0], node).hang(output, node)
         return None
 
     uncompiled(__call__, inside=False)
@@ -84,9 +85,12 @@ class Use:
         outputs: the bits of the latest gradient.
     """
 
+    # Whoever saves a tensor that this hangs at does not miss it.
+    __torch_unserializable__ = True
     __slots__ = (
         "_call",
         "_followed",
+        "_hooks",
         "_layer",
         "_versions",
         "_watch",
@@ -108,6 +112,7 @@ class Use:
         self._watch, self._layer, self._call = watch, layer, call
         self.given: Tensor | None = given
         self._followed: Tensor | None = given
+        self._hooks: Callable[[], Any]
         self.sizes: Sizes
         self.delta: Tensor | None = None
         direct = self.direct = layer.direct
@@ -117,18 +122,38 @@ class Use:
         self.inputs: Bits
         self.outputs: Bits
 
-    def __call__(self, gradients: Any) -> Any:
+    def hang(self, output: Tensor, node: Any) -> None:
+        """Waits at a node.
+
+        Args:
+            output: of the layer.
+            node: the one that made it, or the base that it is a view of.
+        """
+        made: Any = output if output.grad_fn is node else output._base  # noqa: SLF001
+        if made is None or made._backward_hooks is not None:  # noqa: SLF001
+            self._hang_at(node)
+        else:
+            self._hooks = weakref.ref(hang(made, self))
+
+    def __call__(self, delta: Tensor | None) -> Tensor | None:
         """Takes the output's gradient; in its place it may return another, which says when it is used."""
-        watch, delta, passed = self._watch(), gradients[0], None
+        hooks, differentiable = self._hooks(), torch.is_grad_enabled()
+        if hooks and (differentiable or max(hooks) >= 0):
+            # Whoever has hung a hook at the output since then may change its gradient: see it after that. And
+            # with create_graph=True not where autograd.grad() is asked for that gradient alone.
+            for key in [key for key, hook in hooks.items() if hook is self]:
+                del hooks[key]
+            self._hang_at(torch._C._current_autograd_node())  # noqa: SLF001
+            return None
+        watch, passed = self._watch(), None
         if watch is None or delta is None:
             return None
-        if not torch.is_grad_enabled():
+        if not differentiable:
             self._followed = None
-        else:  # create_graph=True
+        else:
             given, layer = self._followed, self._layer
             if given is None and not delta.requires_grad:
-                delta = delta.detach().requires_grad_()
-                passed = (delta, *gradients[1:])
+                passed = delta = delta.detach().requires_grad_()
             # Of rows with positions, the layer's own shape.
             rows = given is not None and len(given.shape) > 2 == len(delta.shape)  # noqa: PLR2004
             shaped = delta.unflatten(0, given.shape[:-1]) if given is not None and rows else delta
@@ -137,6 +162,17 @@ class Use:
         return passed
 
     uncompiled(__call__, inside=False)
+
+    def _hang_at(self, node: Any) -> None:
+        self._hooks = dict[int, Any]  # none
+        node.register_prehook(self._at_node)
+
+    def _at_node(self, gradients: Any) -> Any:
+        """As `__call__`, with the gradients of all outputs of the node."""
+        passed = self(gradients[0])
+        return None if passed is None else (passed, *gradients[1:])
+
+    uncompiled(_at_node, inside=False)
 
     def begins(self) -> bool:
         """Whether the parameters have no gradient yet, and the input no bits."""

@@ -26,7 +26,7 @@ from truestep.consumers import Used, Uses, taps_in, used
 from truestep.direct import ShortHook, Use
 from truestep.errors import TruestepError
 from truestep.gradients import Gradients
-from truestep.hooks import Hook, Pausable, on_gradients, on_node
+from truestep.hooks import Hook, Pausable, hang, on_gradients, on_node
 from truestep.layers import (
     Layer,
     batch_of,
@@ -326,10 +326,9 @@ class Watch:
         call.sizes.extend(sizes_of(shown, self._batch_dim))
         outputs = [tensor for tensor in made if tensor.requires_grad]
         for tensor in outputs:
-            # Looking at it brings the node of a view up to date whose base was written to in place:
-            # register_hook crashes on an old one.
-            tensor.grad_fn  # noqa: B018
-            tensor.register_hook(Hook(self._reference, Watch._on_output_gradient, call))
+            usual = tensor.grad_fn is not None and type(tensor) is Tensor
+            register = hang if usual else Tensor.register_hook
+            register(tensor, Hook(self._reference, Watch._on_output_gradient, call))
         known = self._records.names, self._plain, self._hooked
         if self._uses.counts(call) and self._uses.end(call, outputs, *known):
             self._check_by_shapes(args, kwargs, outputs)

@@ -21,7 +21,7 @@ STRETCH, AHEAD = 64, 2048
 
 @njit(cache=True, nogil=True)
 def _stretch(start: Any, stop: Any, table: Any, row: Any, size: Any) -> Any:
-    """What to go over next: its first element in the row's parameter, its length, whether it ends that one."""
+    """What to go over next: its first element in the row's parameter, its length, and if it is the last."""
     before, end = (table[0, row - 1] // size if row > 0 else 0), table[0, row] // size
     first, length = start - before, min(stop, end, start + STRETCH) - start
     return first, length, start + length == end
