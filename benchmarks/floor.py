@@ -1,13 +1,14 @@
 """Where the time of a small model's step goes, phase by phase, and what hooks that do nothing cost.
 
-    python benchmarks/floor.py [--rounds 400] [--tasks 784-,cnn,gpt] [--json FILE] [--markdown]
+    python benchmarks/floor.py [--rounds 400] [--threads 1,2] [--tasks 784-,cnn] [--json FILE] [--markdown]
     python benchmarks/floor.py --read FILE --markdown
 
 Training steps take turns in one process: SGD; SGD with empty hooks where counting has hooks; SGD with hooks
 that read each layer's input and output gradient once, by torch's sum, as any way to count must; SGD with a
 counter that watches; AdaptiveBatchSGD; and, for sequences of linear layers, the least that hooks in Python
-can do: pack and step, with no check and no record. Printed: lower quartiles of microseconds for each phase;
-and what a layer more costs in forward and backward pass, from sequences of small linear layers.
+can do: pack and step, with no check and no record. Printed: lower quartiles of microseconds for each phase,
+and the median of the ratios to SGD's step in the same round; and what a layer more costs in forward and
+backward pass, from sequences of small linear layers.
 """
 
 import argparse
@@ -29,6 +30,7 @@ import truestep
 from candidates import LR
 from tasks import TASKS, Task
 from timing import WARM_UP, machine, machine_line
+from truestep.hooks import hang
 from truestep.kernels.dispatch import loops
 from truestep.kernels.stepping import FIELDS, Entry, Table
 
@@ -53,7 +55,7 @@ def with_hooks(task: Task, make: Callable[[Any], Callable[..., None]]) -> torch.
     """SGD with hooks where counting has hooks; `make` gets a layer's arguments."""
 
     def on_layer(_module: nn.Module, args: Any, _kwargs: Any, output: Tensor) -> None:
-        output.grad_fn.register_prehook(make(args))
+        hang(output, make(args))
 
     for layer in counted(task):
         layer.register_forward_hook(on_layer, with_kwargs=True)
@@ -68,8 +70,19 @@ def with_empty_hooks(task: Task) -> torch.optim.Optimizer:
     return with_hooks(task, lambda _args: nothing)
 
 
+def with_node_hooks(task: Task) -> torch.optim.Optimizer:
+    """What a layer's hooks cost where torch makes them at the node that made its output."""
+
+    def at_node(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        output.grad_fn.register_prehook(nothing)
+
+    for layer in counted(task):
+        layer.register_forward_hook(at_node)
+    return plain(task)
+
+
 def with_tensor_hooks(task: Task) -> torch.optim.Optimizer:
-    """What a layer's hooks cost where they wait at its output tensor instead of the node that made it."""
+    """The same at the output itself."""
 
     def at_tensor(_module: nn.Module, _args: Any, output: Tensor) -> None:
         output.register_hook(nothing)
@@ -111,8 +124,8 @@ def with_functions(task: Task) -> torch.optim.Optimizer:
 
 def with_reading_hooks(task: Task) -> torch.optim.Optimizer:
     def make(args: tuple[Tensor]) -> Callable[..., None]:
-        def read(gradients: tuple[Tensor]) -> None:
-            for tensor in (args[0], gradients[0]):
+        def read(gradient: Tensor) -> None:
+            for tensor in (args[0], gradient):
                 tensor.sum()
 
         return read
@@ -144,12 +157,12 @@ class Least(torch.optim.Optimizer):
                 module.register_forward_hook(self._on_layer)
 
     def _on_layer(self, module: nn.Linear, args: tuple[Tensor], output: Tensor) -> None:
-        def on_gradient(gradients: tuple[Tensor]) -> None:
+        def on_gradient(gradient: Tensor) -> None:
             if not self.uses:
                 Variable._execution_engine.queue_callback(self._pack)  # noqa: SLF001
-            self.uses.append((module, args[0], gradients[0]))
+            self.uses.append((module, args[0], gradient))
 
-        output.grad_fn.register_prehook(on_gradient)
+        hang(output, on_gradient)
 
     def _pack(self) -> None:
         self.packed = []
@@ -205,7 +218,8 @@ def phases(task: Task, optimizer: torch.optim.Optimizer) -> tuple[float, float, 
     return first, second, third
 
 
-def measure(names: list[str], rounds: int) -> list[dict[str, Any]]:
+def measure(names: list[str], threads: int, rounds: int) -> list[dict[str, Any]]:
+    torch.set_num_threads(threads)
     rows = []
     for name in names:
         built = {}
@@ -223,17 +237,20 @@ def measure(names: list[str], rounds: int) -> list[dict[str, Any]]:
                     found[candidate].append(spent)
         for candidate, spent in found.items():
             lower = [statistics.quantiles(column, n=4)[0] for column in zip(*spent, strict=True)]
-            rows.append(
-                {"task": name, "candidate": candidate, **dict(zip(PHASES, lower, strict=True))}
-            )
+            pairs = zip(spent, found["SGD"], strict=True)
+            row = {"task": name, "threads": threads, "candidate": candidate}
+            row["ratio"] = statistics.median(sum(own) / sum(plain) for own, plain in pairs)
+            rows.append(row | dict(zip(PHASES, lower, strict=True)))
     return rows
 
 
 def per_layer(rounds: int) -> dict[str, float]:
     """Microseconds that a linear layer more, 8 by 8, costs in forward and backward pass."""
+    torch.set_num_threads(1)
     made = {
         "SGD": plain,
         "SGD, empty hooks": with_empty_hooks,
+        "SGD, empty hooks at nodes": with_node_hooks,
         "SGD, empty hooks at tensors": with_tensor_hooks,
         "SGD, empty full backward hooks": with_full_backward_hooks,
         "SGD, empty autograd functions": with_functions,
@@ -259,17 +276,22 @@ def per_layer(rounds: int) -> dict[str, float]:
 
 def markdown(results: dict[str, Any]) -> str:
     """The table of docs/performance.md."""
-    lines = [
-        f"Measured on {machine_line(results['machine'])}; microseconds, 1 thread.\n",
-        "| | candidate | forward | backward | step |",
-        "|---|---|---:|---:|---:|",
-    ]
-    for row in results["rows"]:
-        cells = " | ".join(f"{row[phase]:.0f}" for phase in PHASES)
-        lines.append(f"| {row['task']} | {row['candidate']} | {cells} |")
+    lines = [f"Measured on {machine_line(results['machine'])}; microseconds, and ratios to SGD."]
+    for threads in sorted({row["threads"] for row in results["rows"]}):
+        lines += [
+            f"\n### Phases, {threads} thread{'s' if threads > 1 else ''}\n",
+            "| | candidate | forward | backward | step | ratio |",
+            "|---|---|---:|---:|---:|---:|",
+        ]
+        for row in results["rows"]:
+            if row["threads"] == threads:
+                cells = " | ".join(f"{row[phase]:.0f}" for phase in PHASES)
+                lines.append(
+                    f"| {row['task']} | {row['candidate']} | {cells} | {row['ratio']:.2f} |"
+                )
     lines += [
         "",
-        "One linear layer more, 8 by 8, batch 8, forward and backward pass together: "
+        "One linear layer more, 8 by 8, batch 8, 1 thread, forward and backward pass together: "
         + ", ".join(f"{name} {spent:.0f} us" for name, spent in results["per_layer"].items())
         + ".",
     ]
@@ -279,6 +301,7 @@ def markdown(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=400)
+    parser.add_argument("--threads", default="1", help="numbers of threads, by commas")
     parser.add_argument(
         "--tasks", default="784-,cnn,gpt b8 by sample", help="parts of names, by commas"
     )
@@ -289,14 +312,15 @@ def main() -> None:
     if arguments.read:
         results = json.loads(arguments.read.read_text())
     else:
-        torch.set_num_threads(1)
         wanted = arguments.tasks.split(",")
         names = [name for name in TASKS if any(part in name for part in wanted)]
-        rows = measure(names, arguments.rounds)
+        rows = []
+        for threads in arguments.threads.split(","):
+            rows += measure(names, int(threads), arguments.rounds)
         results = {"machine": machine(), "rows": rows, "per_layer": per_layer(arguments.rounds)}
         for row in results["rows"]:
             spent = "  ".join(f"{phase} {row[phase]:8.1f}" for phase in PHASES)
-            print(f"{row['task']:22} {row['candidate']:18} {spent}")
+            print(f"{row['task']:19} {row['candidate']:18} {spent}  {row['ratio']:.2f}")
         for name, microseconds in results["per_layer"].items():
             print(f"{'a layer more':22} {name:18} {microseconds:8.1f}")
     if arguments.json:
