@@ -173,7 +173,7 @@ class Least(torch.optim.Optimizer):
             places = words.data_ptr(), words.data_ptr() + 8 * count * inputs
             for tensor, units, place in zip((given, delta), (inputs, outputs), places, strict=True):
                 line = array("q", [tensor.data_ptr(), 4, 0x7FFF_FFFF, samples, 1, units])
-                line.extend([4 * units, 0, 4, 0, 0, 0, 0, 1])
+                line.extend([4 * units, 0, 4, 0, 0, 0, 0, 1, 0])
                 loops().pack(0, count * units, line.buffer_info()[0], 1, place)
             self.packed.append((module, words, samples, *places))
         self.uses = []

@@ -103,7 +103,7 @@ def test_tables_have_the_columns_that_loops_read():
     assert [getattr(fields, name) for name in names] == list(range(before, fields.FIELDS))
     assert stepping.FIELDS == fields.FIELDS
     pack = importlib.import_module("truestep.kernels.loops.pack")
-    assert packing.PACK_FIELDS == pack.FIELDS
+    assert packing.PACK_FIELDS == pack.FIELDS == pack.PAIR + 1
     ours = packing.PACK_ADDRESS, packing.PACK_MEANS, packing.PACK_WORDS, packing.PACK_FULL
     assert ours == (pack.ADDRESS, pack.MEANS, pack.WORDS, pack.FULL)
     joined = pack.JOINED_ADDRESS, pack.JOINED_OTHER, pack.JOINED_SAMPLES, pack.JOINED_POSITIONS
@@ -491,6 +491,40 @@ def test_packing_many_equals_packing_each(samples, dtype):
         assert (bits.samples, bits.positions, bits.units) == rows[:3]
         assert (bits.words is None) == (words is None)
         assert words is None or torch.equal(bits.words, words)
+
+
+@given(
+    samples=st.integers(1, 70),
+    positions=st.integers(2, 70),
+    units=st.tuples(st.integers(1, 130), st.integers(1, 70)),
+    densities=st.tuples(DENSITY, DENSITY),
+    on=st.sampled_from(["neither", "inputs", "outputs", "both", "all but a sample's"]),
+    centred=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_two_that_are_on_at_last_positions_need_no_more(
+    samples, positions, units, densities, on, centred, dtype
+):
+    masks = [
+        torch.rand(samples, positions, count) < density
+        for count, density in zip(units, densities, strict=True)
+    ]
+    for mask, kind in zip(masks, ("inputs", "outputs"), strict=True):
+        if on not in {"neither", kind}:
+            mask[:, -1] = True
+    if on.startswith("all but"):
+        masks[0][samples // 2, -1, units[0] // 2] = False
+    means = torch.randn(samples, positions, 1, dtype=dtype) if centred else None
+    given, delta = (mask.to(dtype) for mask in masks)
+    given = given if means is None else torch.where(masks[0], means + 1, means)
+    rows = [packing.Rows(samples, positions, count) for count in units]
+    first = rows[0]._replace(groups=int(centred))
+    inputs, outputs = packed_together([((given, first, means), (delta, rows[1]))])
+    if on == "both":
+        assert inputs.words is None is outputs.words
+    found = Outer(torch.Size([units[1], units[0]]), outputs, inputs).count()
+    hits = torch.einsum("npj,npk->njk", masks[1].double(), masks[0].double()) > 0
+    assert torch.equal(found, hits.sum(0))
 
 
 @given(st.sampled_from([1, 3, 70]), st.integers(1, 9), st.booleans(), st.booleans())

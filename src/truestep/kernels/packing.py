@@ -44,7 +44,7 @@ WORD = 64
 NONE = array("q", [0])
 NANOSECONDS = 0.08  # for each byte, which is seldom in the nearest cache
 # Of the tables of `truestep.kernels.loops.pack`.
-PACK_FIELDS, JOIN_FIELDS = 14, 7
+PACK_FIELDS, JOIN_FIELDS = 15, 7
 PACK_ADDRESS, PACK_MEANS, PACK_WORDS, PACK_FULL = 0, 10, 12, 13
 SIZES = {
     torch.float32: 4,
@@ -95,7 +95,7 @@ def pack(values: Tensor, means: Tensor | None = None) -> Tensor | None:
         address = means.data_ptr()
     words = torch.empty((samples * positions + WORD - 1) // WORD, units, dtype=torch.int64)
     line = [values.data_ptr(), size, MAGNITUDE[size], samples, positions, units]
-    line += [strides[0] * size, inner * size, strides[-1] * size, by_unit, address, groups, 0, 1]
+    line += [strides[0] * size, inner * size, strides[-1] * size, by_unit, address, groups, 0, 1, 0]
     table = array("q", line)
     _run(table, words.data_ptr(), words.numel(), samples * positions * units * size)
     return None if table[PACK_FULL] else words
@@ -138,6 +138,9 @@ def pack_rows(tensor: Tensor, rows: Rows, means: Tensor | None = None) -> Tensor
 class Lines:
     """Two lines of the packing loop's table, for tensors of one type, but for the addresses.
 
+    Of two tensors with positions it is asked whether any is on in both. If in each sample the last one is,
+    for all units, nothing more is read, and all bits are said to be on.
+
     Args:
         first: how the first tensor's numbers lie.
         second: the second's.
@@ -154,11 +157,12 @@ class Lines:
     def __init__(self, first: Rows, second: Rows, dtype: torch.dtype) -> None:
         self.first, self.second, self.dtype, self.words = first, second, dtype, 0
         self._table, size = array("q"), SIZES[dtype]
-        for samples, positions, units, by_unit, groups in (first, second):
+        pair = first.positions == second.positions > 1 and not (first.by_unit or second.by_unit)
+        for number, (samples, positions, units, by_unit, groups) in enumerate((first, second), 1):
             strides = (size, positions * size) if by_unit else (units * size, size)
             self._table.extend((0, size, MAGNITUDE[size], samples, positions, units))
             self._table.extend((positions * units * size, *strides, by_unit, 0, groups))
-            self._table.extend((self.words, 1))
+            self._table.extend((self.words, 1, number if pair else 0))
             self.words += (samples * positions + WORD - 1) // WORD * units
         self.read = self.words * WORD * size
         self.means = first.samples * (first.groups if first.by_unit else first.positions)

@@ -46,7 +46,7 @@ ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 # The columns of the table of tensors that are to be packed: see `truestep.kernels.packing`.
 ADDRESS, SIZE, MAGNITUDE, SAMPLES, POSITIONS, UNITS = range(6)
 SAMPLE_STRIDE, POSITION_STRIDE, UNIT_STRIDE, BY_UNIT, MEANS, GROUPS, WORDS, FULL = range(6, 14)
-FIELDS = 14
+PAIR, FIELDS = 14, 15
 
 # The columns of the table of masks whose positions are to be joined.
 JOINED_ADDRESS, JOINED_OTHER, JOINED_SAMPLES, JOINED_POSITIONS, JOINED_UNITS = range(5)
@@ -168,14 +168,17 @@ def pack(start: Any, stop: Any, address: Any, lines: Any, words_address: Any) ->
         words_address: of all words.
     """
     table = carray(pointer(address), (lines, FIELDS), np.int64)
-    before = 0
+    before, decided = 0, False
     for index in range(lines):
         line = table[index]
+        # All parts of the work find the same.
+        if line[PAIR] == 1:
+            decided = _last_on(line) and _last_on(table[index + 1])
         rows, units = (line[SAMPLES] * line[POSITIONS] + 63) // 64, line[UNITS]
         first = max(0, (start - before + units - 1) // units)
         last = min(rows, (stop - before + units - 1) // units)
         before += rows * units
-        if first < last:
+        if first < last and not (line[PAIR] != 0 and decided):
             words = words_address + 8 * line[WORDS]
             if line[BY_UNIT] != 0:
                 full = _by_unit(first, last, line, words)
@@ -183,6 +186,25 @@ def pack(start: Any, stop: Any, address: Any, lines: Any, words_address: Any) ->
                 full = _by_row(first, last, line, words)
             if full == 0:
                 line[FULL] = 0
+
+
+@njit(cache=True, nogil=True)
+def _last_on(line: Any) -> Any:
+    """Whether all bits of each sample's last position are on, of a tensor whose units are neighbours."""
+    size, units, last = line[SIZE], line[UNITS], line[POSITIONS] - 1
+    for sample in range(line[SAMPLES]):
+        place = line[ADDRESS] + sample * line[SAMPLE_STRIDE] + last * line[POSITION_STRIDE]
+        mean = line[MEANS] + (sample * line[POSITIONS] + last) * size
+        for first in range(0, units, 64):
+            length = min(64, units - first)
+            there = place + first * size
+            if line[MEANS] != 0:
+                word = np.uint64(_off_mean(there, size, mean, length))
+            else:
+                word = np.uint64(_word(there, size, line[MAGNITUDE], length))
+            if word != ALL >> np.uint64(64 - length):
+                return False
+    return True
 
 
 @njit(cache=True, nogil=True)
