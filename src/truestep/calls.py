@@ -24,6 +24,7 @@ class Call:
         outside: whether it is a layer's call outside any call of the model.
         batch_size: the batch size that its layers agree on.
         positions: for each number of positions at an output, bool: those with a gradient.
+        reached: for such numbers, how many have one.
         key: what stands for the call in a compiled graph, see `truestep.compiled`.
         task: the backward pass that it began in; -1 outside any.
     """
@@ -33,18 +34,20 @@ class Call:
     outside: bool = False
     batch_size: int | None = None
     positions: dict[int, Tensor] = field(default_factory=dict)
+    reached: dict[int, Tensor] = field(default_factory=dict)
     key: Tensor | None = None
     task: int = -1
 
     def note_positions(self, delta: Tensor) -> None:
         """Adds the positions where the gradient of an output is not zero."""
-        mask = delta.detach() != 0
-        if mask.dim() > 1:
-            # Features are the last dimension; of images, which have channels first, the second.
-            mask = mask.any(1 if mask.dim() > 3 else -1)  # noqa: PLR2004
+        delta = delta.detach()
+        # Features are the last dimension; of images, which have channels first, the second.
+        features = 1 if delta.dim() > 3 else -1  # noqa: PLR2004
+        mask = delta.any(features) if delta.dim() > 1 else delta != 0
         mask = mask.flatten()
         known = self.positions.get(len(mask))
-        self.positions[len(mask)] = mask if known is None else mask | known
+        mask = self.positions[len(mask)] = mask if known is None else mask | known
+        self.reached[len(mask)] = mask.sum()
 
 
 def backward_id() -> int:

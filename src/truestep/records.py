@@ -217,7 +217,7 @@ class Records:
         for (task, key), single in whole.items():  # somebody has asked in the middle of the pass
             self._pending.get(task, {})[key] = Pending(True, task, {single[0]: [single[1]]})
 
-    def _packed(self, ending: int | None) -> dict[tuple[int, int], tuple[Call, Activity, int]]:
+    def _packed(self, ending: int | None) -> dict[tuple[int, int], "Single"]:
         """The activity of gathered uses by backward pass and parameter; of further uses it is pending."""
         gathered, self._gathered, self._gathered_bytes = self._gathered, [], 0
         # What a backward pass that raised has left behind may have changed since.
@@ -227,14 +227,14 @@ class Records:
         for use, _ in uses:
             masks += use.masks()
         joined = iter(join(masks))
-        found: dict[tuple[int, int], tuple[Call, Activity, int]] = {}
+        found: dict[tuple[int, int], Single] = {}
         for use, task in uses:
             pending = self._pending.get(task, {})
             call, pairs = use.deliver(joined)
             for parameter, activity in pairs:
                 key = id(parameter)
-                if not pending and (task, key) not in found and self._unit == "sample":
-                    found[task, key] = call, activity, activity.samples
+                if not pending and (task, key) not in found:
+                    found[task, key] = call, activity, self._size(call, activity)
                     continue
                 entry = pending.setdefault(key, Pending(True, task))
                 earlier = found.pop((task, key), None)
@@ -377,17 +377,15 @@ class Records:
 
     def _joint(self, call: Call, uses: list[Activity]) -> tuple[Activity, int | Tensor]:
         """One call's activity and its N."""
-        if len(uses) == 1 and self._unit == "sample":
-            return uses[0], uses[0].samples
-        parts = [joint(same) for same in _same_samples(uses)]
+        parts = uses if len(uses) == 1 else [joint(same) for same in _same_samples(uses)]
+        return total(parts), sum(self._size(call, part) for part in parts)
+
+    def _size(self, call: Call, activity: Activity) -> int | Tensor:
+        """N of an activity by itself."""
         if self._unit == "sample":
-            return total(parts), sum(part.samples for part in parts)
-        at_output = [call.positions.get(part.samples) for part in parts]
-        masks = [
-            part.reached() if mask is None else mask
-            for part, mask in zip(parts, at_output, strict=True)
-        ]
-        return total(parts), sum(mask.sum() for mask in masks)
+            return activity.samples
+        at_output = call.reached.get(activity.samples)
+        return activity.reached().sum() if at_output is None else at_output
 
 
 def landing(records: Records) -> Callable[[Tensor], None]:
@@ -408,6 +406,9 @@ def landing(records: Records) -> Callable[[Tensor], None]:
 
     return uncompiled(land, inside=False)
 
+
+# A use of a parameter that has no other: the call, the activity and its N.
+Single = tuple[Call, Activity, int | Tensor]
 
 # Stands for a forward pass where others stand for backward passes.
 FORWARD = -1
