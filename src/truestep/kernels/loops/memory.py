@@ -11,6 +11,7 @@ from numba.extending import intrinsic
 
 __all__ = [
     "HALVES",
+    "LINE",
     "aligned",
     "constant",
     "count_bits",

@@ -11,7 +11,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from truestep.kernels.loops.memory import read, repeat, write
+from truestep.kernels.loops.memory import LINE, prefetch, read, repeat, write
 
 __all__ = ["count_pairs", "join_pairs", "update_pairs"]
 
@@ -251,6 +251,13 @@ def update_pairs(
         parameter = parameters + item * column if parameters != 0 else 0
         bits = outputs, output_stride, inputs + 8 * column, input_stride, words
         places = gradients + item * column, parameter, item * columns
+        if column * item % LINE == 0:
+            # The rows that come next: by itself the processor stops at the end of a page.
+            for row in range(rows, 2 * rows):
+                ahead = item * (row * columns + column)
+                prefetch(gradients + ahead, LINE)
+                if parameters != 0:
+                    prefetch(parameters + ahead, LINE)
         if rows == 4 and whole:
             UPDATE_4_8(*bits, *places, *numbers)
         elif rows == 4:
