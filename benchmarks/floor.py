@@ -30,7 +30,6 @@ import truestep
 from candidates import LR
 from tasks import TASKS, Task
 from timing import WARM_UP, machine, machine_line
-from truestep.hooks import hang
 from truestep.kernels.dispatch import loops
 from truestep.kernels.stepping import FIELDS, Entry, Table
 
@@ -55,7 +54,7 @@ def with_hooks(task: Task, make: Callable[[Any], Callable[..., None]]) -> torch.
     """SGD with hooks where counting has hooks; `make` gets a layer's arguments."""
 
     def on_layer(_module: nn.Module, args: Any, _kwargs: Any, output: Tensor) -> None:
-        hang(output, make(args))
+        output.grad_fn.register_prehook(make(args))
 
     for layer in counted(task):
         layer.register_forward_hook(on_layer, with_kwargs=True)
@@ -70,19 +69,8 @@ def with_empty_hooks(task: Task) -> torch.optim.Optimizer:
     return with_hooks(task, lambda _args: nothing)
 
 
-def with_node_hooks(task: Task) -> torch.optim.Optimizer:
-    """What a layer's hooks cost where torch makes them at the node that made its output."""
-
-    def at_node(_module: nn.Module, _args: Any, output: Tensor) -> None:
-        output.grad_fn.register_prehook(nothing)
-
-    for layer in counted(task):
-        layer.register_forward_hook(at_node)
-    return plain(task)
-
-
 def with_tensor_hooks(task: Task) -> torch.optim.Optimizer:
-    """The same at the output itself."""
+    """What a layer's hooks cost where they wait at its output tensor instead of the node that made it."""
 
     def at_tensor(_module: nn.Module, _args: Any, output: Tensor) -> None:
         output.register_hook(nothing)
@@ -124,8 +112,8 @@ def with_functions(task: Task) -> torch.optim.Optimizer:
 
 def with_reading_hooks(task: Task) -> torch.optim.Optimizer:
     def make(args: tuple[Tensor]) -> Callable[..., None]:
-        def read(gradient: Tensor) -> None:
-            for tensor in (args[0], gradient):
+        def read(gradients: tuple[Tensor]) -> None:
+            for tensor in (args[0], gradients[0]):
                 tensor.sum()
 
         return read
@@ -157,12 +145,12 @@ class Least(torch.optim.Optimizer):
                 module.register_forward_hook(self._on_layer)
 
     def _on_layer(self, module: nn.Linear, args: tuple[Tensor], output: Tensor) -> None:
-        def on_gradient(gradient: Tensor) -> None:
+        def on_gradient(gradients: tuple[Tensor]) -> None:
             if not self.uses:
                 Variable._execution_engine.queue_callback(self._pack)  # noqa: SLF001
-            self.uses.append((module, args[0], gradient))
+            self.uses.append((module, args[0], gradients[0]))
 
-        hang(output, on_gradient)
+        output.grad_fn.register_prehook(on_gradient)
 
     def _pack(self) -> None:
         self.packed = []
@@ -250,7 +238,6 @@ def per_layer(rounds: int) -> dict[str, float]:
     made = {
         "SGD": plain,
         "SGD, empty hooks": with_empty_hooks,
-        "SGD, empty hooks at nodes": with_node_hooks,
         "SGD, empty hooks at tensors": with_tensor_hooks,
         "SGD, empty full backward hooks": with_full_backward_hooks,
         "SGD, empty autograd functions": with_functions,

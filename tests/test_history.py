@@ -93,3 +93,22 @@ def test_bits_that_became_counts_are_an_error():
         model(torch.randn(70, 4)).square().sum().backward()
     with pytest.raises(TruestepError, match=r"accumulated batches into counts.*zero the gradients"):
         history.add()
+
+
+def test_units_off_before_the_last_position_are_seen():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.ones(3, 2))
+        model[0].bias.copy_(torch.tensor([0.0, 0.0, 9.0]))
+    x = torch.ones(4, 5, 2)
+    x[1, 2] = -2  # at one position, not the last, two units are off
+    counter = truestep.SampleCounter(model)
+    history = truestep.NodeHistory(counter, model, x)
+    for _ in range(3):  # the first call takes the long way
+        model.zero_grad()
+        model(x).square().sum().backward()
+        history.add()
+        history.mark("once")
+        assert counter.counts()["2.weight"].eq(4).all()
+    assert [row["pseudo"] for row in history.rows] == [1, 1, 1]

@@ -101,6 +101,21 @@ def test_a_constant_gradient_of_an_output_itself_stays_one(kind):
     assert counter.batch_size == 2 * len(x)
 
 
+@pytest.mark.parametrize("kind", ["rows", "images", "normalised"])
+def test_an_output_that_is_detached_in_place_has_no_hooks(kind):
+    layer, x = LAYERS[kind]()
+    counter = truestep.SampleCounter(layer)
+    layer(x).sum().backward()
+    layer.zero_grad()
+    given = x.clone().requires_grad_()
+    y, kept = layer(given).detach_().requires_grad_(), weakref.ref(given)
+    del given
+    gc.collect()
+    assert kept() is None
+    (layer(x) * y).sum().backward()
+    assert all(count.eq(len(x)).all() for count in counter.counts().values())
+
+
 def test_hooks_of_an_output_that_is_written_to_get_the_gradient_after_it():
     layer, x = LAYERS["rows"]()
     counter = truestep.SampleCounter(layer)

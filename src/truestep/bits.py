@@ -23,7 +23,7 @@ class Bits:
 
     Attributes:
         words: int64 ``[ceil(samples * positions / 64), units]``, packed along samples and positions;
-            None where all bits are on.
+            None where all bits are on, or taken to be (`truestep.kernels.packing.Lines`).
         samples: number of samples.
         positions: of each sample; 1 where there are none.
         units: size of the last axis.

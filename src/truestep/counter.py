@@ -235,6 +235,10 @@ class SampleCounter:
             self.check([parameter])
         return self._batch.find(parameter)
 
+    def keep_bits(self) -> None:
+        """From now on keeps all positions' bits, also where fewer give the counts: see `NodeHistory`."""
+        self._records.whole = True
+
     def reach_all(
         self, parameters: Sequence[Tensor]
     ) -> Iterable[tuple[Activity, int | Tensor] | None]:

@@ -7,7 +7,6 @@ guards it against changes. A small model's step is made of such calls and feels 
 until the backward pass ends is done there, for all layers at once.
 """
 
-import weakref
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from truestep.activity import Activity
 from truestep.bits import Bits, pack_rows, packed_in
 from truestep.calls import Call
 from truestep.errors import TruestepError
-from truestep.hooks import Hook, hang, uncompiled
+from truestep.hooks import Hook, uncompiled
 from truestep.kernels.dispatch import address_of, finds_addresses
 from truestep.kernels.packing import PACK_FIELDS, SIZES, Lines, pack_table, without_full
 
@@ -56,7 +55,7 @@ class ShortHook(Hook):
         node = layer.direct.node(module, args, output)
         if node is None:
             return self._other(module, args, kwargs, output)
-        Use(self.counter, layer, call, args[0], node).hang(output, node)
+        node.register_prehook(Use(self.counter, layer, call, args[0], node))
         return None
 
     uncompiled(__call__, inside=False)
@@ -85,12 +84,9 @@ class Use:
         outputs: the bits of the latest gradient.
     """
 
-    # Whoever saves a tensor that this hangs at does not miss it.
-    __torch_unserializable__ = True
     __slots__ = (
         "_call",
         "_followed",
-        "_hooks",
         "_layer",
         "_versions",
         "_watch",
@@ -112,7 +108,6 @@ class Use:
         self._watch, self._layer, self._call = watch, layer, call
         self.given: Tensor | None = given
         self._followed: Tensor | None = given
-        self._hooks: Callable[[], Any]
         self.sizes: Sizes
         self.delta: Tensor | None = None
         direct = self.direct = layer.direct
@@ -122,38 +117,18 @@ class Use:
         self.inputs: Bits
         self.outputs: Bits
 
-    def hang(self, output: Tensor, node: Any) -> None:
-        """Waits at a node.
-
-        Args:
-            output: of the layer.
-            node: the one that made it, or the base that it is a view of.
-        """
-        made: Any = output if output.grad_fn is node else output._base  # noqa: SLF001
-        if made is None or made._backward_hooks is not None:  # noqa: SLF001
-            self._hang_at(node)
-        else:
-            self._hooks = weakref.ref(hang(made, self))
-
-    def __call__(self, delta: Tensor | None) -> Tensor | None:
+    def __call__(self, gradients: Any) -> Any:
         """Takes the output's gradient; in its place it may return another, which says when it is used."""
-        hooks, differentiable = self._hooks(), torch.is_grad_enabled()
-        if hooks and (differentiable or max(hooks) >= 0):
-            # Whoever has hung a hook at the output since then may change its gradient: see it after that. And
-            # with create_graph=True not where autograd.grad() is asked for that gradient alone.
-            for key in [key for key, hook in hooks.items() if hook is self]:
-                del hooks[key]
-            self._hang_at(torch._C._current_autograd_node())  # noqa: SLF001
-            return None
-        watch, passed = self._watch(), None
+        watch, delta, passed = self._watch(), gradients[0], None
         if watch is None or delta is None:
             return None
-        if not differentiable:
+        if not torch.is_grad_enabled():
             self._followed = None
-        else:
+        else:  # create_graph=True
             given, layer = self._followed, self._layer
             if given is None and not delta.requires_grad:
-                passed = delta = delta.detach().requires_grad_()
+                delta = delta.detach().requires_grad_()
+                passed = (delta, *gradients[1:])
             # Of rows with positions, the layer's own shape.
             rows = given is not None and len(given.shape) > 2 == len(delta.shape)  # noqa: PLR2004
             shaped = delta.unflatten(0, given.shape[:-1]) if given is not None and rows else delta
@@ -162,17 +137,6 @@ class Use:
         return passed
 
     uncompiled(__call__, inside=False)
-
-    def _hang_at(self, node: Any) -> None:
-        self._hooks = dict[int, Any]  # none
-        node.register_prehook(self._at_node)
-
-    def _at_node(self, gradients: Any) -> Any:
-        """As `__call__`, with the gradients of all outputs of the node."""
-        passed = self(gradients[0])
-        return None if passed is None else (passed, *gradients[1:])
-
-    uncompiled(_at_node, inside=False)
 
     def begins(self) -> bool:
         """Whether the parameters have no gradient yet, and the input no bits."""
@@ -236,9 +200,14 @@ class Use:
         return self._call, self.direct.found(self, joined)
 
 
-def pack_all(uses: Sequence[Use]) -> None:
-    """`Use.pack` of several at once, by as few calls as possible; those that are packed already stay so."""
-    whole, together = array("q"), list[tuple[Use, Lines]]()
+def pack_all(uses: Sequence[Use], *, whole: bool) -> None:
+    """`Use.pack` of several at once, by as few calls as possible; those that are packed already stay so.
+
+    Args:
+        uses: of layers.
+        whole: see `truestep.kernels.packing.Lines.at`.
+    """
+    table, together = array("q"), list[tuple[Use, Lines]]()
     total = read = first = 0
     reads = finds_addresses()
     for use in uses:
@@ -255,18 +224,18 @@ def pack_all(uses: Sequence[Use]) -> None:
         if not (of and to and (by or means is None)):
             use.pack()
             continue
-        whole.extend(lines.at(of, to, by, total))
+        table.extend(lines.at(of, to, by, total, whole=whole))
         together.append((use, lines))
         total += lines.words
         read += lines.read
     if not together:
         return
-    words = pack_table(whole, total, read)
+    words = pack_table(table, total, read)
     if len(together) == 1:
-        words = without_full(words, whole)
+        words = without_full(words, table)
     start = words.buffer_info()[0]
     for use, lines in together:
-        use.inputs = packed_in(words, start, whole, first, lines.first)
-        use.outputs = packed_in(words, start, whole, first + PACK_FIELDS, lines.second)
+        use.inputs = packed_in(words, start, table, first, lines.first)
+        use.outputs = packed_in(words, start, table, first + PACK_FIELDS, lines.second)
         use.given = use.delta = use.means = None
         first += 2 * PACK_FIELDS

@@ -32,6 +32,8 @@ class NodeHistory:
     `mark` is a true dummy of that stretch of training, one that all turned on is a pseudo dummy. Weights
     change meanwhile and dropout turns units off: `find_dummy_nodes` is for a model that stands still.
 
+    Make it before the first backward pass whose bits are added.
+
     Args:
         counter: of the model.
         model: the model.
@@ -67,6 +69,7 @@ class NodeHistory:
     ) -> None:
         self.rows: list[dict[str, Any]] = []
         self._counter = counter
+        counter.keep_bits()
         model = uncompiled_model(model)
         modes = {module: module.training for module in model.modules()}
         model.eval()  # dropout and BatchNorm are no matter: only the wiring is looked at

@@ -36,6 +36,7 @@ class Records:
         known: the identities of the parameters.
         follows: whether a record follows its gradient when a backward pass puts another tensor in its
             place, as DistributedDataParallel does with gradient_as_bucket_view=True.
+        whole: whether somebody looks at the bits of inputs or outputs alone, not at the weights' counts.
         current: the call that the running backward pass is going through.
         landed: the gradients that have reached `.grad` and are not settled yet: their parameters, the
             gradients (weakly), their versions then, and the backward passes.
@@ -46,7 +47,7 @@ class Records:
         self.known = {id(parameter) for parameter in names}
         # By the identity of their parameters: tensors are slow keys.
         self._committed: dict[int, Record] = {}
-        self.follows = False
+        self.follows = self.whole = False
         self._unit = unit
         # By backward pass and parameter.
         self._pending: dict[int, dict[int, Pending]] = {}
@@ -170,12 +171,12 @@ class Records:
             self._pending_of(task)  # where the same use may still wait, with another gradient
         use.delta = delta
         if self.follows or not use.begins():
-            pack_all([use])
+            pack_all([use], whole=self.whole)
             self.receive(*use.deliver(iter(join(use.masks()))))
             return
         size = use.wait(min(MOST_WAITING, MOST_GATHERED - self._gathered_bytes))
         if size is None:
-            pack_all([use])
+            pack_all([use], whole=self.whole)
         else:
             self._gathered_bytes += size
         self._gathered.append((use, task))
@@ -222,7 +223,7 @@ class Records:
         gathered, self._gathered, self._gathered_bytes = self._gathered, [], 0
         # What a backward pass that raised has left behind may have changed since.
         uses = [(use, task) for use, task in gathered if use.is_unchanged(strict=task == ending)]
-        pack_all([use for use, _ in uses])
+        pack_all([use for use, _ in uses], whole=self.whole)
         masks: list[tuple[Bits, Bits | None]] = []
         for use, _ in uses:
             masks += use.masks()

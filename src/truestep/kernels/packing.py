@@ -45,7 +45,7 @@ NONE = array("q", [0])
 NANOSECONDS = 0.08  # for each byte, which is seldom in the nearest cache
 # Of the tables of `truestep.kernels.loops.pack`.
 PACK_FIELDS, JOIN_FIELDS = 15, 7
-PACK_ADDRESS, PACK_MEANS, PACK_WORDS, PACK_FULL = 0, 10, 12, 13
+PACK_ADDRESS, PACK_MEANS, PACK_WORDS, PACK_FULL, PACK_PAIR = 0, 10, 12, 13, 14
 SIZES = {
     torch.float32: 4,
     torch.float64: 8,
@@ -167,7 +167,9 @@ class Lines:
         self.read = self.words * WORD * size
         self.means = first.samples * (first.groups if first.by_unit else first.positions)
 
-    def at(self, first: int, second: int, means: int, place: int) -> "array[int]":
+    def at(
+        self, first: int, second: int, means: int, place: int, *, whole: bool = False
+    ) -> "array[int]":
         """A table of these lines.
 
         Args:
@@ -175,8 +177,11 @@ class Lines:
             second: of the second.
             means: of the first one's means, or 0.
             place: of the first word among others'.
+            whole: whether somebody looks at the bits of one tensor alone, so that all have to be read.
         """
         table = array("q", self._table)
+        if whole:
+            table[PACK_PAIR] = table[PACK_FIELDS + PACK_PAIR] = 0
         table[PACK_ADDRESS], table[PACK_FIELDS + PACK_ADDRESS] = first, second
         table[PACK_MEANS] = means
         if place:

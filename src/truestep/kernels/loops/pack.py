@@ -171,10 +171,13 @@ def pack(start: Any, stop: Any, address: Any, lines: Any, words_address: Any) ->
     before, decided = 0, False
     for index in range(lines):
         line = table[index]
-        # All parts of the work find the same.
+        rows, units = _words_of(line), line[UNITS]
         if line[PAIR] == 1:
-            decided = _last_on(line) and _last_on(table[index + 1])
-        rows, units = (line[SAMPLES] * line[POSITIONS] + 63) // 64, line[UNITS]
+            # All parts of the work that have words of the two find the same.
+            other = table[index + 1]
+            after = before + rows * units + _words_of(other) * other[UNITS]
+            asked = start < after and stop > before
+            decided = asked and _last_on(line) and _last_on(other)
         first = max(0, (start - before + units - 1) // units)
         last = min(rows, (stop - before + units - 1) // units)
         before += rows * units
@@ -186,6 +189,12 @@ def pack(start: Any, stop: Any, address: Any, lines: Any, words_address: Any) ->
                 full = _by_row(first, last, line, words)
             if full == 0:
                 line[FULL] = 0
+
+
+@njit(cache=True, nogil=True)
+def _words_of(line: Any) -> Any:
+    """How many words each unit takes."""
+    return (line[SAMPLES] * line[POSITIONS] + 63) // 64
 
 
 @njit(cache=True, nogil=True)
