@@ -6,9 +6,9 @@
 Training steps take turns in one process: SGD; SGD with empty hooks where counting has hooks; SGD with hooks
 that read each layer's input and output gradient once, by torch's sum, as any way to count must; SGD with a
 counter that watches; AdaptiveBatchSGD; and, for sequences of linear layers, the least that hooks in Python
-can do: pack and step, with no check and no record. Printed: lower quartiles of microseconds for each phase,
-and the median of the ratios to SGD's step in the same round; and what a layer more costs in forward and
-backward pass, from sequences of small linear layers.
+can do: pack and step, with no check and no record. Printed, behind the number of threads: lower quartiles of
+microseconds for each phase, and the median of the ratios to SGD's step in the same round; and what a layer
+more costs in forward and backward pass, from sequences of small linear layers.
 """
 
 import argparse
@@ -307,7 +307,9 @@ def main() -> None:
         results = {"machine": machine(), "rows": rows, "per_layer": per_layer(arguments.rounds)}
         for row in results["rows"]:
             spent = "  ".join(f"{phase} {row[phase]:8.1f}" for phase in PHASES)
-            print(f"{row['task']:19} {row['candidate']:18} {spent}  {row['ratio']:.2f}")
+            print(
+                f"{row['threads']} {row['task']:19} {row['candidate']:18} {spent}  {row['ratio']:.2f}"
+            )
         for name, microseconds in results["per_layer"].items():
             print(f"{'a layer more':22} {name:18} {microseconds:8.1f}")
     if arguments.json:

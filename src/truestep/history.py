@@ -69,7 +69,6 @@ class NodeHistory:
     ) -> None:
         self.rows: list[dict[str, Any]] = []
         self._counter = counter
-        counter.keep_bits()
         model = uncompiled_model(model)
         modes = {module: module.training for module in model.modules()}
         model.eval()  # dropout and BatchNorm are no matter: only the wiring is looked at
@@ -89,6 +88,7 @@ class NodeHistory:
                 "no layer of this model reads the output of a ReLU layer alone, so the counter's bits do not "
                 "show which units are on; use find_dummy_nodes on data instead"
             )
+        counter.keep_bits()
 
     def add(self) -> None:
         """Takes the bits of the batch whose gradients are there: call it after each backward pass."""

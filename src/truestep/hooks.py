@@ -82,31 +82,30 @@ def _no_counter() -> None:
 _keys = count(-1, -1)
 
 
-def hang(tensor: Tensor, hook: Callable[[Tensor], Any]) -> "OrderedDict[int, Any]":
+def hang(tensor: Tensor, hook: Callable[[Tensor], Any]) -> None:
     """What `Tensor.register_hook` does, without making a handle, which takes three quarters of its time.
 
     Args:
-        tensor: the output of an operation.
+        tensor: an output; of a leaf and of a subclass, torch makes the handle all the same.
         hook: takes its gradient, and may return another.
-
-    Returns:
-        The tensor's hooks: those with keys below 0 are ours.
 
     Example:
         >>> w = torch.ones(2, requires_grad=True)
         >>> y = 2 * w
-        >>> hooks = hang(y, lambda gradient: print(gradient.tolist()))
+        >>> hang(y, lambda gradient: print(gradient.tolist()))
         >>> y.sum().backward()
         [1.0, 1.0]
     """
     # First of all: it brings a view whose base was written to in place up to date, and takes its hooks away.
     node: Any = tensor.grad_fn
+    if node is None or type(tensor) is not Tensor:
+        tensor.register_hook(hook)
+        return
     hooks: Any = tensor._backward_hooks  # noqa: SLF001
     if hooks is None:
         tensor._backward_hooks = hooks = OrderedDict()  # noqa: SLF001
         node._register_hook_dict(tensor)  # noqa: SLF001
     hooks[next(_keys)] = hook
-    return hooks  # type: ignore[no-any-return]
 
 
 def on_gradients(outputs: Sequence[Tensor], hook: Callable[..., Any]) -> None:

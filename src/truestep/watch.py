@@ -326,9 +326,7 @@ class Watch:
         call.sizes.extend(sizes_of(shown, self._batch_dim))
         outputs = [tensor for tensor in made if tensor.requires_grad]
         for tensor in outputs:
-            usual = tensor.grad_fn is not None and type(tensor) is Tensor
-            register = hang if usual else Tensor.register_hook
-            register(tensor, Hook(self._reference, Watch._on_output_gradient, call))
+            hang(tensor, Hook(self._reference, Watch._on_output_gradient, call))
         known = self._records.names, self._plain, self._hooked
         if self._uses.counts(call) and self._uses.end(call, outputs, *known):
             self._check_by_shapes(args, kwargs, outputs)

@@ -15,7 +15,7 @@ from truestep.kernels.loops.memory import fma, pointer, prefetch
 __all__ = ["boost", "boosted_step"]
 
 # So many elements are taken at a time, while the processor fetches those that lie so many bytes further on:
-# by itself it stops at the end of a page.
+# in loops of known length, since within `_numbers` it made the pass a tenth slower.
 STRETCH, AHEAD = 64, 2048
 
 

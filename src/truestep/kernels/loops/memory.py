@@ -84,7 +84,7 @@ def _fetch(_context: Any, address: Any) -> Any:
 
 @njit(cache=True, nogil=True)
 def prefetch(address: Any, size: Any) -> None:
-    """Lets the processor fetch so many bytes while it goes on."""
+    """Lets the processor fetch so many bytes while it goes on: by itself it stops at the end of a page."""
     for passed in range(0, size, LINE):
         _fetch(address + passed)
 

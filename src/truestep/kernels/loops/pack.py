@@ -53,8 +53,7 @@ JOINED_ADDRESS, JOINED_OTHER, JOINED_SAMPLES, JOINED_POSITIONS, JOINED_UNITS = r
 JOINED_WORDS, JOINED_FULL = 5, 6
 JOIN_FIELDS = 7
 
-# While 64 numbers are read, the processor fetches so many bytes (of float32, as many numbers) so much further
-# on: by itself it stops at the end of a page.
+# While 64 numbers are read, the processor fetches so many bytes (of float32, as many numbers) so far ahead.
 AHEAD, FETCHED = 4096, 256
 
 # Rows are read so many words' bits at a time: in the order in which they lie, as far as caches go.
@@ -192,6 +191,14 @@ def pack(start: Any, stop: Any, address: Any, lines: Any, words_address: Any) ->
 
 
 @njit(cache=True, nogil=True)
+def _bits(line: Any, address: Any, mean: Any, count: Any) -> Any:
+    """`_word` or `_off_mean`, as a line says."""
+    if line[MEANS] != 0:
+        return np.uint64(_off_mean(address, line[SIZE], mean, count))
+    return np.uint64(_word(address, line[SIZE], line[MAGNITUDE], count))
+
+
+@njit(cache=True, nogil=True)
 def _words_of(line: Any) -> Any:
     """How many words each unit takes."""
     return (line[SAMPLES] * line[POSITIONS] + 63) // 64
@@ -207,11 +214,7 @@ def _last_on(line: Any) -> Any:
         for first in range(0, units, 64):
             length = min(64, units - first)
             there = place + first * size
-            if line[MEANS] != 0:
-                word = np.uint64(_off_mean(there, size, mean, length))
-            else:
-                word = np.uint64(_word(there, size, line[MAGNITUDE], length))
-            if word != ALL >> np.uint64(64 - length):
+            if _bits(line, there, mean, length) != ALL >> np.uint64(64 - length):
                 return False
     return True
 
@@ -271,7 +274,7 @@ def _by_row(start: Any, stop: Any, line: Any, words_address: Any) -> Any:
 @njit(cache=True, nogil=True)
 def _by_unit(start: Any, stop: Any, line: Any, words_address: Any) -> Any:
     """As `_by_row`, of a tensor whose positions are neighbours in memory."""
-    size, magnitude, units, positions = line[SIZE], line[MAGNITUDE], line[UNITS], line[POSITIONS]
+    size, units, positions = line[SIZE], line[UNITS], line[POSITIONS]
     words = carray(pointer(words_address), (stop, units), np.uint64)
     words[start:stop] = np.uint64(0)
     first, last = 64 * start, min(64 * stop, line[SAMPLES] * positions)
@@ -286,10 +289,7 @@ def _by_unit(start: Any, stop: Any, line: Any, words_address: Any) -> Any:
             for position in range(begin, end, 64):
                 length = min(64, end - position)
                 there = place + position * size
-                if line[MEANS] != 0:
-                    word = np.uint64(_off_mean(there, size, mean, length))
-                else:
-                    word = np.uint64(_word(there, size, magnitude, length))
+                word = _bits(line, there, mean, length)
                 if word != ALL >> np.uint64(64 - length):
                     full = 0
                 row = sample * positions + position

@@ -252,7 +252,7 @@ def update_pairs(
         bits = outputs, output_stride, inputs + 8 * column, input_stride, words
         places = gradients + item * column, parameter, item * columns
         if column * item % LINE == 0:
-            # The rows that come next: by itself the processor stops at the end of a page.
+            # The rows that come next.
             for row in range(rows, 2 * rows):
                 ahead = item * (row * columns + column)
                 prefetch(gradients + ahead, LINE)
