@@ -16,7 +16,7 @@ from torch import Tensor
 
 from truestep.bits import Bits, pack
 from truestep.kernels import dispatch, stepping
-from truestep.kernels.stepping import Entry
+from truestep.kernels.stepping import LINEAR, LOOKUPS, POSITIONS, Entry
 
 __all__ = ["Activity", "Elements", "Outer", "Rows", "Window"]
 
@@ -220,12 +220,13 @@ class Outer(Activity):
         if not self._fits(columns):
             return None
         if window is None:
-            return [Entry(rows, columns, to, of, samples, positions)]
+            kind = LINEAR if positions == 1 or not (to or of) else POSITIONS
+            return [Entry(rows, columns, to, of, samples, positions, kind=kind)]
         numbers = window.numbers
         if numbers is None:
             return None
         place, apart = numbers.data_ptr(), int(window.by_position)
-        return [Entry(rows, columns, to, of, samples, positions, place, apart)]
+        return [Entry(rows, columns, to, of, samples, positions, place, apart, kind=POSITIONS)]
 
     def _fits(self, columns: int) -> bool:
         """Whether bits and shape belong together; compiled loops would not notice."""
@@ -336,6 +337,7 @@ class Rows(Activity):
                 looked_up=self.rows.data_ptr(),
                 owners=self.owners.data_ptr(),
                 by_entry=int(self.by_entry),
+                kind=LOOKUPS,
             )
         ]
 

@@ -1,26 +1,43 @@
 """From activity to counts, corrected gradients or whole steps, in one compiled pass over the parameters."""
 
 import functools
+import math
 from array import array
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from truestep.kernels.dispatch import address_of, all_plain, finds_addresses, loops
 from truestep.kernels.threads import spread
 
-__all__ = ["Entry", "Options", "Table", "count", "run", "takes", "takes_all"]
+__all__ = [
+    "LINEAR",
+    "LOOKUPS",
+    "POSITIONS",
+    "Entry",
+    "Options",
+    "Table",
+    "count",
+    "run",
+    "takes",
+    "takes_all",
+]
 
 REAL = {torch.float32: np.float32, torch.float64: np.float64}
+CODES = {torch.float32: "f", torch.float64: "d"}
 
 
 # About how many nanoseconds one core took, on a Xeon, to update an element, and for each sample to count
 # it, and where the sample has positions that are joined.
 UPDATED, COUNTED, JOINED = 0.4, 0.0011, 0.4
+
+
+# Kinds of entries, each with loops of its own, which are compiled when the first is met: samples without
+# positions, or nothing to count; positions that are joined or that a window sees; embeddings.
+LINEAR, POSITIONS, LOOKUPS = 1, 2, 4
 
 
 class Entry(NamedTuple):
@@ -40,6 +57,7 @@ class Entry(NamedTuple):
         owners: address of their samples, int32, in ascending order.
         by_entry: 1 if the outputs' bits are of entries, 0 if of samples.
         counts: address of counts, int64 ``[J, K]``, that take the place of all this; or 0.
+        kind: LINEAR, POSITIONS or LOOKUPS.
     """
 
     rows: int
@@ -55,6 +73,7 @@ class Entry(NamedTuple):
     owners: int = 0
     by_entry: int = 0
     counts: int = 0
+    kind: int = LINEAR
 
 
 class Table:
@@ -64,10 +83,11 @@ class Table:
         size: bytes of an element.
     """
 
-    __slots__ = ("numbers", "size", "work")
+    __slots__ = ("kinds", "numbers", "size", "work")
 
     def __init__(self, size: int) -> None:
         self.numbers: list[int] = []
+        self.kinds = 0
         self.work = 0  # about how many nanoseconds one core takes
         self.size = size
 
@@ -98,6 +118,7 @@ class Table:
                 work = int(columns * each) + 1
                 numbers += (gradient, parameter, buffer, fresh, batch_size, work)
                 numbers += entry
+                self.kinds |= entry[-1]
                 self.work += rows * work
                 total += elements
                 gradient += elements * size
@@ -163,15 +184,17 @@ def run(table: Table, options: Options, dtype: torch.dtype) -> None:
     if table.work:
         numbers = table.array()
         address, size = numbers.buffer_info()
-        lines, shared = size // FIELDS, _shared(options, dtype)
-        spread(loops().step, table.work, table.work, address, lines, shared)
+        functions, _ = loops().functions(table.kinds, REAL[dtype]).buffer_info()
+        shared = _shared(options, dtype)
+        place, _ = shared.buffer_info()
+        spread(loops().step, table.work, table.work, address, size // FIELDS, functions, place)
 
 
 @functools.lru_cache(maxsize=64)
-def _shared(options: Options, dtype: torch.dtype) -> NDArray[Any]:
-    limit = np.inf if options.limit is None else options.limit
+def _shared(options: Options, dtype: torch.dtype) -> "array[float]":
+    limit = math.inf if options.limit is None else options.limit
     kept = 1 - options.dampening
-    return np.array((*options[:3], kept, *options[4:-1], limit), REAL[dtype])
+    return array(CODES[dtype], (*options[:3], kept, *options[4:-1], limit))
 
 
 def count(entries: Sequence[Entry], counts: Tensor) -> None:
@@ -181,12 +204,14 @@ def count(entries: Sequence[Entry], counts: Tensor) -> None:
         entries: of one parameter.
         counts: int64, shaped like the parameter, contiguous; is written to.
     """
-    options, place = np.ones(8, np.float32), counts.data_ptr()
+    options, place = array("f", [1] * 8), counts.data_ptr()
+    shared, _ = options.buffer_info()
     for entry in entries:
         table = Table(8)
         elements = table.add((0, 0, 0), 0, 0, [entry])
         if elements:
             numbers = table.array()
             address, _ = numbers.buffer_info()
-            spread(loops().count, entry.rows, table.work, address, options, place)
+            functions, _ = loops().functions(entry.kind, np.float32).buffer_info()
+            spread(loops().count, entry.rows, table.work, address, functions, shared, place)
             place += 8 * elements

@@ -1,6 +1,7 @@
 """The compiled loops, which alone import numba; the compiler vectorises the inner ones, over units."""
 
 import functools
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,13 +30,14 @@ with _keeping():
     from truestep.kernels.loops.boost import boost, boosted_step
     from truestep.kernels.loops.pack import join, pack
     from truestep.kernels.loops.scan import scan
-    from truestep.kernels.loops.step import count, step
+    from truestep.kernels.loops.step import KINDS, SIGNATURE, count, step
     from truestep.kernels.loops.teams import TEAMS
 
 __all__ = [
     "boost",
     "boosted_step",
     "count",
+    "functions",
     "join",
     "pack",
     "replicas",
@@ -54,3 +56,20 @@ def team(loop: Any, number: Any) -> Any:
         return None
     with _keeping():
         return cfunc(types.void(types.int64), cache=True)(make(number))
+
+
+@functools.cache
+def functions(kinds: int, number: Any) -> "array[int]":
+    """The addresses of the loops that `step` and `count` call, 0 for kinds that are not asked for.
+
+    Args:
+        kinds: the bits of those in the table.
+        number: the type of the parameters' numbers.
+    """
+    return array("q", [_kind(kind, number).address if kinds & kind else 0 for kind in KINDS])
+
+
+@functools.cache
+def _kind(kind: int, number: Any) -> Any:
+    with _keeping():
+        return cfunc(SIGNATURE, cache=True)(KINDS[kind](number))

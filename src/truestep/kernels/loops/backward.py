@@ -3,9 +3,9 @@
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from truestep.kernels.loops.descent import correct, count, descend, factor
+from truestep.kernels.loops.internal import internal
 from truestep.kernels.loops.memory import count_bits
 from truestep.kernels.loops.network import lay_rows, pack_rows, pack_samples, through_activation
 from truestep.kernels.loops.tables import (
@@ -33,7 +33,7 @@ __all__ = ["backward"]
 GROUP = 4096
 
 
-@njit(cache=True, nogil=True)
+@internal
 def backward(
     scratch: Any,
     options: Any,
@@ -200,7 +200,7 @@ def backward(
         records.gradients[replica, place, 1] = agreeing / options.parameters
 
 
-@njit(cache=True, nogil=True)
+@internal
 def _count_and_correct(
     delta_bits: Any,
     input_bits: Any,
@@ -241,7 +241,7 @@ def _count_and_correct(
             correct(part, counts, n, settings)
 
 
-@njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc"})
+@internal(error_model="numpy", fastmath={"reassoc"})
 def _sum(line: Any) -> Any:
     total = np.float32(0)
     for s in range(len(line)):
@@ -249,7 +249,7 @@ def _sum(line: Any) -> Any:
     return total
 
 
-@njit(cache=True, nogil=True)
+@internal
 def _idle(delta_bits: Any, unit: Any, units: Any, word_count: Any) -> Any:
     """Whether no sample reaches a unit: its gradients are 0."""
     together = np.int64(0)
@@ -258,7 +258,7 @@ def _idle(delta_bits: Any, unit: Any, units: Any, word_count: Any) -> Any:
     return together == 0
 
 
-@njit(cache=True, nogil=True)
+@internal
 def _count_outputs(delta_bits: Any, word_count: Any, counts: Any) -> None:
     counts[:] = 0
     for word in range(word_count):
@@ -267,7 +267,7 @@ def _count_outputs(delta_bits: Any, word_count: Any, counts: Any) -> None:
             counts[unit] += np.int32(count_bits(on[unit]))
 
 
-@njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc"})
+@internal(error_model="numpy", fastmath={"reassoc"})
 def _compare(gradient: Any, before: Any) -> Any:
     """Sum of the sizes, and how many signs are those of the step before; that is then this one."""
     size, agreeing = 0.0, np.int64(0)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numba import carray, njit
 
+from truestep.kernels.loops.internal import internal
 from truestep.kernels.loops.memory import fma, pointer, prefetch
 
 __all__ = ["boost", "boosted_step"]
@@ -19,7 +20,7 @@ __all__ = ["boost", "boosted_step"]
 STRETCH, AHEAD = 64, 2048
 
 
-@njit(cache=True, nogil=True)
+@internal
 def _stretch(start: Any, stop: Any, table: Any, row: Any, size: Any) -> Any:
     """What to go over next: its first element in the row's parameter, its length, and if it is the last."""
     before, end = (table[0, row - 1] // size if row > 0 else 0), table[0, row] // size
@@ -27,13 +28,13 @@ def _stretch(start: Any, stop: Any, table: Any, row: Any, size: Any) -> Any:
     return first, length, start + length == end
 
 
-@njit(cache=True, nogil=True)
+@internal
 def _numbers(address: Any, first: Any, length: Any, like: Any) -> Any:
     """The `length` numbers from the `first` on of those that begin at an address."""
     return carray(pointer(address + first * like.itemsize), (length,), like.dtype)
 
 
-@njit(cache=True, nogil=True)
+@internal
 def _boosted(gradient: Any, previous: Any) -> Any:
     """One element's gradient plus its booster; two zeros agree too, but theirs is 0."""
     agree = ((gradient > 0) & (previous > 0)) | ((gradient < 0) & (previous < 0))

@@ -7,8 +7,8 @@ the weight decay; then the rule takes its step.
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from truestep.kernels.loops.internal import internal
 from truestep.kernels.loops.memory import count_bits, fma
 from truestep.kernels.loops.tables import (
     ADAGRAD,
@@ -34,7 +34,7 @@ __all__ = ["correct", "count", "descend", "factor"]
 F = np.float32
 
 
-@njit(cache=True, nogil=True)
+@internal
 def count(outputs: Any, inputs: Any, unit: Any, units: Any, word_count: Any, counts: Any) -> None:
     """The adaptive batch sizes of one row of a weight.
 
@@ -57,14 +57,14 @@ def count(outputs: Any, inputs: Any, unit: Any, units: Any, word_count: Any, cou
             counts[column] += np.int32(count_bits(on & line[column]))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@internal(error_model="numpy")
 def factor(adaptive: Any, batch_size: Any, settings: Any) -> Any:
     """``N / (m + eps)``, at most the limit; `adaptive` is m, in float32."""
     eps, limit = F(settings[ADAPTIVE_EPS]), F(settings[FACTOR_LIMIT])
     return min(F(batch_size) / (adaptive + eps), limit)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@internal(error_model="numpy")
 def correct(gradient: Any, counts: Any, batch_size: Any, settings: Any) -> None:
     """``g * N / (m + eps)`` where m > 0: the mean effective gradient."""
     size, eps, limit = F(batch_size), F(settings[ADAPTIVE_EPS]), F(settings[FACTOR_LIMIT])
@@ -73,7 +73,7 @@ def correct(gradient: Any, counts: Any, batch_size: Any, settings: Any) -> None:
         gradient[k] = gradient[k] * scale if counts[k] > 0 else gradient[k]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@internal(error_model="numpy")
 def descend(
     weights: Any,
     gradient: Any,
@@ -133,7 +133,7 @@ def descend(
         )
 
 
-@njit(cache=True, nogil=True)
+@internal
 def _sgd(weights: Any, gradient: Any, first: Any, settings: Any, lr: Any, step: Any) -> None:
     rate, momentum = F(-lr), F(settings[MOMENTUM])
     if momentum != 0:
@@ -147,7 +147,7 @@ def _sgd(weights: Any, gradient: Any, first: Any, settings: Any, lr: Any, step: 
         weights[k] = fma(rate, gradient[k], weights[k])
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@internal(error_model="numpy")
 def _adam(
     weights: Any, gradient: Any, mean: Any, squares: Any, settings: Any, lr: Any, step: Any
 ) -> None:

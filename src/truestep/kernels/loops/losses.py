@@ -3,9 +3,9 @@
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from truestep.kernels.loops.functions import exp, log, sigmoid
+from truestep.kernels.loops.internal import internal
 from truestep.kernels.loops.tables import (
     BINARY_CROSS_ENTROPY,
     CROSS_ENTROPY,
@@ -24,7 +24,7 @@ __all__ = ["score"]
 F = np.float32
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@internal(error_model="numpy")
 def score(
     layers: Any,
     sizes: Any,
@@ -85,7 +85,7 @@ def score(
     return total, correct
 
 
-@njit(cache=True, nogil=True)
+@internal
 def _spread_targets(samples: Any, labels: Any, targets: Any, units: Any, t: Any, row: Any) -> None:
     """Targets as ``[unit, sample]``; a class is 1 at its unit, and a single unit's target is the class."""
     n = len(samples)
@@ -101,7 +101,7 @@ def _spread_targets(samples: Any, labels: Any, targets: Any, units: Any, t: Any,
                 line[s] = F(1) if label == wanted else F(0)
 
 
-@njit(cache=True, nogil=True)
+@internal
 def _correct(samples: Any, labels: Any, units: Any, z: Any, row: Any, logits: Any) -> Any:
     """How many samples have their largest output at their class, or a single output on its side."""
     right = np.int64(0)
@@ -121,7 +121,7 @@ def _correct(samples: Any, labels: Any, units: Any, z: Any, row: Any, logits: An
     return right
 
 
-@njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc"})
+@internal(error_model="numpy", fastmath={"reassoc"})
 def _sum(line: Any) -> Any:
     total = 0.0
     for s in range(len(line)):
@@ -129,7 +129,7 @@ def _sum(line: Any) -> Any:
     return total
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@internal(error_model="numpy")
 def _softmax(units: Any, n: Any, z: Any, out: Any, largest: Any, sums: Any, row: Any) -> None:
     """The softmax of ``z`` at ``out``; the largest of each sample, and the sum beside it."""
     top, total = numbers(largest, n), numbers(sums, n)
@@ -152,7 +152,7 @@ def _softmax(units: Any, n: Any, z: Any, out: Any, largest: Any, sums: Any, row:
             power[s] /= total[s]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@internal(error_model="numpy")
 def _cross_entropy(units: Any, n: Any, z: Any, t: Any, delta: Any, other: Any, row: Any) -> Any:
     """``sum over units of t * (log(sum of e ** z) - z)``; its gradient ``softmax(z) * sum(t) - t``."""
     _softmax(units, n, z, delta, other, other + row, row)
@@ -174,7 +174,7 @@ def _cross_entropy(units: Any, n: Any, z: Any, t: Any, delta: Any, other: Any, r
     return _sum(losses)
 
 
-@njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc"})
+@internal(error_model="numpy", fastmath={"reassoc"})
 def _binary_cross_entropy(z: Any, t: Any, delta: Any) -> Any:
     """``log(1 + e ** -|z|) + max(z, 0) - t * z``; its gradient ``sigmoid(z) - t``."""
     total = 0.0
@@ -186,7 +186,7 @@ def _binary_cross_entropy(z: Any, t: Any, delta: Any) -> Any:
     return total
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@internal(error_model="numpy")
 def _squared_error(
     output: Any, units: Any, n: Any, z: Any, t: Any, delta: Any, other: Any, row: Any
 ) -> Any:

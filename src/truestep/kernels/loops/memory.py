@@ -5,9 +5,11 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from truestep.kernels.loops.internal import internal
 
 __all__ = [
     "HALVES",
@@ -82,14 +84,14 @@ def _fetch(_context: Any, address: Any) -> Any:
     return types.void(types.int64), generate
 
 
-@njit(cache=True, nogil=True)
+@internal
 def prefetch(address: Any, size: Any) -> None:
     """Lets the processor fetch so many bytes while it goes on: by itself it stops at the end of a page."""
     for passed in range(0, size, LINE):
         _fetch(address + passed)
 
 
-@njit(cache=True, nogil=True)
+@internal
 def aligned(count: Any) -> Any:
     """So many int64 numbers in a row that begins with a line of the processor's caches.
 

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from truestep.kernels.loops.internal import internal
 from truestep.kernels.loops.memory import HALVES, constant, read, repeat, write
 
 __all__ = ["move", "shift"]
@@ -74,7 +75,7 @@ HALVE_1, HALVE_8 = (_moving(lanes, stride=2, fresh=False) for lanes in (1, LANES
 SHIFT_1, SHIFT_8 = (_moving(lanes, stride=1, fresh=True) for lanes in (1, LANES))
 
 
-@njit(cache=True, nogil=True)
+@internal
 def move(
     source: Any, bit: Any, count: Any, halve: Any, target: Any, place: Any, units: Any
 ) -> None:
@@ -102,7 +103,7 @@ def move(
         MOVE_1(source + passed, beyond, bit, kept, place, target + passed, left)
 
 
-@njit(cache=True, nogil=True)
+@internal
 def shift(source: Any, bit: Any, target: Any, units: Any, beyond: Any) -> None:
     """Writes each unit's 64 bits from `bit` on.
 

@@ -7,9 +7,9 @@ lie, ``[sample, feature]``; a narrow one is brought to the layout of the rest.
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from truestep.kernels.loops.functions import erf, exp, sigmoid, tanh
+from truestep.kernels.loops.internal import internal
 from truestep.kernels.loops.memory import SINGLE_8, SINGLE_64
 from truestep.kernels.loops.tables import (
     BIAS,
@@ -47,7 +47,7 @@ MAGNITUDE = 0x7FFFFFFF
 _NO_BIAS = np.zeros(1, F)
 
 
-@njit(cache=True, nogil=True)
+@internal
 def forward(
     layers: Any, sizes: Any, scratch: Any, weights: Any, x: Any, x_row: Any, index: Any, n: Any
 ) -> None:
@@ -108,7 +108,7 @@ def forward(
         below = values
 
 
-@njit(cache=True, nogil=True)
+@internal
 def forward_one(layers: Any, sizes: Any, scratch: Any, weights: Any, sample: Any) -> None:
     """`forward` of a single sample: each layer's outputs are one row, but for the last ones.
 
@@ -141,7 +141,7 @@ def forward_one(layers: Any, sizes: Any, scratch: Any, weights: Any, sample: Any
         spread[unit * sizes.width] = spread[unit]
 
 
-@njit(cache=True, nogil=True)
+@internal
 def lay_rows(values: Any, row: Any, units: Any, n: Any, lines: Any, columns: Any) -> None:
     """``[unit, sample]`` as ``[sample, unit]``, padded with zeros.
 
@@ -160,7 +160,7 @@ def lay_rows(values: Any, row: Any, units: Any, n: Any, lines: Any, columns: Any
         line[units:] = 0
 
 
-@njit(cache=True, nogil=True)
+@internal
 def _transpose(
     x: Any, x_row: Any, index: Any, n: Any, features: Any, to: Any, row: Any, padded: Any
 ) -> None:
@@ -173,7 +173,7 @@ def _transpose(
             line[s] = 0
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@internal(error_model="numpy")
 def _activate(
     kind: Any, units: Any, row: Any, padded: Any, values: Any, sums: Any, biases: Any
 ) -> None:
@@ -203,7 +203,7 @@ def _activate(
                 line[s] = F(0.5) * z * (F(1) + erf(z * HALF_ROOT))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@internal(error_model="numpy")
 def through_activation(
     kind: Any, units: Any, row: Any, padded: Any, deltas: Any, outputs: Any, arguments: Any
 ) -> None:
@@ -241,7 +241,7 @@ def through_activation(
                 delta[s] = delta[s] * (below + z * DENSITY * exp(F(-0.5) * z * z))
 
 
-@njit(cache=True, nogil=True)
+@internal
 def active_units(layers: Any, sizes: Any, scratch: Any, n: Any, active: Any) -> None:
     """Adds to each hidden unit's count the samples whose sum is above 0.
 
@@ -264,7 +264,7 @@ def active_units(layers: Any, sizes: Any, scratch: Any, n: Any, active: Any) -> 
             place += 1
 
 
-@njit(cache=True, nogil=True)
+@internal
 def pack_rows(rows: Any, units: Any, row: Any, padded: Any, bits: Any) -> None:
     """Bit by bit along the samples, which numbers of ``[unit, sample]`` are not zero.
 
@@ -291,7 +291,7 @@ def pack_rows(rows: Any, units: Any, row: Any, padded: Any, bits: Any) -> None:
                 packed[0] = together
 
 
-@njit(cache=True, nogil=True)
+@internal
 def pack_samples(x: Any, x_row: Any, index: Any, n: Any, features: Any, bits: Any) -> None:
     """The same of inputs that lie as ``[sample, feature]``."""
     samples = indices(index, n)

@@ -3,9 +3,10 @@
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
 from truestep.kernels.loops.fields import COLUMNS, INPUTS, OUTPUTS, POSITIONS, ROWS, SAMPLES, WINDOW
+from truestep.kernels.loops.internal import internal
 from truestep.kernels.loops.memory import aligned, pointer
 from truestep.kernels.loops.pack import align, gather
 from truestep.kernels.loops.window import (
@@ -20,7 +21,7 @@ from truestep.kernels.loops.window import (
     unfold,
 )
 
-__all__ = ["View", "find_silent", "look", "nothing", "operands"]
+__all__ = ["View", "find_silent", "look", "operands"]
 
 
 class View(NamedTuple):
@@ -53,7 +54,7 @@ class View(NamedTuple):
     ranges: Any
 
 
-@njit(cache=True, nogil=True)
+@internal
 def operands(entry: Any) -> Any:
     """Outputs ``[samples, words, J]``, and the `View` of inputs.
 
@@ -95,13 +96,7 @@ def operands(entry: Any) -> Any:
     )
 
 
-@njit(cache=True, nogil=True)
-def nothing() -> Any:
-    """What `operands` returns, empty."""
-    return np.empty((0, 0, 0), np.int64), _there(np.empty((0, 0, 0, 0), np.int64))
-
-
-@njit(cache=True, nogil=True)
+@internal
 def _there(inputs: Any) -> Any:
     """The view of inputs that are all there."""
     numbers = np.empty(0, np.int64)
@@ -119,7 +114,7 @@ def _there(inputs: Any) -> Any:
     )
 
 
-@njit(cache=True, nogil=True)
+@internal
 def look(view: Any, sample: Any, word: Any) -> None:
     """Makes one word of a sample's inputs."""
     _, words, groups, columns = view.inputs.shape
@@ -137,7 +132,7 @@ def look(view: Any, sample: Any, word: Any) -> None:
     view.ready[sample, word] = True
 
 
-@njit(cache=True, nogil=True)
+@internal
 def find_silent(view: Any, sample: Any) -> None:
     """Finds how many inputs of a sample are on nowhere: when all others were seen, no more need be."""
     if view.window == 0:
@@ -155,7 +150,7 @@ def find_silent(view: Any, sample: Any) -> None:
         view.silent[sample, channel // width] += 0 if found[channel] != 0 else taps
 
 
-@njit(cache=True, nogil=True)
+@internal
 def _packed(address: Any, samples: Any, positions: Any, units: Any) -> Any:
     """Packed words, int64 ``[words, units]``, and of how many samples: of one where all bits are on."""
     if address == 0:
@@ -164,7 +159,7 @@ def _packed(address: Any, samples: Any, positions: Any, units: Any) -> Any:
     return carray(pointer(address), (count, units), np.int64), samples
 
 
-@njit(cache=True, nogil=True)
+@internal
 def _words(address: Any, samples: Any, positions: Any, units: Any) -> Any:
     """Aligned words ``[samples, words, units]``; samples without positions are one's positions."""
     apart, count = positions > 1, (samples * positions + 63) // 64

@@ -11,6 +11,7 @@ from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
+from truestep.kernels.loops.internal import internal
 from truestep.kernels.loops.memory import (
     DOUBLE_1,
     DOUBLE_8,
@@ -60,7 +61,7 @@ AHEAD, FETCHED = 4096, 256
 PIECES = 32
 
 
-@njit(cache=True, nogil=True)
+@internal
 def _read_64(address: Any, size: Any, magnitude: Any) -> Any:
     """One bit each for 64 neighbours of `size` bytes."""
     prefetch(address + AHEAD, FETCHED)
@@ -73,7 +74,7 @@ def _read_64(address: Any, size: Any, magnitude: Any) -> Any:
     return OCTET_64(address, magnitude)
 
 
-@njit(cache=True, nogil=True)
+@internal
 def _read_8(address: Any, size: Any, magnitude: Any) -> Any:
     """For eight."""
     if size == 4:
@@ -85,7 +86,7 @@ def _read_8(address: Any, size: Any, magnitude: Any) -> Any:
     return OCTET_8(address, magnitude)
 
 
-@njit(cache=True, nogil=True)
+@internal
 def _read_1(address: Any, size: Any, magnitude: Any) -> Any:
     """For one."""
     if size == 4:
@@ -97,7 +98,7 @@ def _read_1(address: Any, size: Any, magnitude: Any) -> Any:
     return OCTET_1(address, magnitude)
 
 
-@njit(cache=True, nogil=True)
+@internal
 def _word(address: Any, size: Any, magnitude: Any, count: Any) -> Any:
     """One bit each for `count` neighbours (at most 64) of `size` bytes."""
     if count == 64:
@@ -112,7 +113,7 @@ def _word(address: Any, size: Any, magnitude: Any, count: Any) -> Any:
     return word
 
 
-@njit(cache=True, nogil=True)
+@internal
 def _off_mean(address: Any, size: Any, mean: Any, count: Any) -> Any:
     """As `_word`, on where a float of `size` bytes is not equal to the one at the address `mean`."""
     word, place = np.int64(0), np.int64(0)
@@ -190,7 +191,7 @@ def pack(start: Any, stop: Any, address: Any, lines: Any, words_address: Any) ->
                 line[FULL] = 0
 
 
-@njit(cache=True, nogil=True)
+@internal
 def _bits(line: Any, address: Any, mean: Any, count: Any) -> Any:
     """`_word` or `_off_mean`, as a line says."""
     if line[MEANS] != 0:
@@ -198,13 +199,13 @@ def _bits(line: Any, address: Any, mean: Any, count: Any) -> Any:
     return np.uint64(_word(address, line[SIZE], line[MAGNITUDE], count))
 
 
-@njit(cache=True, nogil=True)
+@internal
 def _words_of(line: Any) -> Any:
     """How many words each unit takes."""
     return (line[SAMPLES] * line[POSITIONS] + 63) // 64
 
 
-@njit(cache=True, nogil=True)
+@internal
 def _last_on(line: Any) -> Any:
     """Whether all bits of each sample's last position are on, of a tensor whose units are neighbours."""
     size, units, last = line[SIZE], line[UNITS], line[POSITIONS] - 1
@@ -219,7 +220,7 @@ def _last_on(line: Any) -> Any:
     return True
 
 
-@njit(cache=True, nogil=True)
+@internal
 def _by_row(start: Any, stop: Any, line: Any, words_address: Any) -> Any:
     """Packs words `start` to `stop` of a tensor whose units are neighbours in memory.
 
@@ -271,7 +272,7 @@ def _by_row(start: Any, stop: Any, line: Any, words_address: Any) -> Any:
     return 1 if every == -1 else 0
 
 
-@njit(cache=True, nogil=True)
+@internal
 def _by_unit(start: Any, stop: Any, line: Any, words_address: Any) -> Any:
     """As `_by_row`, of a tensor whose positions are neighbours in memory."""
     size, units, positions = line[SIZE], line[UNITS], line[POSITIONS]
@@ -300,7 +301,7 @@ def _by_unit(start: Any, stop: Any, line: Any, words_address: Any) -> Any:
     return full
 
 
-@njit(cache=True, nogil=True)
+@internal
 def align(words: Any, samples: Any, positions: Any) -> Any:
     """Aligned words of packed ones; bits past a sample's last position are off."""
     units = words.shape[1]
@@ -314,7 +315,7 @@ def align(words: Any, samples: Any, positions: Any) -> Any:
     return moved
 
 
-@njit(cache=True, nogil=True)
+@internal
 def _extract(words: Any, row: Any, length: Any, target: Any) -> None:
     """The bits of `length` rows (at most 64) from `row` on, for all units."""
     shift, source = np.uint64(row % 64), words[row // 64]
@@ -329,7 +330,7 @@ def _extract(words: Any, row: Any, length: Any, target: Any) -> None:
             target[unit] = np.int64((np.uint64(source[unit]) >> shift) & kept)
 
 
-@njit(cache=True, nogil=True)
+@internal
 def gather(words_address: Any, other: Any, row: Any, end: Any, found: Any) -> Any:
     """Adds the bits of rows `row` to `end` to each unit's word in `found`, until no unit's is zero.
 
@@ -399,7 +400,7 @@ def join(address: Any, lines: Any, words_address: Any) -> None:
         line[JOINED_FULL] = full
 
 
-@njit(cache=True, nogil=True)
+@internal
 def _both(line: Any, joined: Any) -> Any:
     """Writes the bits that are on in both masks; returns 1 if all are on, else 0."""
     words, units = joined.shape

@@ -7,16 +7,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from truestep.kernels.loops.internal import internal
 from truestep.kernels.loops.memory import LINE, prefetch, read, repeat, write
 
-__all__ = ["count_pairs", "join_pairs", "update_pairs"]
+__all__ = ["BLOCK", "count_pairs", "join_pairs", "update_pairs"]
 
 WORD, HALF = ir.IntType(64), ir.IntType(32)
 LANES = 8
+
+# How many rows are counted at once.
+BLOCK = 4
 
 
 def _count(builder: Any, arguments: Sequence[Any], lanes: int, before: Sequence[Any]) -> list[Any]:
@@ -174,7 +178,7 @@ BEGIN_1, BEGIN_8 = (_joining(lanes, fresh=True) for lanes in (1, LANES))
 JOIN_1, JOIN_8 = (_joining(lanes, fresh=False) for lanes in (1, LANES))
 
 
-@njit(cache=True, nogil=True)
+@internal
 def count_pairs(
     outputs: Any,
     output_stride: Any,
@@ -213,7 +217,7 @@ def count_pairs(
         column += LANES if whole else 1
 
 
-@njit(cache=True, nogil=True)
+@internal
 def update_pairs(
     outputs: Any,
     output_stride: Any,
@@ -269,7 +273,7 @@ def update_pairs(
         column += LANES if whole else 1
 
 
-@njit(cache=True, nogil=True)
+@internal
 def join_pairs(output: Any, inputs: Any, columns: Any, hits: Any, fresh: Any) -> Any:
     """Adds to ``hits[c]`` the bits that are on in both a word of an output and ``inputs[c]``.
 

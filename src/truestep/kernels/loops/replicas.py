@@ -6,6 +6,7 @@ import numpy as np
 from numba import njit
 
 from truestep.kernels.loops.backward import backward
+from truestep.kernels.loops.internal import internal
 from truestep.kernels.loops.losses import score
 from truestep.kernels.loops.network import active_units, forward, forward_one
 from truestep.kernels.loops.tables import (
@@ -145,7 +146,7 @@ def train(
             if due:
                 _judge(options, records, progress, levels, replica, cursor, step)
                 if options.with_parameters != 0:
-                    records.parameters[replica, cursor] = state.parameters[replica]
+                    _copy(state.parameters[replica], records.parameters[replica, cursor])
                 progress[CURSOR] += 1
             if progress[STATUS] != RUNNING:
                 progress[DONE] = step
@@ -174,7 +175,7 @@ def train(
             )
 
 
-@njit(cache=True, nogil=True)
+@internal
 def _addresses(split: Any, data: Any) -> Any:
     return (
         split[X] + data * split[X_STEP],
@@ -183,7 +184,7 @@ def _addresses(split: Any, data: Any) -> Any:
     )
 
 
-@njit(cache=True, nogil=True)
+@internal
 def _measure(
     scratch: Any,
     options: Any,
@@ -226,7 +227,7 @@ def _measure(
             _note_nodes(records.nodes[replica, place], active, line[COUNT])
 
 
-@njit(cache=True, nogil=True)
+@internal
 def _measure_end(
     scratch: Any,
     options: Any,
@@ -243,19 +244,26 @@ def _measure_end(
     if not due:
         _measure(scratch, options, plan, state, records, active, replica, end, True)
         return
-    records.losses[replica, :, end] = records.losses[replica, :, place]
-    records.accuracies[replica, :, end] = records.accuracies[replica, :, place]
+    for measured in (records.losses, records.accuracies):
+        for split in range(measured.shape[1]):
+            measured[replica, split, end] = measured[replica, split, place]
     if options.with_nodes != 0:
-        records.nodes[replica, end] = records.nodes[replica, place]
+        _copy(records.nodes[replica, place], records.nodes[replica, end])
 
 
-@njit(cache=True, nogil=True)
+@internal
+def _copy(source: Any, target: Any) -> None:
+    for index in range(len(target)):
+        target[index] = source[index]
+
+
+@internal
 def _note_nodes(nodes: Any, active: Any, samples: Any) -> None:
     for unit in range(len(active)):
         nodes[unit] = 1 if active[unit] == 0 else 2 if active[unit] == samples else 0
 
 
-@njit(cache=True, nogil=True)
+@internal
 def _judge_full_batch(
     scratch: Any,
     options: Any,
@@ -286,7 +294,7 @@ def _judge_full_batch(
         progress[STATUS] = STOPPED
 
 
-@njit(cache=True, nogil=True)
+@internal
 def _judge(
     options: Any, records: Any, progress: Any, levels: Any, replica: Any, place: Any, step: Any
 ) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from numba import carray, njit
 
+from truestep.kernels.loops.internal import internal
 from truestep.kernels.loops.memory import pointer
 
 __all__ = ["scan"]
@@ -12,7 +13,7 @@ __all__ = ["scan"]
 TILE = 512  # units whose results stay in the first cache
 
 
-@njit(cache=True, nogil=True)
+@internal
 def _row(numbers: Any, low: Any, high: Any, positive: Any) -> None:
     for unit in range(len(numbers)):
         number = numbers[unit]
@@ -60,7 +61,8 @@ def scan(
             place = pointer(address + (row * units + first) * size)
             numbers = carray(place, (width,), like.dtype)
             if row == 0:
-                low[first:last] = numbers
-                high[first:last] = numbers
+                for unit in range(width):
+                    low[first + unit] = high[first + unit] = numbers[unit]
             _row(numbers, low[first:last], high[first:last], counts[:width])
-        positive[first:last] = counts[:width]
+        for unit in range(width):
+            positive[first + unit] = counts[unit]

@@ -3,8 +3,9 @@
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
+from truestep.kernels.loops.internal import internal
 from truestep.kernels.loops.memory import pointer
 
 __all__ = [
@@ -229,19 +230,19 @@ class Records(NamedTuple):
     parameters: Any
 
 
-@njit(cache=True, nogil=True)
+@internal
 def numbers(address: Any, length: Any) -> Any:
     """The float32 numbers that begin at an address."""
     return carray(pointer(address), (length,), np.float32)
 
 
-@njit(cache=True, nogil=True)
+@internal
 def words(address: Any, length: Any) -> Any:
     """The int64 words that begin at an address."""
     return carray(pointer(address), (length,), np.int64)
 
 
-@njit(cache=True, nogil=True)
+@internal
 def indices(address: Any, length: Any) -> Any:
     """The int32 numbers that begin at an address."""
     return carray(pointer(address), (length,), np.int32)

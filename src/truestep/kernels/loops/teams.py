@@ -22,7 +22,6 @@ __all__ = ["TEAMS"]
 
 PARTS, LENGTH = 1, 2
 MOST = 24  # numbers
-OPTIONS = 8  # numbers
 Team = Callable[[Any], None]
 
 
@@ -59,25 +58,23 @@ def _pack(_number: Any) -> Team:
     return run
 
 
-def _step(number: Any) -> Team:
+def _step(_number: Any) -> Team:
     def run(address: Any) -> None:
         w = carray(pointer(address), (MOST,), np.int64)
-        options = carray(pointer(w[5]), (OPTIONS,), number)
         start, stop = _next(address)
         while stop > 0:
-            step(start, stop, w[3], w[4], options)
+            step(start, stop, w[3], w[4], w[5], w[6])
             start, stop = _next(address)
 
     return run
 
 
-def _count(number: Any) -> Team:
+def _count(_number: Any) -> Team:
     def run(address: Any) -> None:
         w = carray(pointer(address), (MOST,), np.int64)
-        options = carray(pointer(w[4]), (OPTIONS,), number)
         start, stop = _next(address)
         while stop > 0:
-            count(start, stop, w[3], options, w[7])
+            count(start, stop, w[3], w[4], w[5], w[6])
             start, stop = _next(address)
 
     return run

@@ -15,10 +15,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from llvmlite import binding, ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from truestep.kernels.loops.internal import internal
 from truestep.kernels.loops.memory import repeat
 
 __all__ = ["LANES", "inner", "outer"]
@@ -180,7 +181,7 @@ _outer_1_4, _outer_1_2, _outer_1_1 = (_outer_tile(1, vectors) for vectors in (4,
 _inner_all, _inner_row = _inner_tile(ROWS), _inner_tile(1)
 
 
-@njit(cache=True, nogil=True)
+@internal
 def outer(
     rows: Any,
     vectors: Any,
@@ -235,7 +236,7 @@ def outer(
         column += 4 if left >= 4 else 2 if left >= 2 else 1
 
 
-@njit(cache=True, nogil=True)
+@internal
 def inner(
     rows: Any,
     columns: Any,

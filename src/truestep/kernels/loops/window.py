@@ -9,8 +9,9 @@ is no pixel, and positions lie in such a row too. Whatever the position, a tap's
 from typing import Any
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
+from truestep.kernels.loops.internal import internal
 from truestep.kernels.loops.memory import pointer
 from truestep.kernels.loops.moves import move, shift
 
@@ -32,7 +33,7 @@ SIZE, SEEN, KERNEL, STRIDE, DILATION, PADDING = 0, 3, 6, 9, 12, 15
 CHANNELS, GROUPS, NUMBERS = 18, 19, 20
 
 
-@njit(cache=True, nogil=True)
+@internal
 def sizes(address: Any) -> Any:
     """How many groups and taps a window has; one each where there is no window."""
     if address == 0:
@@ -41,14 +42,14 @@ def sizes(address: Any) -> Any:
     return window[GROUPS], window[KERNEL] * window[KERNEL + 1] * window[KERNEL + 2]
 
 
-@njit(cache=True, nogil=True)
+@internal
 def pixels_of(address: Any) -> Any:
     """How many pixels the inputs have, and how many channels."""
     window = carray(pointer(address), (NUMBERS,), np.int64)
     return window[SIZE] * window[SIZE + 1] * window[SIZE + 2], window[CHANNELS]
 
 
-@njit(cache=True, nogil=True)
+@internal
 def _places(window: Any, axis: Any) -> Any:
     """The smallest q of an axis, and how many places it has."""
     stride, padding = window[STRIDE + axis], window[PADDING + axis]
@@ -57,7 +58,7 @@ def _places(window: Any, axis: Any) -> Any:
     return low, window[SEEN + axis] + high - low
 
 
-@njit(cache=True, nogil=True)
+@internal
 def room(address: Any) -> Any:
     """How many phases there are, and the words of each and of the positions."""
     window = carray(pointer(address), (NUMBERS,), np.int64)
@@ -72,7 +73,7 @@ def room(address: Any) -> Any:
     return phases, planes * lines * pixels // 64 + 2, (last + 63) // 64
 
 
-@njit(cache=True, nogil=True)
+@internal
 def taps_of(address: Any) -> Any:
     """Each tap's phase, and how many places on from a position it sees."""
     window = carray(pointer(address), (NUMBERS,), np.int64)
@@ -92,7 +93,7 @@ def taps_of(address: Any) -> Any:
     return phases, shifts
 
 
-@njit(cache=True, nogil=True)
+@internal
 def _sees(window: Any, axis: Any, phase: Any) -> Any:
     """Whether any tap sees a phase of an axis."""
     stride = window[STRIDE + axis]
@@ -102,7 +103,7 @@ def _sees(window: Any, axis: Any, phase: Any) -> Any:
     return False
 
 
-@njit(cache=True, nogil=True)
+@internal
 def ranges_of(address: Any) -> Any:
     """The places of each axis' phases that have pixels: the first, with pixel r, and the one after the last.
 
@@ -118,18 +119,18 @@ def ranges_of(address: Any) -> Any:
         for phase in range(stride):
             if _sees(window, axis, phase):
                 last = (window[SIZE + axis] - 1 - phase) // stride - low + 1
-                ranges[axis, phase] = -low, min(places, last)
+                ranges[axis, phase, 0], ranges[axis, phase, 1] = -low, min(places, last)
     return ranges
 
 
-@njit(cache=True, nogil=True)
+@internal
 def lines_of(address: Any) -> Any:
     """How many lines of places a phase has, and how many places are in each."""
     window = carray(pointer(address), (NUMBERS,), np.int64)
     return _places(window, 0)[1] * _places(window, 1)[1], _places(window, 2)[1]
 
 
-@njit(cache=True, nogil=True)
+@internal
 def lay_out(
     words: Any,
     sample: Any,
@@ -174,7 +175,7 @@ def lay_out(
                         _copy(words, row + k, last - first, deep, phase, place, channels)
 
 
-@njit(cache=True, nogil=True)
+@internal
 def lay_out_positions(words: Any, sample: Any, units: Any, address: Any, target: Any) -> None:
     """Lays the positions of one sample out as a phase's places.
 
@@ -196,7 +197,7 @@ def lay_out_positions(words: Any, sample: Any, units: Any, address: Any, target:
             _copy(words, row, step * length, 1, target, (a * lines + b) * pixels, units)
 
 
-@njit(cache=True, nogil=True)
+@internal
 def _copy(
     words: Any, row: Any, length: Any, stride: Any, target: Any, place: Any, units: Any
 ) -> None:
@@ -213,7 +214,7 @@ def _copy(
         length -= moved
 
 
-@njit(cache=True, nogil=True)
+@internal
 def unfold(image: Any, word: Any, phases: Any, shifts: Any, groups: Any, target: Any) -> None:
     """What the kernel sees from places 64 `word` to 64 `word` + 63 of the positions.
 
@@ -235,7 +236,7 @@ def unfold(image: Any, word: Any, phases: Any, shifts: Any, groups: Any, target:
             shift(line + 8 * group * width, place & 63, to, width, beyond)
 
 
-@njit(cache=True, nogil=True)
+@internal
 def channels_first(counts: Any, taps: Any, ordered: Any) -> None:
     """From the order of `unfold`, ``[taps, channels]``, to that of a weight, ``[channels, taps]``."""
     channels = len(counts) // taps
