@@ -1,10 +1,13 @@
 """How loops are compiled that other loops alone call."""
 
 from functools import partial
+from typing import Any
 
 from numba import njit
 
 __all__ = ["internal"]
 
 # Without what Python needs to call them, which takes the compiler a quarter of its time.
-internal = partial(njit, cache=True, nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+internal: Any = partial(
+    njit, cache=True, nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True
+)
