@@ -5,6 +5,7 @@ import math
 from array import array
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -109,6 +110,32 @@ def test_tables_have_the_columns_that_loops_read():
     joined = pack.JOINED_ADDRESS, pack.JOINED_OTHER, pack.JOINED_SAMPLES, pack.JOINED_POSITIONS
     assert (*joined, pack.JOINED_UNITS) == tuple(range(len(packing.Join._fields)))
     assert packing.JOIN_FIELDS == pack.JOIN_FIELDS == len(packing.Join._fields) + 2
+
+
+@pytest.mark.parametrize(
+    ("layer", "inputs", "kinds"),
+    [
+        (nn.Linear(3, 2), torch.eye(3), stepping.LINEAR),
+        (nn.Conv1d(1, 2, 2), torch.eye(3)[:, None], stepping.LINEAR | stepping.POSITIONS),
+        (nn.Embedding(3, 2), torch.arange(3), stepping.LOOKUPS),
+    ],
+    ids=["linear", "convolution", "embedding"],
+)
+def test_loops_of_the_kinds_of_rows_that_a_model_has_are_compiled(
+    monkeypatch, layer, inputs, kinds
+):
+    asked, loops = [], dispatch.loops()
+    functions = loops.functions
+    monkeypatch.setattr(
+        loops, "functions", lambda kinds, number: asked.append(kinds) or functions(kinds, number)
+    )
+    counter = truestep.SampleCounter(layer)
+    optimizer = truestep.AdaptiveBatchSGD(layer.parameters(), lr=0.1, counter=counter)
+    layer(inputs).sum().backward()
+    optimizer.step()
+    assert asked == [kinds]
+    for bit, address in zip((1, 2, 4), functions(kinds, np.float32), strict=True):
+        assert bool(address) == bool(kinds & bit)
 
 
 def test_packing_takes_any_stride():

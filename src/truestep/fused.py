@@ -50,11 +50,6 @@ class Pass:
         """Whether compiled loops can go over a parameter, its gradient and its buffer."""
         return stepping.takes(*tensors)
 
-    @staticmethod
-    def takes_all(gradients: Sequence[Tensor], parameters: Sequence[Tensor]) -> bool:
-        """Whether compiled loops can go over all of several parameters and their gradients."""
-        return stepping.takes_all(gradients, parameters)
-
     def add(
         self,
         gradient: Tensor,
@@ -87,16 +82,28 @@ class Pass:
 
     def add_all(
         self, gradients: Sequence[Tensor], found: Iterable[Found], parameters: Sequence[Tensor]
-    ) -> None:
-        """`add` of several parameters that `takes_all`, each with its gradient and no buffer."""
-        for gradient, each, parameter in zip(gradients, found, parameters, strict=True):
+    ) -> bool:
+        """`add` of several parameters without buffers, unless compiled loops cannot go over one of them.
+
+        Args:
+            gradients: theirs.
+            found: see `add`, of each.
+            parameters: what to take a step with.
+
+        Returns:
+            Whether all were added; if not, none was.
+        """
+        addresses = stepping.addresses(gradients, parameters)
+        if addresses is None:
+            return False
+        self._changed.extend(parameters)
+        for gradient, each, (to, of) in zip(gradients, found, addresses, strict=True):
             entries, size = self._entries(gradient, each)
-            addresses = gradient.data_ptr(), parameter.data_ptr(), 0
-            elements = self._table(gradient).add(addresses, 0, size, entries)
-            self._held.append((gradient, each))
-            self._changed.append(parameter)
+            elements = self._table(gradient).add((to, of, 0), 0, size, entries)
+            self._held.append(each)
             if elements >= LARGE:
                 self.run()
+        return True
 
     def _table(self, gradient: Tensor) -> Table:
         table = self._tables.get(gradient.dtype)

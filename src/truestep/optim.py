@@ -289,8 +289,8 @@ class AdaptiveBatchSGD(Optimizer):
         """Takes the step of one group, with the counting in one compiled pass where that takes all of it."""
         whole = Pass(_options(group))
         gradients: list[Any] = [parameter.grad for parameter in params]
-        if not (group["momentum"] or group["foreach"]) and whole.takes_all(gradients, params):
-            whole.add_all(gradients, reached, params)
+        at_once = not (group["momentum"] or group["foreach"])
+        if at_once and whole.add_all(gradients, reached, params):
             whole.run()
         else:
             self._update_singly(group, zip(params, reached, strict=True), whole)

@@ -20,10 +20,10 @@ __all__ = [
     "Entry",
     "Options",
     "Table",
+    "addresses",
     "count",
     "run",
     "takes",
-    "takes_all",
 ]
 
 REAL = {torch.float32: np.float32, torch.float64: np.float64}
@@ -108,24 +108,21 @@ class Table:
             entries: the activity.
         """
         gradient, parameter, buffer = addresses
-        numbers, size, total = self.numbers, self.size, 0
+        total = 0
         for entry in entries:
-            rows, columns = entry[:2]
+            rows, columns = entry[0], entry[1]
             elements = rows * columns
             if elements:
                 # Of a row: what threads are given shares of.
                 each = UPDATED + (JOINED if entry[5] > 1 else COUNTED) * entry[4]
                 work = int(columns * each) + 1
-                numbers += (gradient, parameter, buffer, fresh, batch_size, work)
-                numbers += entry
+                self.numbers += (gradient, parameter, buffer, fresh, batch_size, work, *entry)
                 self.kinds |= entry[-1]
                 self.work += rows * work
                 total += elements
-                gradient += elements * size
-                parameter, buffer = (
-                    parameter and parameter + elements * size,
-                    buffer and buffer + elements * size,
-                )
+                passed = elements * self.size
+                gradient += passed
+                parameter, buffer = parameter and parameter + passed, buffer and buffer + passed
         return total
 
     def array(self) -> "array[int]":
@@ -161,16 +158,25 @@ def takes(*tensors: Tensor) -> bool:
     return all_plain(tensors)
 
 
-def takes_all(gradients: Sequence[Tensor], parameters: Sequence[Tensor]) -> bool:
-    """`takes` of many gradients and their parameters, in one look: small models' steps feel each call."""
-    return finds_addresses() and all(
-        gradient.dtype in REAL
-        and gradient.dtype is parameter.dtype
-        and gradient.shape == parameter.shape
-        and address_of(gradient)
-        and address_of(parameter)
-        for gradient, parameter in zip(gradients, parameters, strict=True)
-    )
+def addresses(
+    gradients: Sequence[Tensor], parameters: Sequence[Tensor]
+) -> list[tuple[int, int]] | None:
+    """Of many gradients and their parameters; None unless compiled loops can go over each of them.
+
+    It is `takes` of each pair in one look: small models' steps feel each call.
+    """
+    if not finds_addresses():
+        return None
+    found: list[tuple[int, int]] = []
+    for gradient, parameter in zip(gradients, parameters, strict=True):
+        dtype = gradient.dtype
+        if dtype not in REAL or dtype is not parameter.dtype or gradient.shape != parameter.shape:
+            return None
+        to, of = address_of(gradient), address_of(parameter)
+        if not (to and of):
+            return None
+        found.append((to, of))
+    return found
 
 
 def run(table: Table, options: Options, dtype: torch.dtype) -> None:
