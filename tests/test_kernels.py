@@ -125,16 +125,16 @@ def test_loops_of_the_kinds_of_rows_that_a_model_has_are_compiled(
     monkeypatch, layer, inputs, kinds
 ):
     asked, loops = [], dispatch.loops()
-    functions = loops.functions
+    addresses = loops.addresses
     monkeypatch.setattr(
-        loops, "functions", lambda kinds, number: asked.append(kinds) or functions(kinds, number)
+        loops, "addresses", lambda kinds, number: asked.append(kinds) or addresses(kinds, number)
     )
     counter = truestep.SampleCounter(layer)
     optimizer = truestep.AdaptiveBatchSGD(layer.parameters(), lr=0.1, counter=counter)
     layer(inputs).sum().backward()
     optimizer.step()
     assert asked == [kinds]
-    for bit, address in zip((1, 2, 4), functions(kinds, np.float32), strict=True):
+    for bit, address in zip((1, 2, 4), addresses(kinds, np.float32), strict=True):
         assert bool(address) == bool(kinds & bit)
 
 
