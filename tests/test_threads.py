@@ -3,13 +3,14 @@
 import multiprocessing
 import sys
 import threading
+from array import array
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from truestep.kernels import dispatch, packing, threads
+from truestep.kernels import dispatch, packing, stepping, threads
 from truestep.kernels.threads import GRAIN, spread
 
 
@@ -52,6 +53,25 @@ def test_what_a_caller_may_use_is_what_torch_may_use():
     callers = []
     spread(visit, 100, 100 * GRAIN, [0] * 100, callers)
     assert callers == [threading.current_thread()]
+
+
+@pytest.mark.skipif(not dispatch.installed(), reason="numba is not installed")
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("four_threads")
+def test_a_compiled_loop_that_fails_says_so(count):
+    from numba import cfunc  # noqa: PLC0415
+
+    from truestep.kernels.loops.step import SIGNATURE  # noqa: PLC0415
+
+    fails = cfunc(SIGNATURE)(lambda a, b, c, d, e: 0 * (a + b + c + d + e))
+    functions, table = array("q", [fails.address] * 3), stepping.Table(4)
+    table.add((1, 0, 0), 0, 1, [stepping.Entry(1000, 1000)])
+    lines = table.array()
+    arguments = lines.buffer_info()[0], 1, functions.buffer_info()[0], 0
+    torch.set_num_threads(count)
+    with pytest.raises(RuntimeError if count > 1 and threads.teams() else MemoryError):
+        spread(dispatch.loops().step, table.work, table.work, *arguments)
 
 
 @pytest.mark.parametrize("failing", range(4))

@@ -28,6 +28,9 @@ GRAIN = 75_000
 # Handing it to OpenMP's threads, with all that Python does for it, took 20,000.
 TEAM_GRAIN = 30_000
 
+# Where a team counts the parts that have ended, see `truestep.kernels.loops.teams`.
+ENDED = 3
+
 Loop = Callable[..., Any]
 Done = SimpleQueue[BaseException | None]
 
@@ -92,8 +95,12 @@ def _team(loop: Loop, arguments: tuple[Any, ...]) -> Any:
 
 
 def _run(team: Any, length: int, parts: int, arguments: tuple[Any, ...]) -> None:
-    """Lets a team run a loop."""
-    work = array("q", (0, parts, length))
+    """Lets a team run a loop.
+
+    Raises:
+        RuntimeError: the loop has raised something, which its thread has printed.
+    """
+    work = array("q", (0, parts, length, 0))
     for argument in arguments:
         if isinstance(argument, np.ndarray):
             work.extend((argument.ctypes.data, argument.size, argument.itemsize))
@@ -102,6 +109,11 @@ def _run(team: Any, length: int, parts: int, arguments: tuple[Any, ...]) -> None
         else:
             work.append(int(argument))
     teams()(team.address, work.buffer_info()[0], parts, 0)
+    if work[ENDED] != parts:
+        raise RuntimeError(
+            f"a compiled loop has failed in {parts - work[ENDED]} of {parts} parts, most likely for want of "
+            "memory; what it was writing is incomplete, and its error is on standard error"
+        )
 
 
 def _wait(done: Done, parts: int) -> list[BaseException]:

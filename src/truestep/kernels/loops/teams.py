@@ -1,7 +1,8 @@
 """The loops as a team of OpenMP's threads runs them: each thread takes parts until none is left.
 
 Such a function gets one address, of int64 numbers: the next part, how many there are, how far the loop runs,
-and the loop's further arguments: an array as its address, size and item size, a float by its bits.
+how many parts have ended, and the loop's further arguments: an array as its address, size and item size, a
+float by its bits.
 """
 
 from collections.abc import Callable
@@ -9,10 +10,11 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, types
 from numba.extending import intrinsic
 
 from truestep.kernels.loops.boost import boost, boosted_step
+from truestep.kernels.loops.internal import internal
 from truestep.kernels.loops.memory import pointer
 from truestep.kernels.loops.pack import pack
 from truestep.kernels.loops.scan import scan
@@ -20,7 +22,7 @@ from truestep.kernels.loops.step import count, step
 
 __all__ = ["TEAMS"]
 
-PARTS, LENGTH = 1, 2
+PARTS, LENGTH, ENDED, ARGUMENTS = range(1, 5)
 MOST = 24  # numbers
 Team = Callable[[Any], None]
 
@@ -37,7 +39,7 @@ def _take(_context: Any, address: Any) -> Any:
     return types.int64(types.int64), generate
 
 
-@njit(cache=True, nogil=True)
+@internal
 def _next(address: Any) -> Any:
     """Start and stop of the next part; both 0 where none is left."""
     work = carray(pointer(address), (MOST,), np.int64)
@@ -47,12 +49,19 @@ def _next(address: Any) -> Any:
     return work[LENGTH] * part // parts, work[LENGTH] * (part + 1) // parts
 
 
+@internal
+def _end(address: Any) -> None:
+    """Notes that a part has ended: a loop that raises does not come to it."""
+    _take(address + 8 * ENDED)
+
+
 def _pack(_number: Any) -> Team:
     def run(address: Any) -> None:
-        w = carray(pointer(address), (MOST,), np.int64)
+        w = carray(pointer(address + 8 * ARGUMENTS), (MOST,), np.int64)
         start, stop = _next(address)
         while stop > 0:
-            pack(start, stop, w[3], w[4], w[5])
+            pack(start, stop, w[0], w[1], w[2])
+            _end(address)
             start, stop = _next(address)
 
     return run
@@ -60,10 +69,11 @@ def _pack(_number: Any) -> Team:
 
 def _step(_number: Any) -> Team:
     def run(address: Any) -> None:
-        w = carray(pointer(address), (MOST,), np.int64)
+        w = carray(pointer(address + 8 * ARGUMENTS), (MOST,), np.int64)
         start, stop = _next(address)
         while stop > 0:
-            step(start, stop, w[3], w[4], w[5], w[6])
+            step(start, stop, w[0], w[1], w[2], w[3])
+            _end(address)
             start, stop = _next(address)
 
     return run
@@ -71,10 +81,11 @@ def _step(_number: Any) -> Team:
 
 def _count(_number: Any) -> Team:
     def run(address: Any) -> None:
-        w = carray(pointer(address), (MOST,), np.int64)
+        w = carray(pointer(address + 8 * ARGUMENTS), (MOST,), np.int64)
         start, stop = _next(address)
         while stop > 0:
-            count(start, stop, w[3], w[4], w[5], w[6])
+            count(start, stop, w[0], w[1], w[2], w[3])
+            _end(address)
             start, stop = _next(address)
 
     return run
@@ -82,13 +93,14 @@ def _count(_number: Any) -> Team:
 
 def _boosted_step(number: Any) -> Team:
     def run(address: Any) -> None:
-        w = carray(pointer(address), (MOST,), np.int64)
-        table = carray(pointer(w[3]), (5, w[4] // 5), np.int64)
-        like = carray(pointer(w[6]), (w[7],), number)
-        floats = carray(pointer(address), (MOST,), np.float64)
+        w = carray(pointer(address + 8 * ARGUMENTS), (MOST,), np.int64)
+        table = carray(pointer(w[0]), (5, w[1] // 5), np.int64)
+        like = carray(pointer(w[3]), (w[4],), number)
+        floats = carray(pointer(address + 8 * ARGUMENTS), (MOST,), np.float64)
         start, stop = _next(address)
         while stop > 0:
-            boosted_step(start, stop, table, like, floats[9], floats[10], w[11] != 0)
+            boosted_step(start, stop, table, like, floats[6], floats[7], w[8] != 0)
+            _end(address)
             start, stop = _next(address)
 
     return run
@@ -96,12 +108,13 @@ def _boosted_step(number: Any) -> Team:
 
 def _boost(number: Any) -> Team:
     def run(address: Any) -> None:
-        w = carray(pointer(address), (MOST,), np.int64)
-        table = carray(pointer(w[3]), (4, w[4] // 4), np.int64)
-        like = carray(pointer(w[6]), (w[7],), number)
+        w = carray(pointer(address + 8 * ARGUMENTS), (MOST,), np.int64)
+        table = carray(pointer(w[0]), (4, w[1] // 4), np.int64)
+        like = carray(pointer(w[3]), (w[4],), number)
         start, stop = _next(address)
         while stop > 0:
             boost(start, stop, table, like)
+            _end(address)
             start, stop = _next(address)
 
     return run
@@ -109,11 +122,12 @@ def _boost(number: Any) -> Team:
 
 def _scan(number: Any) -> Team:
     def run(address: Any) -> None:
-        w = carray(pointer(address), (MOST,), np.int64)
-        like = carray(pointer(w[6]), (w[7],), number)
+        w = carray(pointer(address + 8 * ARGUMENTS), (MOST,), np.int64)
+        like = carray(pointer(w[3]), (w[4],), number)
         start, stop = _next(address)
         while stop > 0:
-            scan(start, stop, w[3], w[4], w[5], like, w[9], w[10], w[11])
+            scan(start, stop, w[0], w[1], w[2], like, w[6], w[7], w[8])
+            _end(address)
             start, stop = _next(address)
 
     return run
