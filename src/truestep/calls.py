@@ -13,6 +13,10 @@ __all__ = ["Call", "at_end", "backward_id"]
 
 Owner = TypeVar("Owner")
 
+# The number of the running backward pass; -1 where none runs.
+backward_id: Callable[[], int] = torch._C._current_graph_task_id  # noqa: SLF001
+queue = Variable._execution_engine.queue_callback  # noqa: SLF001
+
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
 class Call:
@@ -50,11 +54,6 @@ class Call:
         self.reached[len(mask)] = mask.sum()
 
 
-def backward_id() -> int:
-    """The number of the running backward pass; -1 where none runs."""
-    return torch._C._current_graph_task_id()  # noqa: SLF001
-
-
 def at_end(owner: Owner, method: Callable[[Owner, int], None], task: int | None = None) -> None:
     """Calls a method with the backward pass's id when that backward pass ends."""
     task, reference = backward_id() if task is None else task, weakref.ref(owner)
@@ -64,4 +63,4 @@ def at_end(owner: Owner, method: Callable[[Owner, int], None], task: int | None 
         if living is not None:
             method(living, task)
 
-    Variable._execution_engine.queue_callback(call)  # noqa: SLF001
+    queue(call)

@@ -11,8 +11,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling
 
 from truestep.activity import Activity
@@ -122,7 +121,7 @@ class Use:
         watch, delta, passed = self._watch(), gradients[0], None
         if watch is None or delta is None:
             return None
-        if not torch.is_grad_enabled():
+        if not is_grad_enabled():
             self._followed = None
         else:  # create_graph=True
             given, layer = self._followed, self._layer

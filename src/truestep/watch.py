@@ -12,8 +12,8 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
+from torch.compiler import is_compiling
 from torch.nn.parameter import is_lazy
 
 from truestep import compiled
@@ -145,14 +145,14 @@ class Watch:
         self.usual = None
         if self._probed is not None:
             return
-        if not torch.is_grad_enabled():
+        if not is_grad_enabled():
             self._calls.append(None)
             for outer, handle in self._fused:
-                if not (outer.training or torch.compiler.is_compiling()):
+                if not (outer.training or is_compiling()):
                     handle.remove()
             return
         inputs, dim = tensors_given(args, kwargs), self._batch_dim
-        if torch.compiler.is_compiling():
+        if is_compiling():
             self._calls.append(compiled.begin(inputs, dim))
             return
         for _, handle in self._fused:
@@ -206,14 +206,14 @@ class Watch:
                 place = taps.serial, layer.name
                 self._probed.append((used(output, (args, kwargs)), place))
             return None
-        if not torch.is_grad_enabled():
+        if not is_grad_enabled():
             return None
         rule = layer.rule_of_call()
         outputs = [output] if isinstance(output, Tensor) else list(tensors_in(output))
         if not any(tensor.requires_grad for tensor in outputs):
             return None
         call = self._present_call()
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return compiled.tapped(output, taps, call, (args, kwargs)) if layer.traced() else None
         if not self._wait_for_gradients(layer):
             return None
@@ -231,7 +231,7 @@ class Watch:
     def _present_call(self) -> Call | Tensor | None:
         """The call of the model that a layer's is a part of, if any."""
         call, current = self._calls[-1] if self._calls else None, self._records.current
-        if call is None or current is None or torch.compiler.is_compiling():
+        if call is None or current is None or is_compiling():
             return current if call is None else call
         # In a backward pass activation checkpointing runs layers again, for the call that it is in. One that
         # was interrupted (Ctrl-C) may still be open.
@@ -311,7 +311,7 @@ class Watch:
         if self._probed is not None:
             return None
         call = self._calls.pop() if self._calls else None
-        if torch.compiler.is_compiling():
+        if is_compiling():
             given = (args, kwargs) if compiled.can_keep((args, kwargs)) else (None, None)
             return None if call is None else compiled.tapped(output, taps, call, given)
         if call is None:
@@ -377,7 +377,7 @@ class Watch:
         *deltas: Tensor | None,
     ) -> None:
         """Takes what a layer's rule makes of the gradients of its outputs."""
-        if torch.is_grad_enabled():  # create_graph=True
+        if is_grad_enabled():  # create_graph=True
             deltas = tuple(delta if delta is None else delta.detach() for delta in deltas)
         self.receive(layer, layout, call, activity(*deltas))
 

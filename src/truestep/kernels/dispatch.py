@@ -33,6 +33,9 @@ LIKE: dict[torch.dtype, NDArray[Any]] = {
     torch.float32: np.empty(0, np.float32),
     torch.float64: np.empty(0, np.float64),
 }
+# Looked up once: torch's namespaces are large, and out of the processor's caches when a step asks for them.
+_peek = torch._C._functorch.peek_interpreter_stack  # noqa: SLF001
+STRIDED = torch.strided
 # What has memory of its own to read; subclasses may not.
 PLAIN = {Tensor, torch.nn.Parameter}
 
@@ -52,7 +55,7 @@ def compiled_loops(tensor: Tensor) -> bool:
     return (
         tensor.is_cpu
         and tensor.dtype in DTYPES
-        and tensor.layout is torch.strided
+        and tensor.layout is STRIDED
         and installed()
         and is_plain(tensor)
     )
@@ -66,7 +69,7 @@ def is_plain(tensor: Tensor) -> bool:
 
 def finds_addresses() -> bool:
     """Whether compiled loops are there, and tensors have addresses: functorch's have none to ask for."""
-    return installed() and torch._C._functorch.peek_interpreter_stack() is None  # noqa: SLF001
+    return installed() and _peek() is None
 
 
 def address_of(tensor: Tensor) -> int:
@@ -80,7 +83,7 @@ def address_of(tensor: Tensor) -> int:
     if (
         type(tensor) in PLAIN
         and tensor.is_cpu
-        and tensor.layout is torch.strided
+        and tensor.layout is STRIDED
         and tensor.is_contiguous()
     ):
         return tensor.data_ptr()
