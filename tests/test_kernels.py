@@ -2,7 +2,6 @@
 
 import importlib
 import math
-from array import array
 from itertools import pairwise
 
 import numpy as np
@@ -417,13 +416,13 @@ def test_a_fused_step_is_seen_by_autograd():
 
 def packed_together(pairs):
     """Bits of pairs of tensors of one type, each with its rows, the first with means or None."""
-    table, words, read, made = array("q"), 0, 0, []
+    lines, addresses, made = [], [], []
     for (one, first, means), (other, second) in pairs:
-        lines = packing.Lines(first, second, one.dtype)
+        lines.append(packing.Lines(first, second, one.dtype))
         at = 0 if means is None else means.data_ptr()
-        table.extend(lines.at(one.data_ptr(), other.data_ptr(), at, words))
-        words, read = words + lines.words, read + lines.read
+        addresses.append((one.data_ptr(), other.data_ptr(), at))
         made += [first, second]
+    table, words, read = packing.filled(tuple(lines), addresses, whole=False)
     packed = packing.pack_table(table, words, read)
     start, fields = packed.buffer_info()[0], packing.PACK_FIELDS
     return [packed_in(packed, start, table, n * fields, r) for n, r in enumerate(made)]

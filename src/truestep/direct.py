@@ -7,7 +7,6 @@ guards it against changes. A small model's step is made of such calls and feels 
 until the backward pass ends is done there, for all layers at once.
 """
 
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from truestep.calls import Call
 from truestep.errors import TruestepError
 from truestep.hooks import Hook, uncompiled
 from truestep.kernels.dispatch import address_of, finds_addresses
-from truestep.kernels.packing import PACK_FIELDS, SIZES, Lines, pack_table, without_full
+from truestep.kernels.packing import PACK_FIELDS, SIZES, Lines, filled, pack_table, without_full
 
 if TYPE_CHECKING:
     from truestep.ways import Sizes
@@ -204,11 +203,10 @@ def pack_all(uses: Sequence[Use], *, whole: bool) -> None:
 
     Args:
         uses: of layers.
-        whole: see `truestep.kernels.packing.Lines.at`.
+        whole: see `truestep.kernels.packing.filled`.
     """
-    table, together = array("q"), list[tuple[Use, Lines]]()
-    total = read = first = 0
-    reads = finds_addresses()
+    together, addresses = list[tuple[Use, Lines]](), list[tuple[int, int, int]]()
+    reads, first = finds_addresses(), 0
     for use in uses:
         given, delta, means = use.given, use.delta, use.means
         if delta is None:
@@ -223,12 +221,11 @@ def pack_all(uses: Sequence[Use], *, whole: bool) -> None:
         if not (of and to and (by or means is None)):
             use.pack()
             continue
-        table.extend(lines.at(of, to, by, total, whole=whole))
         together.append((use, lines))
-        total += lines.words
-        read += lines.read
+        addresses.append((of, to, by))
     if not together:
         return
+    table, total, read = filled(tuple([lines for _, lines in together]), addresses, whole=whole)
     words = pack_table(table, total, read)
     if len(together) == 1:
         words = without_full(words, table)

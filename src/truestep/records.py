@@ -232,10 +232,11 @@ class Records:
         for use, task in uses:
             pending = self._pending.get(task, {})
             call, pairs = use.deliver(joined)
+            size = call.batch_size if self._unit == "sample" else None  # the layers agree on it
             for parameter, activity in pairs:
                 key = id(parameter)
                 if not pending and (task, key) not in found:
-                    found[task, key] = call, activity, self._size(call, activity)
+                    found[task, key] = call, activity, size or self._size(call, activity)
                     continue
                 entry = pending.setdefault(key, Pending(True, task))
                 earlier = found.pop((task, key), None)

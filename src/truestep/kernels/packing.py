@@ -31,6 +31,7 @@ __all__ = [
     "Join",
     "Lines",
     "Rows",
+    "filled",
     "join",
     "join_torch",
     "pack",
@@ -136,7 +137,7 @@ def pack_rows(tensor: Tensor, rows: Rows, means: Tensor | None = None) -> Tensor
 
 
 class Lines:
-    """Two lines of the packing loop's table, for tensors of one type, but for the addresses.
+    """Two lines of the packing loop's table, for tensors of one type, but for the addresses; a value.
 
     Of two tensors with positions it is asked whether any is on in both. If in each sample the last one is,
     for all units, nothing more is read, and all bits are said to be on.
@@ -150,44 +151,62 @@ class Lines:
         words: how many they will take.
         read: how many bytes are read.
         means: how many the first has.
+        table: the lines, int64.
     """
 
-    __slots__ = ("_table", "dtype", "first", "means", "read", "second", "words")
+    __slots__ = ("dtype", "first", "means", "read", "second", "table", "words")
 
     def __init__(self, first: Rows, second: Rows, dtype: torch.dtype) -> None:
         self.first, self.second, self.dtype, self.words = first, second, dtype, 0
-        self._table, size = array("q"), SIZES[dtype]
+        self.table, size = array("q"), SIZES[dtype]
         pair = first.positions == second.positions > 1 and not (first.by_unit or second.by_unit)
         for number, (samples, positions, units, by_unit, groups) in enumerate((first, second), 1):
             strides = (size, positions * size) if by_unit else (units * size, size)
-            self._table.extend((0, size, MAGNITUDE[size], samples, positions, units))
-            self._table.extend((positions * units * size, *strides, by_unit, 0, groups))
-            self._table.extend((self.words, 1, number if pair else 0))
+            self.table.extend((0, size, MAGNITUDE[size], samples, positions, units))
+            self.table.extend((positions * units * size, *strides, by_unit, 0, groups))
+            self.table.extend((self.words, 1, number if pair else 0))
             self.words += (samples * positions + WORD - 1) // WORD * units
         self.read = self.words * WORD * size
         self.means = first.samples * (first.groups if first.by_unit else first.positions)
 
-    def at(
-        self, first: int, second: int, means: int, place: int, *, whole: bool = False
-    ) -> "array[int]":
-        """A table of these lines.
 
-        Args:
-            first: address of the first tensor.
-            second: of the second.
-            means: of the first one's means, or 0.
-            place: of the first word among others'.
-            whole: whether somebody looks at the bits of one tensor alone, so that all have to be read.
-        """
-        table = array("q", self._table)
-        if whole:
-            table[PACK_PAIR] = table[PACK_FIELDS + PACK_PAIR] = 0
-        table[PACK_ADDRESS], table[PACK_FIELDS + PACK_ADDRESS] = first, second
-        table[PACK_MEANS] = means
-        if place:
-            table[PACK_WORDS] += place
-            table[PACK_FIELDS + PACK_WORDS] += place
-        return table
+@functools.lru_cache(maxsize=64)
+def _blank(lines: tuple[Lines, ...], *, whole: bool) -> tuple["array[int]", int, int]:
+    """The table of `filled` without addresses; training steps ask for the same ones again and again."""
+    table, words = array("q"), 0
+    for each in lines:
+        place = len(table)
+        table.extend(each.table)
+        for row in (place, place + PACK_FIELDS):
+            table[row + PACK_WORDS] += words
+            if whole:
+                table[row + PACK_PAIR] = 0
+        words += each.words
+    return table, words, sum(each.read for each in lines)
+
+
+def filled(
+    lines: tuple[Lines, ...], addresses: Sequence[tuple[int, int, int]], *, whole: bool
+) -> tuple["array[int]", int, int]:
+    """A table of several `Lines`.
+
+    Args:
+        lines: of pairs of tensors.
+        addresses: for each pair, of the first tensor, of the second, and of the first one's means, or 0.
+        whole: whether somebody looks at the bits of one tensor alone, so that all have to be read.
+
+    Returns:
+        The table; how many words there will be; how many bytes are read.
+    """
+    blank, words, read = _blank(lines, whole=whole)
+    table, place = blank[:], 0
+    for first, second, means in addresses:
+        table[place + PACK_ADDRESS] = first
+        table[place + PACK_MEANS] = means
+        place += PACK_FIELDS
+        table[place + PACK_ADDRESS] = second
+        place += PACK_FIELDS
+    return table, words, read
 
 
 def pack_table(table: "array[int]", words: int, read: int) -> "array[int]":
