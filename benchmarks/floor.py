@@ -13,6 +13,7 @@ more costs in forward and backward pass, from sequences of small linear layers.
 
 import argparse
 import json
+import math
 import statistics
 import time
 from array import array
@@ -31,7 +32,7 @@ from candidates import LR
 from tasks import TASKS, Task
 from timing import WARM_UP, machine, machine_line
 from truestep.kernels.dispatch import loops
-from truestep.kernels.stepping import FIELDS, Entry, Table
+from truestep.kernels.stepping import FIELDS, LINEAR, Entry, Table
 
 DEPTHS = 10, 30  # of the models that tell what a layer more costs
 PHASES = ("forward", "backward", "step")
@@ -139,7 +140,11 @@ class Least(torch.optim.Optimizer):
         super().__init__(task.model.parameters(), {"lr": LR})
         self.uses: list[tuple[nn.Linear, Tensor, Tensor]] = []
         self.packed: list[tuple[nn.Linear, Tensor, int, int, int]] = []
-        self.options = np.array([LR, 0, 0, 1, 0, 0, 1, np.inf], np.float32)
+        self.options = array("f", [LR, 0, 0, 1, 0, 0, 1, math.inf])
+        self.shared = (
+            loops().addresses(LINEAR, np.float32).buffer_info()[0],
+            self.options.buffer_info()[0],
+        )
         for module in task.model.modules():
             if type(module) is nn.Linear:
                 module.register_forward_hook(self._on_layer)
@@ -179,7 +184,7 @@ class Least(torch.optim.Optimizer):
                 table.add(addresses, 0, samples, [entry])
         numbers = table.array()
         address, size = numbers.buffer_info()
-        loops().step(0, table.work, address, size // FIELDS, self.options)
+        loops().step(0, table.work, address, size // FIELDS, *self.shared)
 
 
 CANDIDATES: dict[str, Callable[[Task], torch.optim.Optimizer]] = {
