@@ -6,7 +6,7 @@
 Training steps take turns in one process: SGD; SGD with empty hooks where counting has hooks; SGD with hooks
 that read each layer's input and output gradient once, by torch's sum, as any way to count must; SGD with a
 counter that watches; AdaptiveBatchSGD; and, for sequences of linear layers, the least that hooks in Python
-can do: pack and step, with no check and no record. Printed, behind the number of threads: lower quartiles of
+can do: pack and step, with no check and no record. Printed, after the number of threads: lower quartiles of
 microseconds for each phase, and the median of the ratios to SGD's step in the same round; and what a layer
 more costs in forward and backward pass, from sequences of small linear layers.
 """
@@ -142,7 +142,7 @@ class Least(torch.optim.Optimizer):
         self.packed: list[tuple[nn.Linear, Tensor, int, int, int]] = []
         self.options = array("f", [LR, 0, 0, 1, 0, 0, 1, math.inf])
         self.shared = (
-            loops().addresses(LINEAR, np.float32).buffer_info()[0],
+            loops().functions_of(LINEAR, np.float32).buffer_info()[0],
             self.options.buffer_info()[0],
         )
         for module in task.model.modules():

@@ -23,6 +23,7 @@ from zoo import ZOO
 pytestmark = pytest.mark.skipif(not dispatch.installed(), reason="numba is not installed")
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+EVERY_KIND = [stepping.LINEAR, stepping.POSITIONS, stepping.LOOKUPS]
 
 
 def words_of(values):
@@ -102,6 +103,7 @@ def test_tables_have_the_columns_that_loops_read():
     before = fields.FIELDS - len(names)
     assert [getattr(fields, name) for name in names] == list(range(before, fields.FIELDS))
     assert stepping.FIELDS == fields.FIELDS
+    assert list(importlib.import_module("truestep.kernels.loops.step").KINDS) == EVERY_KIND
     pack = importlib.import_module("truestep.kernels.loops.pack")
     assert (packing.PACK_FIELDS, packing.PACK_PAIR) == (pack.FIELDS, pack.PAIR)
     ours = packing.PACK_ADDRESS, packing.PACK_MEANS, packing.PACK_WORDS, packing.PACK_FULL
@@ -124,16 +126,16 @@ def test_loops_of_the_kinds_of_rows_that_a_model_has_are_compiled(
     monkeypatch, layer, inputs, kinds
 ):
     asked, loops = [], dispatch.loops()
-    addresses = loops.addresses
+    functions = loops.functions_of
     monkeypatch.setattr(
-        loops, "addresses", lambda kinds, number: asked.append(kinds) or addresses(kinds, number)
+        loops, "functions_of", lambda kinds, number: asked.append(kinds) or functions(kinds, number)
     )
     counter = truestep.SampleCounter(layer)
     optimizer = truestep.AdaptiveBatchSGD(layer.parameters(), lr=0.1, counter=counter)
     layer(inputs).sum().backward()
     optimizer.step()
     assert asked == [kinds]
-    for bit, address in zip((1, 2, 4), addresses(kinds, np.float32), strict=True):
+    for bit, address in zip(EVERY_KIND, functions(kinds, np.float32), strict=True):
         assert bool(address) == bool(kinds & bit)
 
 

@@ -86,7 +86,7 @@ def hang(tensor: Tensor, hook: Callable[[Tensor], Any]) -> None:
     """What `Tensor.register_hook` does, without making a handle, which takes three quarters of its time.
 
     Args:
-        tensor: an output; of a leaf and of a subclass, torch makes the handle all the same.
+        tensor: an output; for a leaf or a subclass it is `Tensor.register_hook` itself.
         hook: takes its gradient, and may return another.
 
     Example:

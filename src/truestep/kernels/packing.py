@@ -137,7 +137,7 @@ def pack_rows(tensor: Tensor, rows: Rows, means: Tensor | None = None) -> Tensor
 
 
 class Lines:
-    """Two lines of the packing loop's table, for tensors of one type, but for the addresses; a value.
+    """Two lines of the packing loop's table, for tensors of one type, but for the addresses.
 
     Of two tensors with positions it is asked whether any is on in both. If in each sample the last one is,
     for all units, nothing more is read, and all bits are said to be on.
@@ -172,7 +172,7 @@ class Lines:
 
 @functools.lru_cache(maxsize=64)
 def _blank(lines: tuple[Lines, ...], *, whole: bool) -> tuple["array[int]", int, int]:
-    """The table of `filled` without addresses; training steps ask for the same ones again and again."""
+    """The table of `filled` without addresses; found by the identity of the lines, which layers keep."""
     table, words = array("q"), 0
     for each in lines:
         place = len(table)

@@ -190,7 +190,7 @@ def run(table: Table, options: Options, dtype: torch.dtype) -> None:
     if table.work:
         numbers = table.array()
         address, size = numbers.buffer_info()
-        functions, _ = loops().addresses(table.kinds, REAL[dtype]).buffer_info()
+        functions, _ = loops().functions_of(table.kinds, REAL[dtype]).buffer_info()
         shared = _shared(options, dtype)
         place, _ = shared.buffer_info()
         spread(loops().step, table.work, table.work, address, size // FIELDS, functions, place)
@@ -218,6 +218,6 @@ def count(entries: Sequence[Entry], counts: Tensor) -> None:
         if elements:
             numbers = table.array()
             address, _ = numbers.buffer_info()
-            functions, _ = loops().addresses(entry.kind, np.float32).buffer_info()
+            functions, _ = loops().functions_of(entry.kind, np.float32).buffer_info()
             spread(loops().count, entry.rows, table.work, address, functions, shared, place)
             place += 8 * elements

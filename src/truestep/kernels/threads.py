@@ -39,7 +39,7 @@ def spread(loop: Loop, length: int, work: float, *arguments: Any) -> None:
     """Calls ``loop(start, stop, *arguments)`` over all of ``[0, length)``, in parts where that is faster.
 
     There are at most `torch.get_num_threads()` parts, the first in the caller's thread. Returns or
-    raises when all have ended, with the first error that one raised.
+    raises when all have ended: the first error that one raised, a RuntimeError on torch's threads.
 
     Args:
         loop: compiled with ``nogil=True``; its parts write to different places.
@@ -111,7 +111,7 @@ def _run(team: Any, length: int, parts: int, arguments: tuple[Any, ...]) -> None
     teams()(team.address, work.buffer_info()[0], parts, 0)
     if work[ENDED] != parts:
         raise RuntimeError(
-            f"a compiled loop has failed in {parts - work[ENDED]} of {parts} parts, most likely for want of "
+            f"a compiled loop has not ended {parts - work[ENDED]} of {parts} parts, most likely for want of "
             "memory; what it was writing is incomplete, and its error is on standard error"
         )
 

@@ -34,10 +34,10 @@ with _keeping():
     from truestep.kernels.loops.teams import TEAMS
 
 __all__ = [
-    "addresses",
     "boost",
     "boosted_step",
     "count",
+    "functions_of",
     "join",
     "pack",
     "replicas",
@@ -59,7 +59,7 @@ def team(loop: Any, number: Any) -> Any:
 
 
 @functools.cache
-def addresses(kinds: int, number: Any) -> "array[int]":
+def functions_of(kinds: int, number: Any) -> "array[int]":
     """The addresses of the loops that `step` and `count` call, 0 for kinds that are not asked for.
 
     Args:

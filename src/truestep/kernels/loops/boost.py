@@ -15,8 +15,8 @@ from truestep.kernels.loops.memory import fma, pointer, prefetch
 
 __all__ = ["boost", "boosted_step"]
 
-# So many elements are taken at a time, while the processor fetches those that lie so many bytes further on:
-# in loops of known length, since within `_numbers` it made the pass a tenth slower.
+# So many elements are taken at a time, while the processor fetches those so many bytes further on. That is
+# asked for in loops of known length: within `_numbers` it made the pass a tenth slower.
 STRETCH, AHEAD = 64, 2048
 
 

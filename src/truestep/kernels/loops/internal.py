@@ -1,4 +1,4 @@
-"""How loops are compiled that other loops alone call."""
+"""How loops are compiled that only other loops call."""
 
 from functools import partial
 from typing import Any

@@ -1,4 +1,4 @@
-"""Rows of weights and biases whose samples have no positions, and of those whose counts are there already."""
+"""Rows of weights and biases whose samples have no positions, or whose counts are there already."""
 
 from typing import Any
 
@@ -39,7 +39,7 @@ def linear(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> Non
     """Counts rows `first` to `last`, and updates them or, where `counted` has rows, keeps the counts."""
     columns, keeps = entry[COLUMNS], len(counted) > 0
     if entry[COUNTS] != 0:
-        _known(entry, first, last, options)
+        _known(entry, first, last, options, counted)
         return
     by_row, by_column = entry[INPUTS] == 0, entry[OUTPUTS] == 0
     if not (by_row or by_column or keeps or entry[BUFFER] != 0) and (
@@ -135,11 +135,11 @@ def _words(entry: Any) -> Any:
 
 
 @internal
-def _known(entry: Any, first: Any, last: Any, options: Any) -> None:
+def _known(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> None:
     """Rows whose counts are there already."""
     known = carray(pointer(entry[COUNTS]), (entry[ROWS], entry[COLUMNS]), np.int64)
     counts = np.empty(entry[COLUMNS], np.int32)
     for row in range(first, last):
         for column in range(len(counts)):
             counts[column] = np.int32(known[row, column])
-        update(entry, row * entry[COLUMNS], counts, options)
+        finish(entry, row, counts, options, counted)

@@ -161,10 +161,8 @@ def _packed(address: Any, samples: Any, positions: Any, units: Any) -> Any:
 
 @internal
 def _words(address: Any, samples: Any, positions: Any, units: Any) -> Any:
-    """Aligned words ``[samples, words, units]``; samples without positions are one's positions."""
-    apart, count = positions > 1, (samples * positions + 63) // 64
+    """Aligned words ``[samples, words, units]``."""
+    count = (samples * positions + 63) // 64
     if address == 0:
-        words = np.full((count, units), np.int64(-1))
-        return align(words, samples, positions) if apart else align(words, 1, samples)
-    words = carray(pointer(address), (count, units), np.int64)
-    return align(words, samples, positions) if apart else words.reshape((1, count, units))
+        return align(np.full((count, units), np.int64(-1)), samples, positions)
+    return align(carray(pointer(address), (count, units), np.int64), samples, positions)

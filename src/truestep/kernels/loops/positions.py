@@ -9,6 +9,7 @@ from truestep.kernels.loops.fields import (
     COLUMNS,
     INPUTS,
     OUTPUTS,
+    POSITIONS,
     ROWS,
     SAMPLES,
     WINDOW,
@@ -25,8 +26,9 @@ __all__ = ["positions"]
 
 @internal
 def positions(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> None:
-    """As `linear`, of samples with positions that are joined, or that a window sees."""
-    rows, columns, joined = entry[ROWS], entry[COLUMNS], entry[APART] == 0
+    """As `linear`, of rows whose samples have positions, or whose inputs a window sees."""
+    rows, columns = entry[ROWS], entry[COLUMNS]
+    joined = entry[POSITIONS] > 1 and entry[APART] == 0
     counts, hits = np.empty(columns, np.int32), aligned(columns)
     block, block_start, block_stop = np.empty((BLOCK, columns), np.int32), first, first
     groups, taps = sizes(entry[WINDOW])

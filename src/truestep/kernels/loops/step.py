@@ -21,9 +21,9 @@ from truestep.kernels.loops.memory import pointer
 from truestep.kernels.loops.positions import positions
 from truestep.kernels.loops.update import OPTIONS
 
-__all__ = ["KINDS", "count", "step"]
+__all__ = ["KINDS", "SIGNATURE", "count", "step"]
 
-# An entry's kind, which is a bit, and where its loops' address stands.
+# An entry's kind, a bit; shifted right by one, the place of its loops' address.
 LINEAR, POSITIONS, LOOKUPS = 1, 2, 4
 SIGNATURE = types.int64(*[types.int64] * 5)
 
@@ -52,7 +52,7 @@ def step(start: Any, stop: Any, address: Any, lines: Any, functions: Any, option
         stop: the unit after the last.
         address: of the table, int64 ``[lines, fields]``.
         lines: how many.
-        functions: address of each kind's loops' addresses, made by `KINDS`.
+        functions: address of each kind's loops' addresses, see `truestep.kernels.loops.functions_of`.
         options: address of learning rate and so on, of the parameters' dtype.
     """
     table = carray(pointer(address), (lines, FIELDS), np.int64)
@@ -77,7 +77,9 @@ def _run(line: Any, first: Any, last: Any, functions: Any, options: Any, counted
     entry = carray(pointer(line), (FIELDS,), np.int64)
     function = carray(pointer(functions), (3,), np.int64)[entry[KIND] >> 1]
     if _call(function, line, first, last, options, counted) == 0:
-        raise MemoryError
+        raise MemoryError(
+            "a compiled loop has failed, most likely for want of memory; its error is on standard error"
+        )
 
 
 @internal

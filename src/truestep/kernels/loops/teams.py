@@ -133,7 +133,7 @@ def _scan(number: Any) -> Team:
     return run
 
 
-# Each loop's function for numbers of a type, that of the loop's last array.
+# Each loop's function for numbers of a type, that of the loop's last array; None for loops without arrays.
 TEAMS: dict[Any, Callable[[Any], Team]] = {
     pack: _pack,
     step: _step,
