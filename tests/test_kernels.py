@@ -14,6 +14,7 @@ from torch import nn
 import truestep
 from truestep.activity import Elements, Outer, Rows, Window
 from truestep.bits import Bits, join, pack, packed_in
+from truestep.combine import Counts
 from truestep.fused import Pass
 from truestep.kernels import dispatch, packing, stepping, threads
 from truestep.kernels.scanning import scan, scan_torch
@@ -398,6 +399,13 @@ def test_counting_and_stepping_at_once(samples, rows, columns, eps, limit, corre
     whole.add(gradient, (activity, samples), None if corrects else weight)
     whole.run()
     assert torch.equal(*((gradient, effective) if corrects else (weight, stepped)))
+
+
+def test_counts_that_are_known_can_be_asked_for():
+    known = torch.randint(0, 9, (3, 4))
+    found = torch.zeros_like(known)
+    stepping.count(Counts(known, 9).entries(), found)
+    assert torch.equal(found, known)
 
 
 def test_half_and_strided_gradients_take_the_twin():
