@@ -18,10 +18,12 @@ __all__ = [
     "constant",
     "count_bits",
     "fma",
+    "load",
     "pointer",
     "prefetch",
     "read",
     "repeat",
+    "store",
     "write",
 ]
 
@@ -47,6 +49,28 @@ def pointer(_context: Any, address: Any) -> Any:
         return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
 
     return types.voidptr(types.int64), generate
+
+
+@intrinsic
+def load(_context: Any, address: Any) -> Any:
+    """The uint64 at an address."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.load(builder.inttoptr(arguments[0], ir.IntType(64).as_pointer()))
+
+    return types.uint64(types.int64), generate
+
+
+@intrinsic
+def store(_context: Any, word: Any, address: Any) -> Any:
+    """Writes a uint64 to an address."""
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        place = builder.inttoptr(arguments[1], ir.IntType(64).as_pointer())
+        builder.store(arguments[0], place)
+        return context.get_dummy_value()
+
+    return types.void(types.uint64, types.int64), generate
 
 
 @intrinsic

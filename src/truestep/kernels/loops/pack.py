@@ -34,9 +34,11 @@ from truestep.kernels.loops.memory import (
     SINGLE_64,
     aligned,
     constant,
+    load,
     pointer,
     prefetch,
     read,
+    store,
     write,
 )
 
@@ -276,29 +278,61 @@ def _by_row(start: Any, stop: Any, line: Any, words_address: Any) -> Any:
 def _by_unit(start: Any, stop: Any, line: Any, words_address: Any) -> Any:
     """As `_by_row`, of a tensor whose positions are neighbours in memory."""
     size, units, positions = line[SIZE], line[UNITS], line[POSITIONS]
-    words = carray(pointer(words_address), (stop, units), np.uint64)
-    words[start:stop] = np.uint64(0)
     first, last = 64 * start, min(64 * stop, line[SAMPLES] * positions)
-    full = 1
+    full = True
     for sample in range(first // positions, (last + positions - 1) // positions):
         begin = max(first - sample * positions, 0)
-        end = min(last - sample * positions, positions)
+        count = min(last - sample * positions, positions) - begin
+        row = sample * positions + begin
+        there = line[ADDRESS] + sample * line[SAMPLE_STRIDE] + begin * size
+        target = words_address + 8 * (row >> 6) * units
         for unit in range(units):
-            place = line[ADDRESS] + sample * line[SAMPLE_STRIDE] + unit * line[UNIT_STRIDE]
             group = sample * line[GROUPS] + unit * line[GROUPS] // units
-            mean = line[MEANS] + group * size
-            for position in range(begin, end, 64):
-                length = min(64, end - position)
-                there = place + position * size
-                word = _bits(line, there, mean, length)
-                if word != ALL >> np.uint64(64 - length):
-                    full = 0
-                row = sample * positions + position
-                shift = row % 64
-                words[row // 64, unit] |= word << np.uint64(shift)
-                if shift + length > 64:
-                    words[row // 64 + 1, unit] |= word >> np.uint64(64 - shift)
-    return full
+            place = there + unit * line[UNIT_STRIDE]
+            goal = target + 8 * unit
+            if not _string(line, place, line[MEANS] + group * size, count, goal, row & 63, 8 * units):
+                full = False
+    return 1 if full else 0
+
+
+@internal
+def _string(
+    line: Any, address: Any, mean: Any, count: Any, target: Any, shift: Any, step: Any
+) -> Any:
+    """Packs `count` neighbours to one word after the other.
+
+    Args:
+        line: of the table.
+        address: of the first number.
+        mean: see `_off_mean`.
+        count: how many.
+        target: address of the first word, whose bits below `shift` are there already.
+        shift: the first number's bit.
+        step: bytes from word to word.
+
+    Returns:
+        Whether all bits are on.
+    """
+    size, left, rest = line[SIZE], np.uint64(shift), np.uint64(63 - shift)
+    known, every = load(target) if shift != 0 else np.uint64(0), ALL
+    for _ in range(count >> 6):
+        word = _bits(line, address, mean, np.int64(64))
+        every &= word
+        store(known | word << left, target)
+        known = (word >> np.uint64(1)) >> rest
+        address += 64 * size
+        target += step
+    length = count & 63
+    if length != 0:
+        word = _bits(line, address, mean, length)
+        every &= word | ALL << np.uint64(length)
+        store(known | word << left, target)
+        known = (word >> np.uint64(1)) >> rest
+        if shift + length > 64:
+            store(known, target + step)
+    elif shift != 0:
+        store(known, target)
+    return every == ALL
 
 
 @internal
