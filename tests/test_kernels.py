@@ -236,9 +236,9 @@ def same_counts(activity):
 
 @given(
     samples=st.integers(1, 300),
-    positions=st.integers(1, 140),
-    rows=st.integers(1, 11),
-    columns=st.integers(1, 70),
+    positions=st.integers(1, 400),
+    rows=st.sampled_from([1, 5, 8, 11, 16, 17, 33, 70]),
+    columns=st.integers(1, 140),
     densities=st.tuples(DENSITY, DENSITY),
 )
 def test_linear_maps_equal_their_twin(samples, positions, rows, columns, densities):
@@ -258,9 +258,9 @@ AXIS = st.tuples(
     axes=st.lists(AXIS, min_size=1, max_size=3),
     long=st.sampled_from([0, 60, 130]),
     samples=st.integers(1, 3),
-    channels=st.sampled_from([1, 2, 3, 9]),
-    groups=st.integers(1, 2),
-    rows=st.integers(1, 6),
+    channels=st.sampled_from([1, 2, 3, 9, 20]),
+    groups=st.integers(1, 3),
+    rows=st.sampled_from([1, 3, 6, 8, 9, 17, 33]),
     densities=st.tuples(DENSITY, DENSITY),
     by_position=st.booleans(),
 )

@@ -30,9 +30,9 @@ REAL = {torch.float32: np.float32, torch.float64: np.float64}
 CODES = {torch.float32: "f", torch.float64: "d"}
 
 
-# About how many nanoseconds one core took, on a Xeon, to update an element, and for each sample to count
-# it, and where the sample has positions that are joined.
-UPDATED, COUNTED, JOINED = 0.4, 0.0011, 0.4
+# About how many nanoseconds one core took, on a Xeon, to update an element and, for each sample, to count it;
+# and for each position of a sample, to look at an element and to lay out a row or column.
+UPDATED, COUNTED, SEEN, LAID = 0.4, 0.0011, 0.0015, 0.06
 
 
 # Kinds of entries, each with loops of its own, which are compiled when the first is met: samples without
@@ -114,8 +114,10 @@ class Table:
             elements = rows * columns
             if elements:
                 # Of a row: what threads are given shares of.
-                each = UPDATED + (JOINED if entry[5] > 1 else COUNTED) * entry[4]
-                work = int(columns * each) + 1
+                each = columns * (UPDATED + COUNTED * entry[4])
+                if entry[5] > 1:
+                    each += entry[4] * entry[5] * (SEEN * columns + LAID * (1 + columns / rows))
+                work = int(each) + 1
                 self.numbers += (gradient, parameter, buffer, fresh, batch_size, work, *entry)
                 self.kinds |= entry[-1]
                 self.work += rows * work

@@ -61,7 +61,7 @@ def linear(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> Non
         if not by_column:
             _count_rows(entry, row, block[:rows])
         for index in range(rows):
-            finish(entry, row + index, block[0 if by_column else index], options, counted)
+            finish(entry, row + index, 0, block[0 if by_column else index], options, counted)
         row += rows
 
 
@@ -142,4 +142,4 @@ def _known(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> Non
     for row in range(first, last):
         for column in range(len(counts)):
             counts[column] = np.int32(known[row, column])
-        finish(entry, row, counts, options, counted)
+        finish(entry, row, 0, counts, options, counted)

@@ -87,7 +87,7 @@ def _looked_up(entry: Any, rows: Any, counts: Any, options: Any, counted: Any) -
             place = np.int64(rows[line + AHEAD]) * size
             prefetch(entry[GRADIENT] + place, size)
             prefetch(entry[PARAMETER] + place, size)
-        finish(entry, row, count, options, counted)
+        finish(entry, row, 0, count, options, counted)
 
 
 @internal

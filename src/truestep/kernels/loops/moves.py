@@ -14,7 +14,7 @@ from numba.extending import intrinsic
 from truestep.kernels.loops.internal import internal
 from truestep.kernels.loops.memory import HALVES, constant, read, repeat, write
 
-__all__ = ["move", "shift"]
+__all__ = ["move"]
 
 WORD = ir.IntType(64)
 LANES = 8
@@ -29,8 +29,8 @@ def _every_second(builder: Any, bits: Any) -> Any:
     return bits
 
 
-def _moving(lanes: int, *, stride: int, fresh: bool) -> Callable[..., Any]:
-    """`move` of so many units at a time; `fresh` where the target holds nothing yet."""
+def _moving(lanes: int, *, stride: int) -> Callable[..., Any]:
+    """`move` of so many units at a time."""
     kind = ir.VectorType(WORD, lanes)
 
     @intrinsic
@@ -60,8 +60,7 @@ def _moving(lanes: int, *, stride: int, fresh: bool) -> Callable[..., Any]:
                 bits = builder.and_(builder.call(funnel, [high, low, down]), mask)
                 if stride == 2:
                     bits = _every_second(builder, bits)
-                if not fresh:
-                    bits = builder.or_(builder.shl(bits, height), read(builder, goal, kind))
+                bits = builder.or_(builder.shl(bits, height), read(builder, goal, kind))
                 write(builder, bits, goal)
             return context.get_dummy_value()
 
@@ -70,19 +69,26 @@ def _moving(lanes: int, *, stride: int, fresh: bool) -> Callable[..., Any]:
     return run
 
 
-MOVE_1, MOVE_8 = (_moving(lanes, stride=1, fresh=False) for lanes in (1, LANES))
-HALVE_1, HALVE_8 = (_moving(lanes, stride=2, fresh=False) for lanes in (1, LANES))
-SHIFT_1, SHIFT_8 = (_moving(lanes, stride=1, fresh=True) for lanes in (1, LANES))
+MOVE_1, MOVE_8 = (_moving(lanes, stride=1) for lanes in (1, LANES))
+HALVE_1, HALVE_8 = (_moving(lanes, stride=2) for lanes in (1, LANES))
 
 
 @internal
 def move(
-    source: Any, bit: Any, count: Any, halve: Any, target: Any, place: Any, units: Any
+    source: Any,
+    beyond: Any,
+    bit: Any,
+    count: Any,
+    halve: Any,
+    target: Any,
+    place: Any,
+    units: Any,
 ) -> None:
     """Adds bits of each unit's word, and of its next word where they go on there, to those of another word.
 
     Args:
-        source: address of int64 ``[words, units]``.
+        source: address of int64 ``[units]``.
+        beyond: how many bytes on the next words are, or 0.
         bit: the first one's place in the first word.
         count: how many, at most 64.
         halve: whether only every second of them is moved.
@@ -90,7 +96,6 @@ def move(
         place: of the first bit there.
         units: how many.
     """
-    beyond = 8 * units if bit + count > 64 else 0
     # -1 >> n keeps its sign: two shifts leave the last `count` bits on.
     kept = ~((-1 << (count - 1)) << 1)
     vectors = units // LANES
@@ -101,20 +106,3 @@ def move(
     else:
         MOVE_8(source, beyond, bit, kept, place, target, vectors)
         MOVE_1(source + passed, beyond, bit, kept, place, target + passed, left)
-
-
-@internal
-def shift(source: Any, bit: Any, target: Any, units: Any, beyond: Any) -> None:
-    """Writes each unit's 64 bits from `bit` on.
-
-    Args:
-        source: address of int64 words; those with the next bits are `beyond` bytes further.
-        bit: the first one's place.
-        target: address of int64 ``[units]``.
-        units: how many.
-        beyond: see `source`.
-    """
-    vectors = units // LANES
-    passed, left = 8 * LANES * vectors, units - LANES * vectors
-    SHIFT_8(source, beyond, bit, -1, 0, target, vectors)
-    SHIFT_1(source + passed, beyond, bit, -1, 0, target + passed, left)

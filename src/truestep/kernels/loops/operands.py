@@ -1,153 +1,142 @@
-"""What a linear map's counts are made of: the bits of its outputs and of what it sees of its inputs."""
+"""What outputs with positions are counted with: their own bits, and those of the inputs that they see."""
 
 from typing import Any, NamedTuple
 
 import numpy as np
 from numba import carray
 
-from truestep.kernels.loops.fields import COLUMNS, INPUTS, OUTPUTS, POSITIONS, ROWS, SAMPLES, WINDOW
+from truestep.kernels.loops.fields import INPUTS, OUTPUTS, POSITIONS, ROWS, SAMPLES
 from truestep.kernels.loops.internal import internal
+from truestep.kernels.loops.meets import LANES, TOGETHER
 from truestep.kernels.loops.memory import aligned, pointer
-from truestep.kernels.loops.pack import align, gather
 from truestep.kernels.loops.window import (
+    CHANNELS,
     lay_out,
     lay_out_positions,
     lines_of,
     pixels_of,
     ranges_of,
     room,
-    sizes,
     taps_of,
-    unfold,
 )
 
-__all__ = ["View", "find_silent", "look", "operands"]
+__all__ = ["BEGUN", "WHOLE", "View", "look", "outputs_of", "view_of"]
+
+# How much of a sample's inputs is laid out: nothing, what its first word of positions sees, or all.
+BEGUN, WHOLE = 1, 2
 
 
 class View(NamedTuple):
-    """The inputs that outputs see, made as they are needed, since a sample's first words mostly suffice.
+    """The inputs that outputs see, laid out as they are needed: mostly a sample's first word tells all.
 
-    Where all inputs of a window are on, one image stands for those of all samples.
+    Where all inputs are on, one image stands for those of all samples.
 
     Attributes:
-        inputs: int64 ``[samples, words, groups, K]``.
-        ready: bool ``[samples, words]``, whether they are there.
-        silent: int64 ``[samples, groups]``, how many inputs are on nowhere, at least; -1 until it is asked.
-        window: address of a convolution's numbers; 0 where all inputs are there.
-        packed: a window's bits, int64 ``[words, channels]``.
-        images: the same laid out, int64 ``[samples, phases, words, channels]``.
-        laid: int64 ``[samples]``, how many lines are.
-        phases: of each tap.
-        shifts: of each tap.
+        window: numbers of a convolution's window, or of one that sees the position itself.
+        packed: the inputs' bits, int64 ``[words, channels]``.
+        first: the first channel that is laid out.
         ranges: see `ranges_of`.
+        deep: how many words a phase has.
+        lines: how many lines of places.
+        begun: how many lines the first word of positions sees.
+        images: some channels' bits laid out, int64 ``[samples, words of all phases, channels]``.
+        state: int64 ``[samples]``, 0, `BEGUN` or `WHOLE`.
+        silent: bool ``[samples, channels]``, of whole images the channels that are on nowhere.
+        taps: int64 ``[taps, 2]``, the word and the bit in it that each tap sees from the first position.
     """
 
-    inputs: Any
-    ready: Any
-    silent: Any
     window: Any
     packed: Any
-    images: Any
-    laid: Any
-    phases: Any
-    shifts: Any
+    first: Any
     ranges: Any
+    deep: Any
+    lines: Any
+    begun: Any
+    images: Any
+    state: Any
+    silent: Any
+    taps: Any
 
 
 @internal
-def operands(entry: Any) -> Any:
-    """Outputs ``[samples, words, J]``, and the `View` of inputs.
+def outputs_of(entry: Any, window: Any, first: Any, last: Any) -> Any:
+    """Some rows of the outputs, laid out as `lay_out_positions` does.
 
     Where all outputs are on, there is one row of bits, which says where there are positions.
 
     Args:
         entry: a line of the table.
+        window: see `View`.
+        first: the first row.
+        last: the row after the last.
+
+    Returns:
+        int64 ``[samples, words, lanes]``, begun on a line of the processor's caches, and with room behind it
+        for `TOGETHER` more.
     """
-    samples, positions, window = entry[SAMPLES], entry[POSITIONS], entry[WINDOW]
-    units = 1 if entry[OUTPUTS] == 0 else entry[ROWS]
-    if window == 0:
-        outputs = _words(entry[OUTPUTS], samples, positions, units)
-        inputs = _words(entry[INPUTS], samples, positions, entry[COLUMNS])
-        return outputs, _there(
-            inputs.reshape((inputs.shape[0], inputs.shape[1], 1, inputs.shape[2]))
-        )
-    groups, _ = sizes(window)
-    pixels, channels = pixels_of(window)
-    phases, deep, wide = room(window)
-    packed, samples = _packed(entry[OUTPUTS], samples, positions, units)
-    outputs = np.zeros((samples, wide, units), np.int64)
+    width, units = entry[ROWS], last - first
+    if entry[OUTPUTS] == 0:
+        first, width, units = 0, 1, 1
+    packed, samples = _packed(entry[OUTPUTS], entry[SAMPLES], entry[POSITIONS], width)
+    _, _, words = room(window)
+    lanes = (units + LANES - 1) // LANES * LANES
+    size = samples * words * lanes
+    bits = aligned(size + TOGETHER)
+    bits[:] = 0
+    outputs = bits[:size].reshape((samples, words, lanes))
     for sample in range(samples):
-        target = outputs.ctypes.data + 8 * sample * wide * units
-        lay_out_positions(packed.ctypes.data, sample, units, window, target)
-    packed, samples = _packed(entry[INPUTS], entry[SAMPLES], pixels, channels)
-    shape = samples, wide, groups, entry[COLUMNS]
+        source = packed.ctypes.data + 8 * first
+        target = outputs.ctypes.data + 8 * sample * words * lanes
+        lay_out_positions(source, width, sample, units, window, target, lanes)
+    return outputs
+
+
+@internal
+def view_of(entry: Any, window: Any, first: Any, last: Any) -> Any:
+    """The `View` of channels `first` to `last` of a line of the table."""
+    packed, samples = _packed(entry[INPUTS], entry[SAMPLES], pixels_of(window), window[CHANNELS])
+    phases, deep, _ = room(window)
     where, shifts = taps_of(window)
-    return outputs, View(
-        aligned(samples * wide * groups * entry[COLUMNS]).reshape(shape),
-        np.zeros((samples, wide), np.bool_),
-        np.full((samples, groups), np.int64(-1)),
+    taps = np.empty((len(shifts), 2), np.int64)
+    for tap in range(len(shifts)):
+        taps[tap, 0] = where[tap] * deep + (shifts[tap] >> 6)
+        taps[tap, 1] = shifts[tap] & 63
+    lines, pixels = lines_of(window)
+    return View(
         window,
         packed,
-        np.zeros((samples, phases, deep, channels), np.int64),
-        np.zeros(samples, np.int64),
-        where,
-        shifts,
+        first,
         ranges_of(window),
+        deep,
+        lines,
+        min(lines, (shifts[-1] + 63) // pixels + 1),
+        np.zeros((samples, phases * deep, last - first), np.int64),
+        np.zeros(samples, np.int64),
+        np.zeros((samples, last - first), np.bool_),
+        taps,
     )
 
 
 @internal
-def _there(inputs: Any) -> Any:
-    """The view of inputs that are all there."""
-    numbers = np.empty(0, np.int64)
-    return View(
-        inputs,
-        np.ones(inputs.shape[:2], np.bool_),
-        np.full((inputs.shape[0], 1), np.int64(-1)),
-        np.int64(0),
-        np.empty((0, 0), np.int64),
-        np.empty((0, 0, 0, 0), np.int64),
-        numbers,
-        numbers,
-        numbers,
-        np.empty((0, 0, 0), np.int64),
-    )
-
-
-@internal
-def look(view: Any, sample: Any, word: Any) -> None:
-    """Makes one word of a sample's inputs."""
-    _, words, groups, columns = view.inputs.shape
-    _, phases, deep, channels = view.images.shape
-    lines, pixels = lines_of(view.window)
-    last = 64 * word + 63 + view.shifts[-1]
-    laid, needed = view.laid[sample], min(lines, last // pixels + 1)
-    if laid < needed:
-        target = view.images.ctypes.data + 8 * sample * phases * deep * channels
-        source = view.packed.ctypes.data
-        lay_out(source, sample, view.window, view.ranges, laid, needed, target, deep)
-        view.laid[sample] = needed
-    place = view.inputs.ctypes.data + 8 * (sample * words + word) * groups * columns
-    unfold(view.images[sample], word, view.phases, view.shifts, groups, place)
-    view.ready[sample, word] = True
-
-
-@internal
-def find_silent(view: Any, sample: Any) -> None:
-    """Finds how many inputs of a sample are on nowhere: when all others were seen, no more need be."""
-    if view.window == 0:
-        _, words, _, columns = view.inputs.shape
-        place = view.inputs.ctypes.data + 8 * sample * words * columns
-        view.silent[sample, 0] = gather(place, 0, 0, 64 * words, np.zeros(columns, np.int64))
-        return
-    _, taps = sizes(view.window)
-    pixels, channels = pixels_of(view.window)
-    found = np.zeros(channels, np.int64)
-    gather(view.packed.ctypes.data, 0, sample * pixels, (sample + 1) * pixels, found)
-    view.silent[sample] = 0
-    width = channels // view.silent.shape[1]
-    for channel in range(channels):
-        view.silent[sample, channel // width] += 0 if found[channel] != 0 else taps
+def look(view: Any, image: Any, state: Any) -> None:
+    """Lays out a sample's inputs: for its first word of positions (`BEGUN`), or all (`WHOLE`)."""
+    _, words, channels = view.images.shape
+    start, stop = 0, view.begun
+    if state == WHOLE:
+        start, stop = view.begun if view.state[image] == BEGUN else 0, view.lines
+    if start < stop:
+        target = view.images.ctypes.data + 8 * image * words * channels
+        source = view.packed.ctypes.data + 8 * view.first
+        lay_out(source, image, view.window, view.ranges, start, stop, target, view.deep, channels)
+    view.state[image] = state
+    if state == WHOLE:
+        found = np.zeros(channels, np.int64)
+        for word in range(words):
+            line = view.images[image, word]
+            for channel in range(channels):
+                found[channel] |= line[channel]
+        for channel in range(channels):
+            view.silent[image, channel] = found[channel] == 0
 
 
 @internal
@@ -157,12 +146,3 @@ def _packed(address: Any, samples: Any, positions: Any, units: Any) -> Any:
         return np.full(((positions + 63) // 64, units), np.int64(-1)), np.int64(1)
     count = (samples * positions + 63) // 64
     return carray(pointer(address), (count, units), np.int64), samples
-
-
-@internal
-def _words(address: Any, samples: Any, positions: Any, units: Any) -> Any:
-    """Aligned words ``[samples, words, units]``."""
-    count = (samples * positions + 63) // 64
-    if address == 0:
-        return align(np.full((count, units), np.int64(-1)), samples, positions)
-    return align(carray(pointer(address), (count, units), np.int64), samples, positions)

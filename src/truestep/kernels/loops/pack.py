@@ -1,7 +1,7 @@
-"""Packing to bits and laying bits out anew.
+"""Packing to bits and joining positions.
 
 Bits run along the rows of ``[samples * positions, units]``: word ``[w, u]`` holds rows 64 w to 64 w + 63 of
-unit u. *Aligned* words, ``[samples, words of a sample, units]``, start anew with each sample.
+unit u.
 """
 
 from typing import Any
@@ -42,7 +42,7 @@ from truestep.kernels.loops.memory import (
     write,
 )
 
-__all__ = ["align", "gather", "join", "pack"]
+__all__ = ["join", "pack"]
 
 ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 
@@ -194,11 +194,11 @@ def pack(start: Any, stop: Any, address: Any, lines: Any, words_address: Any) ->
 
 
 @internal
-def _bits(line: Any, address: Any, mean: Any, count: Any) -> Any:
-    """`_word` or `_off_mean`, as a line says."""
-    if line[MEANS] != 0:
-        return np.uint64(_off_mean(address, line[SIZE], mean, count))
-    return np.uint64(_word(address, line[SIZE], line[MAGNITUDE], count))
+def _bits(address: Any, size: Any, magnitude: Any, mean: Any, count: Any) -> Any:
+    """`_word`, or, where the mean has an address, `_off_mean`."""
+    if mean != 0:
+        return np.uint64(_off_mean(address, size, mean, count))
+    return np.uint64(_word(address, size, magnitude, count))
 
 
 @internal
@@ -213,11 +213,13 @@ def _last_on(line: Any) -> Any:
     size, units, last = line[SIZE], line[UNITS], line[POSITIONS] - 1
     for sample in range(line[SAMPLES]):
         place = line[ADDRESS] + sample * line[SAMPLE_STRIDE] + last * line[POSITION_STRIDE]
-        mean = line[MEANS] + (sample * line[POSITIONS] + last) * size
+        mean = line[MEANS]
+        if mean != 0:
+            mean += (sample * line[POSITIONS] + last) * size
         for first in range(0, units, 64):
             length = min(64, units - first)
             there = place + first * size
-            if _bits(line, there, mean, length) != ALL >> np.uint64(64 - length):
+            if _bits(there, size, line[MAGNITUDE], mean, length) != ALL >> np.uint64(64 - length):
                 return False
     return True
 
@@ -287,24 +289,34 @@ def _by_unit(start: Any, stop: Any, line: Any, words_address: Any) -> Any:
         there = line[ADDRESS] + sample * line[SAMPLE_STRIDE] + begin * size
         target = words_address + 8 * (row >> 6) * units
         for unit in range(units):
-            group = sample * line[GROUPS] + unit * line[GROUPS] // units
-            place = there + unit * line[UNIT_STRIDE]
-            goal = target + 8 * unit
-            if not _string(line, place, line[MEANS] + group * size, count, goal, row & 63, 8 * units):
+            mean = line[MEANS]
+            if mean != 0:
+                mean += (sample * line[GROUPS] + unit * line[GROUPS] // units) * size
+            place, goal = there + unit * line[UNIT_STRIDE], target + 8 * unit
+            numbers = place, size, line[MAGNITUDE], mean
+            if not _string(*numbers, count, goal, row & 63, 8 * units):
                 full = False
     return 1 if full else 0
 
 
 @internal
 def _string(
-    line: Any, address: Any, mean: Any, count: Any, target: Any, shift: Any, step: Any
+    address: Any,
+    size: Any,
+    magnitude: Any,
+    mean: Any,
+    count: Any,
+    target: Any,
+    shift: Any,
+    step: Any,
 ) -> Any:
     """Packs `count` neighbours to one word after the other.
 
     Args:
-        line: of the table.
         address: of the first number.
-        mean: see `_off_mean`.
+        size: see `_word`.
+        magnitude: see `_word`.
+        mean: see `_off_mean`; 0 where numbers are compared with zero.
         count: how many.
         target: address of the first word, whose bits below `shift` are there already.
         shift: the first number's bit.
@@ -313,10 +325,10 @@ def _string(
     Returns:
         Whether all bits are on.
     """
-    size, left, rest = line[SIZE], np.uint64(shift), np.uint64(63 - shift)
+    left, rest = np.uint64(shift), np.uint64(63 - shift)
     known, every = load(target) if shift != 0 else np.uint64(0), ALL
     for _ in range(count >> 6):
-        word = _bits(line, address, mean, np.int64(64))
+        word = _bits(address, size, magnitude, mean, np.int64(64))
         every &= word
         store(known | word << left, target)
         known = (word >> np.uint64(1)) >> rest
@@ -324,7 +336,7 @@ def _string(
         target += step
     length = count & 63
     if length != 0:
-        word = _bits(line, address, mean, length)
+        word = _bits(address, size, magnitude, mean, length)
         every &= word | ALL << np.uint64(length)
         store(known | word << left, target)
         known = (word >> np.uint64(1)) >> rest
@@ -336,36 +348,7 @@ def _string(
 
 
 @internal
-def align(words: Any, samples: Any, positions: Any) -> Any:
-    """Aligned words of packed ones; bits past a sample's last position are off."""
-    units = words.shape[1]
-    count = (positions + 63) // 64
-    moved = aligned(samples * count * units).reshape((samples, count, units))
-    for sample in range(samples):
-        for index in range(count):
-            row = sample * positions + 64 * index
-            length = min(64, positions - 64 * index)
-            _extract(words, row, length, moved[sample, index])
-    return moved
-
-
-@internal
-def _extract(words: Any, row: Any, length: Any, target: Any) -> None:
-    """The bits of `length` rows (at most 64) from `row` on, for all units."""
-    shift, source = np.uint64(row % 64), words[row // 64]
-    kept = ALL >> np.uint64(64 - length)
-    if row % 64 + length > 64:
-        following, left = words[row // 64 + 1], np.uint64(64) - shift
-        for unit in range(len(target)):
-            word = (np.uint64(source[unit]) >> shift) | (np.uint64(following[unit]) << left)
-            target[unit] = np.int64(word & kept)
-    else:
-        for unit in range(len(target)):
-            target[unit] = np.int64((np.uint64(source[unit]) >> shift) & kept)
-
-
-@internal
-def gather(words_address: Any, other: Any, row: Any, end: Any, found: Any) -> Any:
+def _gather(words_address: Any, other: Any, row: Any, end: Any, found: Any) -> Any:
     """Adds the bits of rows `row` to `end` to each unit's word in `found`, until no unit's is zero.
 
     Args:
@@ -426,7 +409,7 @@ def join(address: Any, lines: Any, words_address: Any) -> None:
             found[:] = 0
             first = sample * line[JOINED_POSITIONS]
             end = first + line[JOINED_POSITIONS]
-            gather(line[JOINED_ADDRESS], line[JOINED_OTHER], first, end, found)
+            _gather(line[JOINED_ADDRESS], line[JOINED_OTHER], first, end, found)
             target, on = joined[sample // 64], np.int64(1) << np.int64(sample % 64)
             for unit in range(units):
                 target[unit] |= on if found[unit] != 0 else np.int64(0)

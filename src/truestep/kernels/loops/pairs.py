@@ -14,7 +14,7 @@ from numba.extending import intrinsic
 from truestep.kernels.loops.internal import internal
 from truestep.kernels.loops.memory import LINE, prefetch, read, repeat, write
 
-__all__ = ["BLOCK", "count_pairs", "join_pairs", "update_pairs"]
+__all__ = ["BLOCK", "count_pairs", "update_pairs"]
 
 WORD, HALF = ir.IntType(64), ir.IntType(32)
 LANES = 8
@@ -137,45 +137,12 @@ def _updating(rows: int, lanes: int) -> Callable[..., Any]:
     return update
 
 
-def _joining(lanes: int, *, fresh: bool) -> Callable[..., Any]:
-    """`join_pairs` for so many columns at a time; `fresh` where hits hold nothing yet."""
-    kind = ir.VectorType(WORD, lanes)
-    none, one = ir.Constant(kind, None), ir.Constant(kind, [1] * lanes)
-
-    @intrinsic
-    def join(_context: Any, output: Any, inputs: Any, hits: Any, vectors: Any) -> Any:
-        def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            word, source, target, length = arguments
-            same = repeat(builder, word, kind)
-            missing = cgutils.alloca_once_value(builder, none)
-            with cgutils.for_range(builder, length) as loop:
-                offset = builder.mul(loop.index, WORD(8 * lanes))
-                place = builder.add(target, offset)
-                found = builder.and_(same, read(builder, builder.add(source, offset), kind))
-                if not fresh:
-                    found = builder.or_(found, read(builder, place, kind))
-                write(builder, found, place)
-                off = builder.select(builder.icmp_unsigned("==", found, none), one, none)
-                builder.store(builder.add(builder.load(missing), off), missing)
-            total = builder.load(missing)
-            result = builder.extract_element(total, HALF(0))
-            for lane in range(1, lanes):
-                result = builder.add(result, builder.extract_element(total, HALF(lane)))
-            return result
-
-        return types.int64(*[types.int64] * 4), generate
-
-    return join
-
-
 COUNT_1_1, COUNT_1_8, COUNT_4_1, COUNT_4_8 = (
     _counting(rows, lanes) for rows in (1, 4) for lanes in (1, LANES)
 )
 UPDATE_1_1, UPDATE_1_8, UPDATE_4_1, UPDATE_4_8 = (
     _updating(rows, lanes) for rows in (1, 4) for lanes in (1, LANES)
 )
-BEGIN_1, BEGIN_8 = (_joining(lanes, fresh=True) for lanes in (1, LANES))
-JOIN_1, JOIN_8 = (_joining(lanes, fresh=False) for lanes in (1, LANES))
 
 
 @internal
@@ -271,27 +238,3 @@ def update_pairs(
         else:
             UPDATE_1_1(*bits, *places, *numbers)
         column += LANES if whole else 1
-
-
-@internal
-def join_pairs(output: Any, inputs: Any, columns: Any, hits: Any, fresh: Any) -> Any:
-    """Adds to ``hits[c]`` the bits that are on in both a word of an output and ``inputs[c]``.
-
-    Args:
-        output: int64.
-        inputs: address of int64 ``[columns]``.
-        columns: how many.
-        hits: address of int64 ``[columns]``.
-        fresh: whether hits hold nothing yet.
-
-    Returns:
-        How many columns have no hit.
-    """
-    vectors = columns // LANES
-    whole = vectors * LANES
-    source, target, left = inputs + 8 * whole, hits + 8 * whole, columns - whole
-    if fresh:
-        missing = BEGIN_8(output, inputs, hits, vectors)
-        return missing + BEGIN_1(output, source, target, left)
-    missing = JOIN_8(output, inputs, hits, vectors)
-    return missing + JOIN_1(output, source, target, left)

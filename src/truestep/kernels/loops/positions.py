@@ -1,4 +1,8 @@
-"""Rows of weights whose samples have positions, or whose inputs are seen through a convolution's window."""
+"""Rows of weights whose samples have positions, or whose inputs are seen through a convolution's window.
+
+A column's word of 64 positions, one channel's behind one tap of the window, is held against those of up to 32
+outputs at once. Where a sample reaches an element in any of its positions, a few words mostly tell.
+"""
 
 from typing import Any
 
@@ -15,140 +19,185 @@ from truestep.kernels.loops.fields import (
     WINDOW,
 )  # fmt: skip
 from truestep.kernels.loops.internal import internal
-from truestep.kernels.loops.memory import aligned, count_bits
-from truestep.kernels.loops.operands import find_silent, look, operands
-from truestep.kernels.loops.pairs import BLOCK, count_pairs, join_pairs
+from truestep.kernels.loops.meets import LANES, TOGETHER, are_on, meet_all, meet_first
+from truestep.kernels.loops.memory import aligned
+from truestep.kernels.loops.operands import BEGUN, WHOLE, look, outputs_of, view_of
 from truestep.kernels.loops.update import finish
-from truestep.kernels.loops.window import channels_first, sizes
+from truestep.kernels.loops.window import CHANNELS, GROUPS, window_of
 
 __all__ = ["positions"]
+
+# Columns that are looked at together, if that is a channel at least: their counts fit into the nearest cache.
+TILE = 128
+# Of so many samples one is looked at word by word where that is of little use.
+TRIED = 8
 
 
 @internal
 def positions(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> None:
-    """As `linear`, of rows whose samples have positions, or whose inputs a window sees."""
-    rows, columns = entry[ROWS], entry[COLUMNS]
-    joined = entry[POSITIONS] > 1 and entry[APART] == 0
-    counts, hits = np.empty(columns, np.int32), aligned(columns)
-    block, block_start, block_stop = np.empty((BLOCK, columns), np.int32), first, first
-    groups, taps = sizes(entry[WINDOW])
-    ordered = np.empty(columns, np.int32) if taps > 1 else counts
-    by_row = entry[INPUTS] == 0 and entry[WINDOW] == 0
-    by_column = entry[OUTPUTS] == 0
-    known = -1
-    outputs, view = operands(entry)
-    for row in range(first, last):
-        group = row // (rows // groups)
-        if by_row:
-            counts[:] = _count_on(outputs, row)
-        elif not by_column and joined:
-            _count_joined(outputs, view, row, group, hits, counts)
-        elif not by_column:
-            if row == block_stop:
-                left = min(last, (group + 1) * (rows // groups)) - row
-                block_start, block_stop = row, row + (BLOCK if left >= BLOCK else 1)
-                _count_samples(outputs, view, row, block_stop - row, group, block)
-            counts = block[row - block_start]
-            if taps == 1:
-                ordered = counts
-        elif known != group:
-            _count_columns(outputs, view, group, joined, counts)
-            if entry[WINDOW] != 0:
-                counts *= np.int32(entry[SAMPLES] // len(view.inputs))
-        if taps > 1 and (not by_column or known != group):
-            channels_first(counts, taps, ordered)
-        known = group
-        finish(entry, row, ordered, options, counted)
+    """As `linear`, of rows whose samples have positions, or whose inputs a window sees.
+
+    A share of all rows stands for as large a share of the inputs' channels, in all rows: what takes time
+    is laying inputs out, which each part of the work then does for its own.
+    """
+    rows, columns, alone = entry[ROWS], entry[COLUMNS], entry[OUTPUTS] == 0
+    alike = entry[INPUTS] == 0 and entry[WINDOW] == 0
+    window = window_of(entry[WINDOW], entry[POSITIONS], 1 if alike else columns)
+    channels, groups = window[CHANNELS], window[GROUPS]
+    height, width = rows // groups, channels // groups
+    begin, end = np.int64(0), np.int64(1)
+    if not alike:
+        begin, end = _share(first, rows, channels), _share(last, rows, channels)
+        if begin == end:
+            return
+        # The rows of the groups that these channels belong to.
+        first, last = begin // width * height, ((end - 1) // width + 1) * height
+    view = view_of(entry, window, begin, end)
+    outputs = outputs_of(entry, window, first, last)
+    taps, most = len(view.taps), min(width, end - begin)
+    columns_of = _columns(view, min(most, max(1, TILE // len(view.taps))))
+    block = np.empty((1 if alone else TOGETHER, columns if alike else most * taps), np.int32)
+    row = first
+    while row < last:
+        group = row // height
+        stop = min(last, (group + 1) * height)
+        if not alone:
+            stop = min(stop, row + TOGETHER)
+        start, ahead = max(begin, group * width), min(end, (group + 1) * width)
+        place, many = (0, 1) if alone else (row - first, stop - row)
+        if alike:
+            _count_on(outputs, place, many, block)
+        else:
+            _count(
+                outputs, place, many, view, start - begin, ahead - begin, entry, columns_of, block
+            )
+        column, counted_columns = (start - group * width) * taps, (ahead - start) * taps
+        if alike:
+            column, counted_columns = 0, columns
+        for each in range(row, stop):
+            counts = block[0 if alone else each - row, :counted_columns]
+            finish(entry, each, column, counts, options, counted)
+        row = stop
 
 
 @internal
-def _count_samples(outputs: Any, view: Any, row: Any, rows: Any, group: Any, counts: Any) -> None:
-    """The bits that are on in both ``outputs[:, :, row : row + rows]`` and the inputs of a group."""
-    inputs = view.inputs
-    counts[:rows] = 0
-    columns, words = counts.shape[1], outputs.shape[1]
-    width = inputs.shape[2] * columns
-    for sample in range(outputs.shape[0]):
-        image = sample % inputs.shape[0]
-        for word in range(words):
-            if not view.ready[image, word]:
-                look(view, image, word)
-        count_pairs(
-            outputs.ctypes.data + 8 * (sample * words * outputs.shape[2] + row),
-            8 * outputs.shape[2],
-            inputs.ctypes.data + 8 * (image * words * width + group * columns),
-            8 * width,
-            words,
-            rows,
-            columns,
-            counts.ctypes.data,
-        )
+def _share(row: Any, rows: Any, channels: Any) -> Any:
+    """The channel that a row stands for: the first, the one after the last, or the first of a vector."""
+    channel = row * channels // rows
+    return channel if row == rows else channel // LANES * LANES
 
 
 @internal
-def _count_joined(outputs: Any, view: Any, row: Any, group: Any, hits: Any, counts: Any) -> None:
-    """The samples with any position where both are on."""
-    inputs, ready, silent = view.inputs, view.ready, view.silent
-    counts[:] = 0
-    # Samples that hit every column.
-    whole = np.int32(0)
-    columns, words = len(counts), outputs.shape[1]
-    for sample in range(outputs.shape[0]):
-        seen, missing, image = False, columns, sample % inputs.shape[0]
-        for word in range(words):
-            output = outputs[sample, word, row]
-            if output == 0:
+def _columns(view: Any, channels: Any) -> Any:
+    """Where the columns of so many channels find their words; see `meet_first`."""
+    taps, width = len(view.taps), view.images.shape[2]
+    columns = np.empty((channels * taps, 2), np.int64)
+    for column in range(len(columns)):
+        tap = column % taps
+        columns[column, 0] = 8 * (view.taps[tap, 0] * width + column // taps)
+        columns[column, 1] = view.taps[tap, 1]
+    return columns
+
+
+@internal
+def _count_on(outputs: Any, place: Any, height: Any, block: Any) -> None:
+    """Counts the samples in which outputs are on anywhere; see `_count`."""
+    block[:height] = 0
+    for sample in range(len(outputs)):
+        for row in range(height):
+            word = outputs[sample, 0, place + row]
+            for index in range(1, outputs.shape[1]):
+                word |= outputs[sample, index, place + row]
+            block[row, 0] += np.int32(word != 0)
+    for row in range(height):
+        block[row, 1:] = block[row, 0]
+
+
+@internal
+def _count(
+    outputs: Any,
+    place: Any,
+    height: Any,
+    view: Any,
+    begin: Any,
+    end: Any,
+    entry: Any,
+    columns: Any,
+    block: Any,
+) -> None:
+    """Counts the samples, or positions, that reach the elements of some rows and channels.
+
+    Args:
+        outputs: see `outputs_of`.
+        place: of the first row in them.
+        height: how many rows.
+        view: of the inputs.
+        begin: the first of its channels.
+        end: the channel after the last.
+        entry: a line of the table.
+        columns: see `_columns`, of as many channels as are looked at together.
+        block: is written to, int32 ``[rows, channels * taps]``.
+    """
+    taps, apart = len(view.taps), entry[APART] != 0
+    _, words, lanes = outputs.shape
+    images, deep, width = view.images.shape
+    most, samples = len(columns) // taps, max(len(outputs), images)
+    tile = aligned((len(columns) + 1) * TOGETHER // 2).view(np.int32)
+    tile = tile.reshape((len(columns) + 1, TOGETHER))
+    left = np.empty(len(columns), np.int64)
+    # Calls with arrays count who holds them: here are none in the loop over samples but of `look`.
+    table, counts, rest = columns.ctypes.data, tile.ctypes.data, left.ctypes.data
+    all_outputs, all_images = outputs.ctypes.data, view.images.ctypes.data
+    for start in range(begin, end, most):
+        many = (min(end, start + most) - start) * taps
+        tile[: many + 1] = 0
+        tries, open_ = not apart, False
+        for sample in range(samples):
+            source = all_outputs + 8 * (sample % len(outputs) * words * lanes + place)
+            wanted = are_on(source, height, 8 * lanes, words)
+            if wanted == 0:
                 continue
-            if not ready[image, word]:
-                look(view, image, word)
-            line = (image * words + word) * inputs.shape[2] + group
-            source = inputs.ctypes.data + 8 * line * columns
-            missing = join_pairs(output, source, columns, hits.ctypes.data, not seen)
-            seen = True
-            if missing == 0:
-                break
-            if silent[image, group] < 0:
-                find_silent(view, image)
-            if missing <= silent[image, group]:
-                break
-        if missing == 0:
-            whole += np.int32(1)
-        elif seen:
-            for column in range(columns):
-                counts[column] += np.int32(hits[column] != 0)
-    for column in range(columns):
-        counts[column] += whole
-
-
-@internal
-def _count_on(words: Any, unit: Any) -> Any:
-    """The samples in which one unit is on anywhere, of ``[samples, words, units]``."""
-    total = 0
-    for sample in range(words.shape[0]):
-        for word in range(words.shape[1]):
-            if words[sample, word, unit] != 0:
-                total += 1
-                break
-    return total
-
-
-@internal
-def _count_columns(outputs: Any, view: Any, group: Any, joined: Any, counts: Any) -> None:
-    """The samples that each input is on in, of outputs that are on wherever there is a position."""
-    counts[:] = 0
-    hits = np.empty(len(counts), np.int64)
-    for sample in range(view.inputs.shape[0]):
-        hits[:] = 0
-        for word in range(view.inputs.shape[1]):
-            if not view.ready[sample, word]:
-                look(view, sample, word)
-            source = view.inputs[sample, word, group]
-            output = outputs[sample % len(outputs), word, 0]
-            for column in range(len(counts)):
-                if joined:
-                    hits[column] |= source[column] & output
-                else:
-                    counts[column] += count_bits(source[column] & output)
-        if joined:
-            for column in range(len(counts)):
-                counts[column] += hits[column] != 0
+            image, number = sample % images, many
+            seen = all_images + 8 * (image * deep * width + start)
+            if tries:
+                if view.state[image] < BEGUN:
+                    look(view, image, BEGUN)
+                number = meet_first(
+                    seen, 8 * width, table, many, source, height, wanted, counts, rest
+                )
+            else:
+                for column in range(many):
+                    left[column] = column
+            # Where the first word seldom tells, it is tried now and then.
+            tries = not apart and (2 * number <= many if tries else sample % TRIED == 0)
+            if number == 0:
+                continue
+            if view.state[image] < WHOLE:
+                look(view, image, WHOLE)
+            open_, heard = True, 0
+            for index in range(number):
+                column = left[index]
+                left[heard] = column
+                heard += not view.silent[image, start + column // taps]
+            meet_all(
+                seen,
+                8 * width,
+                table,
+                rest,
+                heard,
+                source,
+                height,
+                8 * lanes,
+                words,
+                wanted,
+                apart,
+                counts,
+            )
+        for row in range(height):
+            line = block[row, (start - begin) * taps : (start - begin) * taps + many]
+            line[:] = tile[many, row]
+            if open_:
+                for column in range(many):
+                    line[column] += tile[column, row]
+    # Where one stands for all.
+    block[:height] *= np.int32(entry[SAMPLES] // samples)

@@ -78,10 +78,10 @@ def update(entry: Any, first: Any, counts: Any, options: Any) -> None:
 
 
 @internal
-def finish(entry: Any, row: Any, counts: Any, options: Any, counted: Any) -> None:
-    """Updates a row, or, where `counted` has rows, writes its counts there."""
+def finish(entry: Any, row: Any, first: Any, counts: Any, options: Any, counted: Any) -> None:
+    """Updates a row's elements from column `first` on, or, where `counted` has rows, writes counts there."""
     if len(counted) == 0:
-        update(entry, row * entry[COLUMNS], counts, options)
+        update(entry, row * entry[COLUMNS] + first, counts, options)
         return
     for column in range(len(counts)):
-        counted[row, column] = counts[column]
+        counted[row, first + column] = counts[column]

@@ -13,19 +13,19 @@ from numba import carray
 
 from truestep.kernels.loops.internal import internal
 from truestep.kernels.loops.memory import pointer
-from truestep.kernels.loops.moves import move, shift
+from truestep.kernels.loops.moves import move
 
 __all__ = [
-    "channels_first",
+    "CHANNELS",
+    "GROUPS",
     "lay_out",
     "lay_out_positions",
     "lines_of",
     "pixels_of",
     "ranges_of",
     "room",
-    "sizes",
     "taps_of",
-    "unfold",
+    "window_of",
 ]
 
 # A window's numbers: three for each of three axes (missing ones in front have size 1) per property.
@@ -34,19 +34,22 @@ CHANNELS, GROUPS, NUMBERS = 18, 19, 20
 
 
 @internal
-def sizes(address: Any) -> Any:
-    """How many groups and taps a window has; one each where there is no window."""
-    if address == 0:
-        return np.int64(1), np.int64(1)
-    window = carray(pointer(address), (NUMBERS,), np.int64)
-    return window[GROUPS], window[KERNEL] * window[KERNEL + 1] * window[KERNEL + 2]
+def window_of(address: Any, positions: Any, channels: Any) -> Any:
+    """A window's numbers; where there is none, those of one that sees the position itself."""
+    window = np.ones(NUMBERS, np.int64)
+    if address != 0:
+        window[:] = carray(pointer(address), (NUMBERS,), np.int64)
+        return window
+    window[PADDING : PADDING + 3] = 0
+    window[SIZE + 2] = window[SEEN + 2] = positions
+    window[CHANNELS] = channels
+    return window
 
 
 @internal
-def pixels_of(address: Any) -> Any:
-    """How many pixels the inputs have, and how many channels."""
-    window = carray(pointer(address), (NUMBERS,), np.int64)
-    return window[SIZE] * window[SIZE + 1] * window[SIZE + 2], window[CHANNELS]
+def pixels_of(window: Any) -> Any:
+    """How many pixels the inputs have."""
+    return window[SIZE] * window[SIZE + 1] * window[SIZE + 2]
 
 
 @internal
@@ -59,9 +62,8 @@ def _places(window: Any, axis: Any) -> Any:
 
 
 @internal
-def room(address: Any) -> Any:
+def room(window: Any) -> Any:
     """How many phases there are, and the words of each and of the positions."""
-    window = carray(pointer(address), (NUMBERS,), np.int64)
     phases = window[STRIDE] * window[STRIDE + 1] * window[STRIDE + 2]
     (_, planes), (_, lines), (_, pixels) = (
         _places(window, 0),
@@ -74,9 +76,8 @@ def room(address: Any) -> Any:
 
 
 @internal
-def taps_of(address: Any) -> Any:
+def taps_of(window: Any) -> Any:
     """Each tap's phase, and how many places on from a position it sees."""
-    window = carray(pointer(address), (NUMBERS,), np.int64)
     count = window[KERNEL] * window[KERNEL + 1] * window[KERNEL + 2]
     phases, shifts = np.zeros(count, np.int64), np.zeros(count, np.int64)
     for tap in range(count):
@@ -104,13 +105,12 @@ def _sees(window: Any, axis: Any, phase: Any) -> Any:
 
 
 @internal
-def ranges_of(address: Any) -> Any:
+def ranges_of(window: Any) -> Any:
     """The places of each axis' phases that have pixels: the first, with pixel r, and the one after the last.
 
     Returns:
         int64 ``[axes, phases, 2]``; zeros for a phase that no tap sees.
     """
-    window = carray(pointer(address), (NUMBERS,), np.int64)
     most = max(window[STRIDE], window[STRIDE + 1], window[STRIDE + 2])
     ranges = np.zeros((3, most, 2), np.int64)
     for axis in range(3):
@@ -124,9 +124,8 @@ def ranges_of(address: Any) -> Any:
 
 
 @internal
-def lines_of(address: Any) -> Any:
+def lines_of(window: Any) -> Any:
     """How many lines of places a phase has, and how many places are in each."""
-    window = carray(pointer(address), (NUMBERS,), np.int64)
     return _places(window, 0)[1] * _places(window, 1)[1], _places(window, 2)[1]
 
 
@@ -134,26 +133,27 @@ def lines_of(address: Any) -> Any:
 def lay_out(
     words: Any,
     sample: Any,
-    address: Any,
+    window: Any,
     ranges: Any,
     start: Any,
     stop: Any,
     target: Any,
     count: Any,
+    units: Any,
 ) -> None:
     """Lays the pixels of one sample out as phases, so many lines of places.
 
     Args:
-        words: address of packed inputs, int64 ``[words, channels]``.
+        words: address of the first channel's packed words, int64 ``[words, channels]``.
         sample: which.
-        address: of the window's numbers.
+        window: its numbers.
         ranges: see `ranges_of`.
         start: the first line.
         stop: the line after the last.
-        target: address of int64 ``[phases, count, channels]``, zeros.
+        target: address of int64 ``[phases, count, units]``, zeros.
         count: words of a phase.
+        units: how many channels are laid out.
     """
-    window = carray(pointer(address), (NUMBERS,), np.int64)
     channels = window[CHANNELS]
     high, wide, deep = window[STRIDE], window[STRIDE + 1], window[STRIDE + 2]
     lines, pixels = _places(window, 1)[1], _places(window, 2)[1]
@@ -170,76 +170,79 @@ def lay_out(
                     row = (above + line) * window[SIZE + 2]
                     for k in range(deep):
                         first, last = ranges[2, k, 0], ranges[2, k, 1]
-                        phase = target + 8 * ((i * wide + j) * deep + k) * count * channels
+                        phase = target + 8 * ((i * wide + j) * deep + k) * count * units
                         place = (a * lines + b) * pixels + first
-                        _copy(words, row + k, last - first, deep, phase, place, channels)
+                        _copy(
+                            words,
+                            channels,
+                            row + k,
+                            last - first,
+                            deep,
+                            phase,
+                            units,
+                            place,
+                            units,
+                        )
 
 
 @internal
-def lay_out_positions(words: Any, sample: Any, units: Any, address: Any, target: Any) -> None:
+def lay_out_positions(
+    words: Any, width: Any, sample: Any, units: Any, window: Any, target: Any, lanes: Any
+) -> None:
     """Lays the positions of one sample out as a phase's places.
 
     Args:
-        words: address of packed int64 ``[words, units]``.
+        words: address of the first unit's packed words, int64 ``[words, width]``.
+        width: how many units there are.
         sample: which.
-        units: how many.
-        address: of the window's numbers.
-        target: address of int64 ``[words of the positions, units]``, zeros.
+        units: how many are laid out.
+        window: its numbers.
+        target: address of int64 ``[words of the positions, lanes]``, zeros.
+        lanes: at least as many as units.
     """
-    window = carray(pointer(address), (NUMBERS,), np.int64)
     lines, pixels = _places(window, 1)[1], _places(window, 2)[1]
     seen, length = window[SEEN + 1], window[SEEN + 2]
     # Lines without room between them are one.
     step = seen if pixels == length else 1
     for a in range(window[SEEN]):
         for b in range(0, seen, step):
-            row = ((sample * window[SEEN] + a) * seen + b) * length
-            _copy(words, row, step * length, 1, target, (a * lines + b) * pixels, units)
+            row, place = ((sample * window[SEEN] + a) * seen + b) * length, (a * lines + b) * pixels
+            _copy(words, width, row, step * length, 1, target, lanes, place, units)
 
 
 @internal
 def _copy(
-    words: Any, row: Any, length: Any, stride: Any, target: Any, place: Any, units: Any
+    words: Any,
+    width: Any,
+    row: Any,
+    length: Any,
+    stride: Any,
+    target: Any,
+    lanes: Any,
+    place: Any,
+    units: Any,
 ) -> None:
-    """Copies `length` bits of all units, every `stride`-th from `row` on, to `place` and the next ones."""
+    """Copies `length` bits of some units, every `stride`-th from `row` on, to `place` and the next ones.
+
+    Args:
+        words: address of the first unit's words, of which there are `width` side by side.
+        width: see `words`.
+        row: the first bit.
+        length: how many.
+        stride: see above.
+        target: address of where they go, of which there are `lanes` side by side.
+        lanes: see `target`.
+        place: of the first bit there.
+        units: how many.
+    """
     # Words of up to 64 bits are moved at once; of longer strides, single ones.
     most = 64 if stride == 1 else 32 if stride == 2 else 1
     while length > 0:
         moved = min(most, length, 64 - (place & 63))
-        source, goal = words + 8 * units * (row >> 6), target + 8 * units * (place >> 6)
+        source, goal = words + 8 * width * (row >> 6), target + 8 * lanes * (place >> 6)
         bits = (moved - 1) * stride + 1
-        move(source, row & 63, bits, stride == 2, goal, place & 63, units)
+        beyond = 8 * width if (row & 63) + bits > 64 else 0
+        move(source, beyond, row & 63, bits, stride == 2, goal, place & 63, units)
         row += moved * stride
         place += moved
         length -= moved
-
-
-@internal
-def unfold(image: Any, word: Any, phases: Any, shifts: Any, groups: Any, target: Any) -> None:
-    """What the kernel sees from places 64 `word` to 64 `word` + 63 of the positions.
-
-    Args:
-        image: of one sample, int64 ``[phases, words, channels]``, see `lay_out`.
-        word: which.
-        phases: see `taps_of`.
-        shifts: see `taps_of`.
-        groups: of channels.
-        target: address of int64 ``[groups, taps, channels of a group]``.
-    """
-    taps, count, channels = len(phases), image.shape[1], image.shape[2]
-    source, width, beyond = image.ctypes.data, channels // groups, 8 * channels
-    for tap in range(taps):
-        place = 64 * word + shifts[tap]
-        line = source + 8 * (phases[tap] * count + (place >> 6)) * channels
-        for group in range(groups):
-            to = target + 8 * (group * taps + tap) * width
-            shift(line + 8 * group * width, place & 63, to, width, beyond)
-
-
-@internal
-def channels_first(counts: Any, taps: Any, ordered: Any) -> None:
-    """From the order of `unfold`, ``[taps, channels]``, to that of a weight, ``[channels, taps]``."""
-    channels = len(counts) // taps
-    for tap in range(taps):
-        for channel in range(channels):
-            ordered[channel * taps + tap] = counts[tap * channels + channel]
