@@ -55,13 +55,13 @@ def linear(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> Non
     block = np.full((BLOCK, columns), np.int32(entry[SAMPLES]))
     if by_column and not by_row:
         _count_columns(entry, block[0])
-    row = first
+    row, column = first, np.int64(0)
     while row < last:
         rows = BLOCK if last - row >= BLOCK else 1
         if not by_column:
             _count_rows(entry, row, block[:rows])
         for index in range(rows):
-            finish(entry, row + index, 0, block[0 if by_column else index], options, counted)
+            finish(entry, row + index, column, block[0 if by_column else index], options, counted)
         row += rows
 
 
@@ -138,8 +138,8 @@ def _words(entry: Any) -> Any:
 def _known(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> None:
     """Rows whose counts are there already."""
     known = carray(pointer(entry[COUNTS]), (entry[ROWS], entry[COLUMNS]), np.int64)
-    counts = np.empty(entry[COLUMNS], np.int32)
+    counts, start = np.empty(entry[COLUMNS], np.int32), np.int64(0)
     for row in range(first, last):
         for column in range(len(counts)):
             counts[column] = np.int32(known[row, column])
-        finish(entry, row, 0, counts, options, counted)
+        finish(entry, row, start, counts, options, counted)

@@ -78,7 +78,7 @@ def lookups(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> No
 def _looked_up(entry: Any, rows: Any, counts: Any, options: Any, counted: Any) -> None:
     """The rows of an embedding that any sample looks up."""
     columns = counts.shape[1]
-    size = columns * options.itemsize
+    size, start = columns * options.itemsize, np.int64(0)
     for line in range(len(rows)):
         row = np.int64(rows[line])
         count = carray(pointer(counts.ctypes.data + 4 * line * columns), (columns,), np.int32)
@@ -87,7 +87,7 @@ def _looked_up(entry: Any, rows: Any, counts: Any, options: Any, counted: Any) -
             place = np.int64(rows[line + AHEAD]) * size
             prefetch(entry[GRADIENT] + place, size)
             prefetch(entry[PARAMETER] + place, size)
-        finish(entry, row, 0, count, options, counted)
+        finish(entry, row, start, count, options, counted)
 
 
 @internal

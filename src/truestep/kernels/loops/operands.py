@@ -23,7 +23,8 @@ from truestep.kernels.loops.window import (
 __all__ = ["BEGUN", "WHOLE", "View", "look", "outputs_of", "view_of"]
 
 # How much of a sample's inputs is laid out: nothing, what its first word of positions sees, or all.
-BEGUN, WHOLE = 1, 2
+# Numbers of one type: for each literal a function is compiled anew.
+BEGUN, WHOLE = np.int64(1), np.int64(2)
 
 
 class View(NamedTuple):
@@ -41,7 +42,8 @@ class View(NamedTuple):
         begun: how many lines the first word of positions sees.
         images: some channels' bits laid out, int64 ``[samples, words of all phases, channels]``.
         state: int64 ``[samples]``, 0, `BEGUN` or `WHOLE`.
-        silent: bool ``[samples, channels]``, of whole images the channels that are on nowhere.
+        silent: bool ``[samples, channels + 1]``, of whole images the channels that are on nowhere, and last
+            whether there are any.
         taps: int64 ``[taps, 2]``, the word and the bit in it that each tap sees from the first position.
     """
 
@@ -112,7 +114,7 @@ def view_of(entry: Any, window: Any, first: Any, last: Any) -> Any:
         min(lines, (shifts[-1] + 63) // pixels + 1),
         np.zeros((samples, phases * deep, last - first), np.int64),
         np.zeros(samples, np.int64),
-        np.zeros((samples, last - first), np.bool_),
+        np.zeros((samples, last - first + 1), np.bool_),
         taps,
     )
 
@@ -137,6 +139,7 @@ def look(view: Any, image: Any, state: Any) -> None:
                 found[channel] |= line[channel]
         for channel in range(channels):
             view.silent[image, channel] = found[channel] == 0
+            view.silent[image, channels] |= found[channel] == 0
 
 
 @internal

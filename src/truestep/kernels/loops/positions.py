@@ -20,7 +20,6 @@ from truestep.kernels.loops.fields import (
 )  # fmt: skip
 from truestep.kernels.loops.internal import internal
 from truestep.kernels.loops.meets import LANES, TOGETHER, are_on, meet_all, meet_first
-from truestep.kernels.loops.memory import aligned
 from truestep.kernels.loops.operands import BEGUN, WHOLE, look, outputs_of, view_of
 from truestep.kernels.loops.update import finish
 from truestep.kernels.loops.window import CHANNELS, GROUPS, window_of
@@ -142,8 +141,9 @@ def _count(
     _, words, lanes = outputs.shape
     images, deep, width = view.images.shape
     most, samples = len(columns) // taps, max(len(outputs), images)
-    tile = aligned((len(columns) + 1) * TOGETHER // 2).view(np.int32)
-    tile = tile.reshape((len(columns) + 1, TOGETHER))
+    # Where one stands for all.
+    times = np.int32(entry[SAMPLES] // samples)
+    tile = np.empty((len(columns) + 1, TOGETHER), np.int32)
     left = np.empty(len(columns), np.int64)
     # Calls with arrays count who holds them: here are none in the loop over samples but of `look`.
     table, counts, rest = columns.ctypes.data, tile.ctypes.data, left.ctypes.data
@@ -174,11 +174,13 @@ def _count(
                 continue
             if view.state[image] < WHOLE:
                 look(view, image, WHOLE)
-            open_, heard = True, 0
-            for index in range(number):
-                column = left[index]
-                left[heard] = column
-                heard += not view.silent[image, start + column // taps]
+            open_, heard = True, number
+            if view.silent[image, width]:
+                heard = np.int64(0)
+                for index in range(number):
+                    column = left[index]
+                    left[heard] = column
+                    heard += np.int64(not view.silent[image, start + column // taps])
             meet_all(
                 seen,
                 8 * width,
@@ -193,11 +195,10 @@ def _count(
                 apart,
                 counts,
             )
+        first = (start - begin) * taps
         for row in range(height):
-            line = block[row, (start - begin) * taps : (start - begin) * taps + many]
-            line[:] = tile[many, row]
+            for column in range(many):
+                block[row, first + column] = times * tile[many, row]
             if open_:
                 for column in range(many):
-                    line[column] += tile[column, row]
-    # Where one stands for all.
-    block[:height] *= np.int32(entry[SAMPLES] // samples)
+                    block[row, first + column] += times * tile[column, row]

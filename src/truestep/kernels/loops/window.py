@@ -38,9 +38,12 @@ def window_of(address: Any, positions: Any, channels: Any) -> Any:
     """A window's numbers; where there is none, those of one that sees the position itself."""
     window = np.ones(NUMBERS, np.int64)
     if address != 0:
-        window[:] = carray(pointer(address), (NUMBERS,), np.int64)
+        numbers = carray(pointer(address), (NUMBERS,), np.int64)
+        for number in range(NUMBERS):
+            window[number] = numbers[number]
         return window
-    window[PADDING : PADDING + 3] = 0
+    for axis in range(3):
+        window[PADDING + axis] = 0
     window[SIZE + 2] = window[SEEN + 2] = positions
     window[CHANNELS] = channels
     return window
@@ -202,12 +205,13 @@ def lay_out_positions(
     """
     lines, pixels = _places(window, 1)[1], _places(window, 2)[1]
     seen, length = window[SEEN + 1], window[SEEN + 2]
+    one = np.int64(1)
     # Lines without room between them are one.
     step = seen if pixels == length else 1
     for a in range(window[SEEN]):
         for b in range(0, seen, step):
             row, place = ((sample * window[SEEN] + a) * seen + b) * length, (a * lines + b) * pixels
-            _copy(words, width, row, step * length, 1, target, lanes, place, units)
+            _copy(words, width, row, step * length, one, target, lanes, place, units)
 
 
 @internal
