@@ -109,9 +109,13 @@ def test_tables_have_the_columns_that_loops_read():
     assert (packing.PACK_FIELDS, packing.PACK_PAIR) == (pack.FIELDS, pack.PAIR)
     ours = packing.PACK_ADDRESS, packing.PACK_MEANS, packing.PACK_WORDS, packing.PACK_FULL
     assert ours == (pack.ADDRESS, pack.MEANS, pack.WORDS, pack.FULL)
-    joined = pack.JOINED_ADDRESS, pack.JOINED_OTHER, pack.JOINED_SAMPLES, pack.JOINED_POSITIONS
-    assert (*joined, pack.JOINED_UNITS) == tuple(range(len(packing.Join._fields)))
-    assert packing.JOIN_FIELDS == pack.JOIN_FIELDS == len(packing.Join._fields) + 2
+    joins = importlib.import_module("truestep.kernels.loops.joins")
+    columns = [
+        getattr(joins, "ADDRESS" if name == "words" else name.upper())
+        for name in packing.Join._fields
+    ]
+    assert columns == list(range(len(columns)))
+    assert packing.JOIN_FIELDS == joins.FIELDS == len(columns) + 2
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ __all__ = [
 WORD = 64
 NONE = array("q", [0])
 NANOSECONDS = 0.08  # for each byte, which is seldom in the nearest cache
-# Of the tables of `truestep.kernels.loops.pack`.
+# Of the tables of `truestep.kernels.loops.pack` and `joins`.
 PACK_FIELDS, JOIN_FIELDS = 15, 7
 PACK_ADDRESS, PACK_MEANS, PACK_WORDS, PACK_FULL, PACK_PAIR = 0, 10, 12, 13, 14
 SIZES = {

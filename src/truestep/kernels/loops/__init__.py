@@ -28,7 +28,8 @@ def _keeping() -> Iterator[None]:
 with _keeping():
     from truestep.kernels.loops import replicas, tables
     from truestep.kernels.loops.boost import boost, boosted_step
-    from truestep.kernels.loops.pack import join, pack
+    from truestep.kernels.loops.joins import join
+    from truestep.kernels.loops.pack import pack
     from truestep.kernels.loops.scan import scan
     from truestep.kernels.loops.step import KINDS, SIGNATURE, count, step
     from truestep.kernels.loops.teams import TEAMS

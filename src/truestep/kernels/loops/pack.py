@@ -1,4 +1,4 @@
-"""Packing to bits and joining positions.
+"""Packing numbers to bits, on where they are not zero, or not their mean.
 
 Bits run along the rows of ``[samples * positions, units]``: word ``[w, u]`` holds rows 64 w to 64 w + 63 of
 unit u.
@@ -42,7 +42,7 @@ from truestep.kernels.loops.memory import (
     write,
 )
 
-__all__ = ["join", "pack"]
+__all__ = ["pack"]
 
 ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 
@@ -50,11 +50,6 @@ ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 ADDRESS, SIZE, MAGNITUDE, SAMPLES, POSITIONS, UNITS = range(6)
 SAMPLE_STRIDE, POSITION_STRIDE, UNIT_STRIDE, BY_UNIT, MEANS, GROUPS, WORDS, FULL = range(6, 14)
 PAIR, FIELDS = 14, 15
-
-# The columns of the table of masks whose positions are to be joined.
-JOINED_ADDRESS, JOINED_OTHER, JOINED_SAMPLES, JOINED_POSITIONS, JOINED_UNITS = range(5)
-JOINED_WORDS, JOINED_FULL = 5, 6
-JOIN_FIELDS = 7
 
 # While 64 numbers are read, the processor fetches so many bytes (of float32, as many numbers) so far ahead.
 AHEAD, FETCHED = 4096, 256
@@ -345,90 +340,3 @@ def _string(
     elif shift != 0:
         store(known, target)
     return every == ALL
-
-
-@internal
-def _gather(words_address: Any, other: Any, row: Any, end: Any, found: Any) -> Any:
-    """Adds the bits of rows `row` to `end` to each unit's word in `found`, until no unit's is zero.
-
-    Args:
-        words_address: of int64 ``[words, units]``.
-        other: of words in which bits must be on too, or 0.
-        row: the first.
-        end: the row after the last.
-        found: int64 ``[units]``.
-
-    Returns:
-        How many units' words are zero.
-    """
-    units = len(found)
-    missing = units
-    while row < end and missing > 0:
-        # To the end of the word or of the rows.
-        length = min(end - row, 64 - row % 64)
-        kept = (ALL >> np.uint64(64 - length)) << np.uint64(row % 64)
-        place = 8 * (row // 64) * units
-        source = carray(pointer(words_address + place), (units,), np.uint64)
-        missing = 0
-        if other == 0:
-            for unit in range(units):
-                found[unit] |= np.int64(source[unit] & kept)
-                missing += found[unit] == 0
-        else:
-            second = carray(pointer(other + place), (units,), np.uint64)
-            for unit in range(units):
-                found[unit] |= np.int64(source[unit] & second[unit] & kept)
-                missing += found[unit] == 0
-        row += length
-    return missing
-
-
-@njit(cache=True, nogil=True)
-def join(address: Any, lines: Any, words_address: Any) -> None:
-    """Joins the positions of each sample, of several masks: int64 ``[words of samples, units]`` each.
-
-    Args:
-        address: of a table, int64 ``[lines, JOIN_FIELDS]``, whose `JOINED_FULL` become 0 where not all bits
-            are on.
-        lines: how many masks.
-        words_address: of all joined words.
-    """
-    table = carray(pointer(address), (lines, JOIN_FIELDS), np.int64)
-    for index in range(lines):
-        line = table[index]
-        units = line[JOINED_UNITS]
-        shape = (line[JOINED_SAMPLES] + 63) // 64, units
-        joined = carray(pointer(words_address + 8 * line[JOINED_WORDS]), shape, np.int64)
-        if line[JOINED_POSITIONS] == 1:
-            line[JOINED_FULL] = _both(line, joined)
-            continue
-        joined[:] = 0
-        found = aligned(units)
-        full = 1
-        for sample in range(line[JOINED_SAMPLES]):
-            found[:] = 0
-            first = sample * line[JOINED_POSITIONS]
-            end = first + line[JOINED_POSITIONS]
-            _gather(line[JOINED_ADDRESS], line[JOINED_OTHER], first, end, found)
-            target, on = joined[sample // 64], np.int64(1) << np.int64(sample % 64)
-            for unit in range(units):
-                target[unit] |= on if found[unit] != 0 else np.int64(0)
-                full &= found[unit] != 0
-        line[JOINED_FULL] = full
-
-
-@internal
-def _both(line: Any, joined: Any) -> Any:
-    """Writes the bits that are on in both masks; returns 1 if all are on, else 0."""
-    words, units = joined.shape
-    first = carray(pointer(line[JOINED_ADDRESS]), (words, units), np.int64)
-    second = carray(pointer(line[JOINED_OTHER]), (words, units), np.int64)
-    every = np.int64(-1)
-    for word in range(words):
-        rows = min(64, line[JOINED_SAMPLES] - 64 * word)
-        unused = np.int64(0) if rows == 64 else np.int64(-1) << np.int64(rows)
-        for unit in range(units):
-            bits = first[word, unit] & second[word, unit]
-            joined[word, unit] = bits
-            every &= bits | unused
-    return 1 if every == -1 else 0

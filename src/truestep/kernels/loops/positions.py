@@ -34,28 +34,26 @@ TRIED = 8
 
 @internal
 def positions(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> None:
-    """As `linear`, of rows whose samples have positions, or whose inputs a window sees.
-
-    A share of all rows stands for as large a share of the inputs' channels, in all rows: what takes time
-    is laying inputs out, which each part of the work then does for its own.
-    """
-    rows, columns, alone = entry[ROWS], entry[COLUMNS], entry[OUTPUTS] == 0
-    alike = entry[INPUTS] == 0 and entry[WINDOW] == 0
-    window = window_of(entry[WINDOW], entry[POSITIONS], 1 if alike else columns)
+    """As `linear`, of rows whose samples have positions, or whose inputs a window sees."""
+    if entry[INPUTS] == 0 and entry[WINDOW] == 0:
+        _alike(entry, first, last, options, counted)
+        return
+    # A share of all rows stands for as large a share of the inputs' channels, in all rows: it is laying
+    # inputs out that takes time.
+    rows, alone = entry[ROWS], entry[OUTPUTS] == 0
+    window = window_of(entry[WINDOW], entry[POSITIONS], entry[COLUMNS])
     channels, groups = window[CHANNELS], window[GROUPS]
+    begin, end = _share(first, rows, channels), _share(last, rows, channels)
+    if begin == end:
+        return
     height, width = rows // groups, channels // groups
-    begin, end = np.int64(0), np.int64(1)
-    if not alike:
-        begin, end = _share(first, rows, channels), _share(last, rows, channels)
-        if begin == end:
-            return
-        # The rows of the groups that these channels belong to.
-        first, last = begin // width * height, ((end - 1) // width + 1) * height
+    # The rows of the groups that these channels belong to.
+    first, last = begin // width * height, ((end - 1) // width + 1) * height
     view = view_of(entry, window, begin, end)
     outputs = outputs_of(entry, window, first, last)
     taps, most = len(view.taps), min(width, end - begin)
-    columns_of = _columns(view, min(most, max(1, TILE // len(view.taps))))
-    block = np.empty((1 if alone else TOGETHER, columns if alike else most * taps), np.int32)
+    columns = _columns(view, min(most, max(1, TILE // taps)))
+    block = np.empty((1 if alone else TOGETHER, most * taps), np.int32)
     row = first
     while row < last:
         group = row // height
@@ -64,19 +62,29 @@ def positions(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> 
             stop = min(stop, row + TOGETHER)
         start, ahead = max(begin, group * width), min(end, (group + 1) * width)
         place, many = (0, 1) if alone else (row - first, stop - row)
-        if alike:
-            _count_on(outputs, place, many, block)
-        else:
-            _count(
-                outputs, place, many, view, start - begin, ahead - begin, entry, columns_of, block
-            )
-        column, counted_columns = (start - group * width) * taps, (ahead - start) * taps
-        if alike:
-            column, counted_columns = 0, columns
+        _count(outputs, place, many, view, start - begin, ahead - begin, entry, columns, block)
+        column, passed = (start - group * width) * taps, (ahead - start) * taps
         for each in range(row, stop):
-            counts = block[0 if alone else each - row, :counted_columns]
+            counts = block[0 if alone else each - row, :passed]
             finish(entry, each, column, counts, options, counted)
         row = stop
+
+
+@internal
+def _alike(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> None:
+    """Rows whose inputs are on everywhere: it counts where an output is."""
+    window = window_of(entry[WINDOW], entry[POSITIONS], entry[COLUMNS])
+    outputs = outputs_of(entry, window, first, last)
+    counts, start = np.empty(entry[COLUMNS], np.int32), np.int64(0)
+    for row in range(first, last):
+        total = np.int32(0)
+        for sample in range(len(outputs)):
+            word = np.int64(0)
+            for index in range(outputs.shape[1]):
+                word |= outputs[sample, index, row - first]
+            total += np.int32(word != 0)
+        counts[:] = total
+        finish(entry, row, start, counts, options, counted)
 
 
 @internal
@@ -96,20 +104,6 @@ def _columns(view: Any, channels: Any) -> Any:
         columns[column, 0] = 8 * (view.taps[tap, 0] * width + column // taps)
         columns[column, 1] = view.taps[tap, 1]
     return columns
-
-
-@internal
-def _count_on(outputs: Any, place: Any, height: Any, block: Any) -> None:
-    """Counts the samples in which outputs are on anywhere; see `_count`."""
-    block[:height] = 0
-    for sample in range(len(outputs)):
-        for row in range(height):
-            word = outputs[sample, 0, place + row]
-            for index in range(1, outputs.shape[1]):
-                word |= outputs[sample, index, place + row]
-            block[row, 0] += np.int32(word != 0)
-    for row in range(height):
-        block[row, 1:] = block[row, 0]
 
 
 @internal
