@@ -292,6 +292,42 @@ def test_convolutions_equal_their_twin(
     same_counts(Outer(shape, pack(outputs), pack(image), window))
 
 
+def convolved(dtype):
+    """Convolutions of many samples, of units of all densities, whose channels or rows threads share."""
+    for channels, groups, kernel, stride in (
+        (3, 1, 3, 1),
+        (20, 1, 3, 2),
+        (36, 1, 1, 2),
+        (24, 12, 3, 1),
+    ):
+        seen = (11 - kernel) // stride + 1
+        window = Window(
+            *(
+                (11, 11),
+                (seen, seen),
+                (kernel, kernel),
+                (stride, stride),
+                (1, 1),
+                (0,) * 4,
+                "constant",
+            ),
+            *(channels, groups),
+            by_position=False,
+        )
+        rows = 3 * groups if groups > 1 else 37
+        outputs = torch.rand(45, seen * seen, rows) < torch.rand(rows) ** 3
+        image = torch.rand(45, 121, channels) < torch.rand(channels) ** 3
+        image[::3, :, 0], outputs[::5], outputs[::7, :, 1] = False, False, True
+        shape = torch.Size([rows, channels // groups, kernel, kernel])
+        yield Outer(shape, pack(outputs.to(dtype)), pack(image.to(dtype)), window)
+
+
+def test_convolutions_of_many_samples_equal_their_twin():
+    torch.manual_seed(0)
+    for activity in convolved(torch.float32):
+        same_counts(activity)
+
+
 @pytest.mark.parametrize("by_position", [False, True])
 @pytest.mark.parametrize("samples", [3, 70, 130])
 def test_a_kernel_that_fits_in_one_place_equals_its_twin(samples, by_position):
@@ -461,6 +497,9 @@ def all_loops(dtype):
     outputs, inputs = torch.rand(100, 40) < 0.4, torch.rand(100, 30) < 0.4
     activity = Outer(torch.Size([40, 30]), pack(outputs), pack(inputs))
     found += [activity.count(), scale_(torch.randn(40, 30, dtype=dtype), activity, 100)]
+    for activity in convolved(dtype):
+        gradient = torch.randn(activity.shape, dtype=dtype)
+        found += [activity.count(), scale_(gradient, activity, activity.samples)]
     found += scan(torch.randn(50, 300, dtype=dtype), 1)
     parameters = [torch.nn.Parameter(torch.randn(90, 7, dtype=dtype)) for _ in range(3)]
     adam = torch.optim.Adam(parameters, lr=0.1)

@@ -115,7 +115,7 @@ class Table:
             if elements:
                 # Of a row: what threads are given shares of.
                 each = columns * (UPDATED + COUNTED * entry[4])
-                if entry[5] > 1:
+                if entry[-1] == POSITIONS:
                     each += entry[4] * entry[5] * (SEEN * columns + LAID * (1 + columns / rows))
                 work = int(each) + 1
                 self.numbers += (gradient, parameter, buffer, fresh, batch_size, work, *entry)

@@ -28,8 +28,10 @@ __all__ = ["positions"]
 
 # Columns that are looked at together, if that is a channel at least: their counts fit into the nearest cache.
 TILE = 128
-# Of so many samples one is looked at word by word where that is of little use.
+# Where the first word seldom tells all, it is tried on one of so many samples.
 TRIED = 8
+# Parts of the work share the channels where there are so many, and else the rows.
+SHARED = 2 * LANES
 
 
 @internal
@@ -38,17 +40,19 @@ def positions(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> 
     if entry[INPUTS] == 0 and entry[WINDOW] == 0:
         _alike(entry, first, last, options, counted)
         return
-    # A share of all rows stands for as large a share of the inputs' channels, in all rows: it is laying
-    # inputs out that takes time.
     rows, alone = entry[ROWS], entry[OUTPUTS] == 0
     window = window_of(entry[WINDOW], entry[POSITIONS], entry[COLUMNS])
     channels, groups = window[CHANNELS], window[GROUPS]
-    begin, end = _share(first, rows, channels), _share(last, rows, channels)
-    if begin == end:
-        return
     height, width = rows // groups, channels // groups
-    # The rows of the groups that these channels belong to.
-    first, last = begin // width * height, ((end - 1) // width + 1) * height
+    begin, end = np.int64(0), channels
+    if channels >= SHARED:
+        # A share of the rows stands for as large a share of the channels, in all rows: inputs are more
+        # than outputs mostly, and nobody lays out another's.
+        begin, end = _share(first, rows, channels), _share(last, rows, channels)
+        if begin == end:
+            return
+        # The rows of the groups that these channels belong to.
+        first, last = begin // width * height, ((end - 1) // width + 1) * height
     view = view_of(entry, window, begin, end)
     outputs = outputs_of(entry, window, first, last)
     taps, most = len(view.taps), min(width, end - begin)
@@ -145,7 +149,7 @@ def _count(
     for start in range(begin, end, most):
         many = (min(end, start + most) - start) * taps
         tile[: many + 1] = 0
-        tries, open_ = not apart, False
+        tries, open_, waited = not apart, False, 0
         for sample in range(samples):
             source = all_outputs + 8 * (sample % len(outputs) * words * lanes + place)
             wanted = are_on(source, height, 8 * lanes, words)
@@ -162,8 +166,8 @@ def _count(
             else:
                 for column in range(many):
                     left[column] = column
-            # Where the first word seldom tells, it is tried now and then.
-            tries = not apart and (2 * number <= many if tries else sample % TRIED == 0)
+            waited = 0 if tries else waited + 1
+            tries = not apart and (2 * number <= many if tries else waited == TRIED)
             if number == 0:
                 continue
             if view.state[image] < WHOLE:

@@ -1,4 +1,4 @@
-"""From activity to corrected gradients, or to a whole step, row by row: no count outlives its row.
+"""From activity to corrected gradients, or to a whole step, a few rows at a time, whose counts then go.
 
 What is to be done with one parameter stands in one row of a table of int64. A parameter is seen as
 ``[J, K]``: weight (j, k) counts the samples in which output j and input k are on at one position.
@@ -44,7 +44,7 @@ def _call(
 
 @njit(cache=True, nogil=True)
 def step(start: Any, stop: Any, address: Any, lines: Any, functions: Any, options: Any) -> None:
-    """Corrects gradients, or takes a step, for a share of all parameters' rows.
+    """Corrects gradients, or takes a step, for a share of all parameters' rows (see `positions`).
 
     Args:
         start: of the work of all rows, one after the other, the first unit; the row that it is for goes
@@ -68,7 +68,7 @@ def step(start: Any, stop: Any, address: Any, lines: Any, functions: Any, option
 
 @njit(cache=True, nogil=True)
 def count(start: Any, stop: Any, line: Any, functions: Any, options: Any, address: Any) -> None:
-    """Writes rows `start` to `stop` of the counts of a table's one line to int64 zeros ``[J, K]``."""
+    """Writes the counts that rows `start` to `stop` of a table's line stand for to int64 ``[J, K]``."""
     _run(line, start, stop, functions, options, address)
 
 

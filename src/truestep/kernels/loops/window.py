@@ -65,9 +65,30 @@ def _places(window: Any, axis: Any) -> Any:
 
 
 @internal
+def _sees(window: Any, axis: Any, phase: Any) -> Any:
+    """Whether any tap sees a phase of an axis."""
+    stride = window[STRIDE + axis]
+    for index in range(window[KERNEL + axis]):
+        if (index * window[DILATION + axis] - window[PADDING + axis]) % stride == phase:
+            return True
+    return False
+
+
+@internal
+def _rank(window: Any, axis: Any, phase: Any) -> Any:
+    """How many phases of an axis before this one any tap sees."""
+    rank = np.int64(0)
+    for earlier in range(phase):
+        rank += np.int64(_sees(window, axis, earlier))
+    return rank
+
+
+@internal
 def room(window: Any) -> Any:
-    """How many phases there are, and the words of each and of the positions."""
-    phases = window[STRIDE] * window[STRIDE + 1] * window[STRIDE + 2]
+    """How many phases any tap sees, and the words of each and of the positions."""
+    phases = np.int64(1)
+    for axis in range(3):
+        phases *= _rank(window, axis, window[STRIDE + axis])
     (_, planes), (_, lines), (_, pixels) = (
         _places(window, 0),
         _places(window, 1),
@@ -92,19 +113,10 @@ def taps_of(window: Any) -> Any:
             stride = window[STRIDE + axis]
             first = index * window[DILATION + axis] - window[PADDING + axis]
             low, places = _places(window, axis)
-            phases[tap] = phases[tap] * stride + first % stride
+            seen = _rank(window, axis, stride)
+            phases[tap] = phases[tap] * seen + _rank(window, axis, first % stride)
             shifts[tap] = shifts[tap] * places + first // stride - low
     return phases, shifts
-
-
-@internal
-def _sees(window: Any, axis: Any, phase: Any) -> Any:
-    """Whether any tap sees a phase of an axis."""
-    stride = window[STRIDE + axis]
-    for index in range(window[KERNEL + axis]):
-        if (index * window[DILATION + axis] - window[PADDING + axis]) % stride == phase:
-            return True
-    return False
 
 
 @internal
@@ -112,10 +124,11 @@ def ranges_of(window: Any) -> Any:
     """The places of each axis' phases that have pixels: the first, with pixel r, and the one after the last.
 
     Returns:
-        int64 ``[axes, phases, 2]``; zeros for a phase that no tap sees.
+        int64 ``[axes, phases + 1, 3]``: these, zeros for a phase that no tap sees; and how many phases before
+        it any tap sees.
     """
     most = max(window[STRIDE], window[STRIDE + 1], window[STRIDE + 2])
-    ranges = np.zeros((3, most, 2), np.int64)
+    ranges = np.zeros((3, most + 1, 3), np.int64)
     for axis in range(3):
         stride = window[STRIDE + axis]
         low, places = _places(window, axis)
@@ -123,6 +136,8 @@ def ranges_of(window: Any) -> Any:
             if _sees(window, axis, phase):
                 last = (window[SIZE + axis] - 1 - phase) // stride - low + 1
                 ranges[axis, phase, 0], ranges[axis, phase, 1] = -low, min(places, last)
+                ranges[axis, phase + 1, 2] = 1
+            ranges[axis, phase + 1, 2] += ranges[axis, phase, 2]
     return ranges
 
 
@@ -144,7 +159,7 @@ def lay_out(
     count: Any,
     units: Any,
 ) -> None:
-    """Lays the pixels of one sample out as phases, so many lines of places.
+    """Lays the pixels of one sample out as the phases that any tap sees, so many lines of places.
 
     Args:
         words: address of the first channel's packed words, int64 ``[words, channels]``.
@@ -173,7 +188,9 @@ def lay_out(
                     row = (above + line) * window[SIZE + 2]
                     for k in range(deep):
                         first, last = ranges[2, k, 0], ranges[2, k, 1]
-                        phase = target + 8 * ((i * wide + j) * deep + k) * count * units
+                        phase = ranges[0, i, 2] * ranges[1, wide, 2] + ranges[1, j, 2]
+                        phase = phase * ranges[2, deep, 2] + ranges[2, k, 2]
+                        there = target + 8 * phase * count * units
                         place = (a * lines + b) * pixels + first
                         _copy(
                             words,
@@ -181,7 +198,7 @@ def lay_out(
                             row + k,
                             last - first,
                             deep,
-                            phase,
+                            there,
                             units,
                             place,
                             units,
