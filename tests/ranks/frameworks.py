@@ -140,3 +140,7 @@ if __name__ == "__main__":
         torch.save(found, sys.argv[2])
     dist.barrier()
     dist.destroy_process_group()
+    # One run in a hundred was aborted after this, as the interpreter went: by a thread of torch's or the
+    # framework's that C++ found still running. All that is tested has ended.
+    sys.stdout.flush()
+    os._exit(0)
