@@ -301,19 +301,8 @@ def convolved(dtype):
         (24, 12, 3, 1),
     ):
         seen = (11 - kernel) // stride + 1
-        window = Window(
-            *(
-                (11, 11),
-                (seen, seen),
-                (kernel, kernel),
-                (stride, stride),
-                (1, 1),
-                (0,) * 4,
-                "constant",
-            ),
-            *(channels, groups),
-            by_position=False,
-        )
+        square = [(size, size) for size in (11, seen, kernel, stride, 1)]
+        window = Window(*square, (0,) * 4, "constant", channels, groups, by_position=False)
         rows = 3 * groups if groups > 1 else 37
         outputs = torch.rand(45, seen * seen, rows) < torch.rand(rows) ** 3
         image = torch.rand(45, 121, channels) < torch.rand(channels) ** 3

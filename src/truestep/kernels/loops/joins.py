@@ -6,11 +6,9 @@ import numpy as np
 from numba import carray, njit
 
 from truestep.kernels.loops.internal import internal
-from truestep.kernels.loops.memory import aligned, pointer
+from truestep.kernels.loops.memory import ALL, aligned, pointer
 
 __all__ = ["join"]
-
-ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 # The columns of the table of masks: see `truestep.kernels.packing.Join`.
 ADDRESS, OTHER, SAMPLES, POSITIONS, UNITS = range(5)

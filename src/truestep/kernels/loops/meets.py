@@ -14,7 +14,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from truestep.kernels.loops.internal import internal
-from truestep.kernels.loops.memory import read, repeat, write
+from truestep.kernels.loops.memory import funnel, population, read, repeat, write
 
 __all__ = ["LANES", "TOGETHER", "are_on", "meet_all", "meet_first"]
 
@@ -38,19 +38,7 @@ def _seen(builder: Any, address: Any, stride: Any, bit: Any) -> Any:
         repeat(builder, _load(builder, place), KIND)
         for place in (address, builder.add(address, stride))
     )
-    function = ir.FunctionType(KIND, [KIND] * 3)
-    funnel = cgutils.get_or_insert_function(builder.module, function, f"llvm.fshr.v{LANES}i64")
-    return builder.call(funnel, [high, low, bit])
-
-
-def _are_on(builder: Any, vectors: list[Any]) -> Any:
-    """One bit each for lanes that are not zero."""
-    total = WORD(0)
-    for number, vector in enumerate(vectors):
-        lanes = builder.icmp_unsigned("!=", vector, NONE)
-        octet = builder.zext(builder.bitcast(lanes, ir.IntType(LANES)), WORD)
-        total = builder.or_(total, builder.shl(octet, WORD(LANES * number)))
-    return total
+    return funnel(builder, high, low, bit)
 
 
 def _vectors(builder: Any, address: Any, vectors: int) -> list[Any]:
@@ -107,7 +95,12 @@ def _asking(vectors: int) -> Callable[..., Any]:
                 line = builder.add(outputs, builder.mul(loop.index, step))
                 for more, total in zip(_vectors(builder, line, vectors), found, strict=True):
                     builder.store(builder.or_(builder.load(total), more), total)
-            return _are_on(builder, [builder.load(total) for total in found])
+            bits = WORD(0)
+            for number, total in enumerate(found):
+                lanes = builder.icmp_unsigned("!=", builder.load(total), NONE)
+                octet = builder.zext(builder.bitcast(lanes, ir.IntType(LANES)), WORD)
+                bits = builder.or_(bits, builder.shl(octet, WORD(LANES * number)))
+            return bits
 
         return types.int64(*[types.int64] * 3), generate
 
@@ -171,9 +164,6 @@ def _going_on(vectors: int, *, apart: bool) -> Callable[..., Any]:
     ) -> Any:
         def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
             image, stride, columns, left, many, outputs, step, words, wanted, counts = arguments
-            function = ir.FunctionType(KIND, [KIND])
-            name = f"llvm.ctpop.v{LANES}i64"
-            population = cgutils.get_or_insert_function(builder.module, function, name)
             found = [cgutils.alloca_once(builder, KIND) for _ in range(vectors)]
             lanes = _lanes_of(builder, wanted, vectors)
             stretches = builder.lshr(builder.add(words, WORD(STRETCH - 1)), WORD(SHIFT))
@@ -185,7 +175,7 @@ def _going_on(vectors: int, *, apart: bool) -> Callable[..., Any]:
                 for bits, total in zip(_vectors(builder, line, vectors), found, strict=True):
                     both, before = builder.and_(bits, same), builder.load(total)
                     if apart:
-                        after = builder.add(before, builder.call(population, [both]))
+                        after = builder.add(before, population(builder, both))
                     else:
                         after = builder.or_(before, both)
                     builder.store(after, total)

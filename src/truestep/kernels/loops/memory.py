@@ -12,14 +12,17 @@ from numba.extending import intrinsic
 from truestep.kernels.loops.internal import internal
 
 __all__ = [
+    "ALL",
     "HALVES",
     "LINE",
     "aligned",
     "constant",
     "count_bits",
     "fma",
+    "funnel",
     "load",
     "pointer",
+    "population",
     "prefetch",
     "read",
     "repeat",
@@ -28,6 +31,7 @@ __all__ = [
 ]
 
 LANES = (64, 8, 1)
+ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 LINE = 64  # bytes of a line of the processor's caches
 
 # Of a word cut into pieces of so many bits, the bits of every second one, from the lowest on.
@@ -124,6 +128,23 @@ def aligned(count: Any) -> Any:
     numbers = np.empty(count + 8, np.int64)
     skipped = -(numbers.ctypes.data // 8) % 8
     return numbers[skipped : skipped + count]
+
+
+def funnel(builder: Any, high: Any, low: Any, bit: Any) -> Any:
+    """Of two words side by side, the 64 bits from `bit` of the low one on, in each lane, for intrinsics."""
+    kind = low.type
+    function = ir.FunctionType(kind, [kind] * 3)
+    name = f"llvm.fshr.v{kind.count}i64"
+    return builder.call(
+        cgutils.get_or_insert_function(builder.module, function, name), [high, low, bit]
+    )
+
+
+def population(builder: Any, words: Any) -> Any:
+    """How many bits are on in each lane, for intrinsics."""
+    function = ir.FunctionType(words.type, [words.type])
+    name = f"llvm.ctpop.v{words.type.count}i64"
+    return builder.call(cgutils.get_or_insert_function(builder.module, function, name), [words])
 
 
 def constant(kind: Any, number: int) -> Any:

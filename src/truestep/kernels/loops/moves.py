@@ -12,7 +12,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from truestep.kernels.loops.internal import internal
-from truestep.kernels.loops.memory import HALVES, constant, read, repeat, write
+from truestep.kernels.loops.memory import HALVES, constant, funnel, read, repeat, write
 
 __all__ = ["move"]
 
@@ -46,9 +46,6 @@ def _moving(lanes: int, *, stride: int) -> Callable[..., Any]:
     ) -> Any:
         def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
             start, step, *numbers, to, length = arguments
-            function = ir.FunctionType(kind, [kind] * 3)
-            name = f"llvm.fshr.v{lanes}i64"
-            funnel = cgutils.get_or_insert_function(builder.module, function, name)
             down, mask, height = (repeat(builder, number, kind) for number in numbers)
             with cgutils.for_range(builder, length) as loop:
                 offset = builder.mul(loop.index, WORD(8 * lanes))
@@ -57,7 +54,7 @@ def _moving(lanes: int, *, stride: int) -> Callable[..., Any]:
                     read(builder, place, kind),
                     read(builder, builder.add(place, step), kind),
                 )
-                bits = builder.and_(builder.call(funnel, [high, low, down]), mask)
+                bits = builder.and_(funnel(builder, high, low, down), mask)
                 if stride == 2:
                     bits = _every_second(builder, bits)
                 bits = builder.or_(builder.shl(bits, height), read(builder, goal, kind))

@@ -13,6 +13,7 @@ from numba.extending import intrinsic
 
 from truestep.kernels.loops.internal import internal
 from truestep.kernels.loops.memory import (
+    ALL,
     DOUBLE_1,
     DOUBLE_8,
     DOUBLE_64,
@@ -43,8 +44,6 @@ from truestep.kernels.loops.memory import (
 )
 
 __all__ = ["pack"]
-
-ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 # The columns of the table of tensors that are to be packed: see `truestep.kernels.packing`.
 ADDRESS, SIZE, MAGNITUDE, SAMPLES, POSITIONS, UNITS = range(6)

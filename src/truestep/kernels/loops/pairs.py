@@ -12,7 +12,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from truestep.kernels.loops.internal import internal
-from truestep.kernels.loops.memory import LINE, prefetch, read, repeat, write
+from truestep.kernels.loops.memory import LINE, population, prefetch, read, repeat, write
 
 __all__ = ["BLOCK", "count_pairs", "update_pairs"]
 
@@ -35,8 +35,6 @@ def _count(builder: Any, arguments: Sequence[Any], lanes: int, before: Sequence[
     """
     output, output_step, source, source_step, length = arguments
     kind = ir.VectorType(WORD, lanes)
-    function, name = ir.FunctionType(kind, [kind]), f"llvm.ctpop.v{lanes}i64"
-    population = cgutils.get_or_insert_function(builder.module, function, name)
     totals = [cgutils.alloca_once_value(builder, vector) for vector in before]
     at_output = cgutils.alloca_once_value(builder, output)
     at_source = cgutils.alloca_once_value(builder, source)
@@ -46,7 +44,7 @@ def _count(builder: Any, arguments: Sequence[Any], lanes: int, before: Sequence[
         for row, total in enumerate(totals):
             place = builder.inttoptr(builder.add(here, WORD(8 * row)), WORD.as_pointer())
             same = repeat(builder, builder.load(place), kind)
-            found = builder.call(population, [builder.and_(line, same)])
+            found = population(builder, builder.and_(line, same))
             builder.store(builder.add(builder.load(total), found), total)
         builder.store(builder.add(here, output_step), at_output)
         builder.store(builder.add(there, source_step), at_source)
