@@ -1,7 +1,7 @@
 """What a training step costs beside others: seconds and peak memory, on this machine.
 
     python benchmarks/step.py [--threads 1,2] [--rounds 40] [--tasks 784-30,cnn] [--peers] [--memory]
-                              [--json FILE] [--markdown]
+                              [--device cuda] [--json FILE] [--markdown]
     python benchmarks/step.py --read FILE --markdown
 
 Two candidates take turns (A B A B ...) in one process, and each step is compared with its neighbour, so that
@@ -22,7 +22,7 @@ from torch import nn
 import peak
 import truestep
 from candidates import CANDIDATES, LR, PAIRS, PEERS, refusal
-from tasks import TASKS
+from tasks import TASKS, task_on
 from timing import compare, machine, machine_line
 
 PEER_ROUNDS = 3
@@ -35,33 +35,29 @@ PLACES = 5
 Row = dict[str, Any]
 
 
-def of_training(tasks: list[str], rounds: int) -> Iterator[Row]:
+def of_training(tasks: list[str], rounds: int, device: str) -> Iterator[Row]:
     for task in tasks:
         for candidate, baseline in PAIRS:
-            steps = []
-            for name in (candidate, baseline):
-                torch.manual_seed(0)
-                steps.append(CANDIDATES[name](TASKS[task]()))
-            found = compare([(steps[0], steps[1])], rounds)
+            steps = [CANDIDATES[name](task_on(device, task)) for name in (candidate, baseline)]
+            found = compare([(steps[0], steps[1])], rounds, device)
             yield {"task": task, "candidate": candidate, "baseline": baseline, **found}
 
 
-def of_peers(tasks: list[str]) -> Iterator[Row]:
+def of_peers(tasks: list[str], device: str) -> Iterator[Row]:
     for task in tasks:
         for peer, (_, build) in PEERS.items():
             row = {"task": task, "candidate": peer, "baseline": "SGD"}
-            torch.manual_seed(0)
-            why = refusal(peer, TASKS[task]())
+            why = refusal(peer, task_on(device, task))
             if why is not None:
                 yield row | {"skipped": why}
                 continue
-            steps = build(TASKS[task]()), CANDIDATES["SGD"](TASKS[task]())
-            yield row | compare([steps], PEER_ROUNDS)
+            steps = build(task_on(device, task)), CANDIDATES["SGD"](task_on(device, task))
+            yield row | compare([steps], PEER_ROUNDS, device)
 
 
-def of_steps_alone(rounds: int) -> Iterator[Row]:
+def of_steps_alone(rounds: int, device: str) -> Iterator[Row]:
     def optimizer(make: Any, sizes: list[int]) -> torch.optim.Optimizer:
-        parameters = [nn.Parameter(torch.randn(size)) for size in sizes]
+        parameters = [nn.Parameter(torch.randn(size, device=device)) for size in sizes]
         for parameter in parameters:
             parameter.grad = torch.randn_like(parameter)
         return make(parameters)
@@ -78,17 +74,17 @@ def of_steps_alone(rounds: int) -> Iterator[Row]:
             pairs = (
                 (optimizer(own, sizes).step, optimizer(make, sizes).step) for _ in range(PLACES)
             )
-            found = compare(pairs, rounds)
+            found = compare(pairs, rounds, device)
             yield {"task": what, "candidate": "DASGD", "baseline": baseline, **found}
 
 
-def of_many_counted(rounds: int) -> Iterator[Row]:
+def of_many_counted(rounds: int, device: str) -> Iterator[Row]:
     """AdaptiveBatchSGD's step, with its counts, for 250 layers of 10 by 10."""
 
     def optimizer(make: Any) -> torch.optim.Optimizer:
-        model = nn.Sequential(*[nn.Linear(10, 10) for _ in range(250)])
+        model = nn.Sequential(*[nn.Linear(10, 10) for _ in range(250)]).to(device)
         made = make(model)
-        model(torch.randn(64, 10)).sum().backward()
+        model(torch.randn(64, 10, device=device)).sum().backward()
         return made
 
     def own(model: nn.Module) -> torch.optim.Optimizer:
@@ -104,18 +100,21 @@ def of_many_counted(rounds: int) -> Iterator[Row]:
             )
             for _ in range(PLACES)
         )
-        found = compare(pairs, rounds)
+        found = compare(pairs, rounds, device)
         task = "500 parameters of 10 and 100"
         yield {"task": task, "candidate": "AdaptiveBatchSGD", "baseline": f"SGD, {name}", **found}
 
 
-def of_memory(tasks: list[str], *, peers: bool) -> Iterator[Row]:
+def of_memory(tasks: list[str], device: str, *, peers: bool) -> Iterator[Row]:
     for task in tasks:
         names = [*CANDIDATES, *(PEERS if peers else ())]
         for name in names:
             row = {"task": task, "candidate": name}
-            why = refusal(name, TASKS[task]()) if name in PEERS else None
-            yield row | ({"peak": peak.peak_of(task, name)} if why is None else {"skipped": why})
+            why = refusal(name, task_on(device, task)) if name in PEERS else None
+            if why is None:
+                yield row | {"peak": peak.peak_of(task, name, device)}
+            else:
+                yield row | {"skipped": why}
 
 
 def line(row: Row) -> str:
@@ -174,7 +173,8 @@ def shown(rows: Iterator[Row]) -> list[Row]:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     wanted = arguments.tasks.split(",")
     tasks = [task for task in TASKS if any(part in task for part in wanted)]
-    results: dict[str, Any] = {"machine": machine(), "threads": {}, "memory": []}
+    device = arguments.device
+    results: dict[str, Any] = {"machine": machine(device), "threads": {}, "memory": []}
     print(machine_line(results["machine"]))
 
     def run(title: str, rows: Iterator[Row], into: dict[str, list[Row]]) -> None:
@@ -186,14 +186,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         torch.set_num_threads(int(threads))
         print(f"\n{threads} threads, {arguments.rounds} rounds")
         blocks = results["threads"][threads] = {}
-        alone = chain(of_steps_alone(arguments.rounds), of_many_counted(arguments.rounds))
+        rounds = arguments.rounds
+        alone = chain(of_steps_alone(rounds, device), of_many_counted(rounds, device))
         run("Step alone", alone, blocks)
-        run("Training step", of_training(tasks, arguments.rounds), blocks)
+        run("Training step", of_training(tasks, rounds, device), blocks)
         if arguments.peers:
-            run("aSGD by other libraries", of_peers(tasks), blocks)
+            run("aSGD by other libraries", of_peers(tasks, device), blocks)
     if arguments.memory:
         print("\npeak memory")
-        run("memory", of_memory(tasks, peers=arguments.peers), results)
+        run("memory", of_memory(tasks, device, peers=arguments.peers), results)
     return results
 
 
@@ -204,6 +205,7 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(TASKS), help="parts of names, by commas")
     parser.add_argument("--peers", action="store_true", help="other libraries too, much slower")
     parser.add_argument("--memory", action="store_true", help="peak memory too")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--json", type=Path, help="file for all figures")
     parser.add_argument("--read", type=Path, help="figures of an earlier run instead of a new one")
     parser.add_argument("--markdown", action="store_true", help="print the tables as markdown")

@@ -81,7 +81,8 @@ class GPT(nn.Module):
         self.head = nn.Linear(width, tokens)
 
     def forward(self, x: Tensor) -> Tensor:
-        places = torch.arange(x.shape[1]).expand_as(x)  # a row for each sample: all peers take it
+        places = torch.arange(x.shape[1], device=x.device)
+        places = places.expand_as(x)  # a row for each sample: all peers take it
         return self.head(self.blocks(self.tokens(x) + self.positions(places)))
 
 
@@ -106,3 +107,10 @@ TASKS: dict[str, Callable[[], Task]] = {
     "gpt b8 by position": lambda: gpt("position"),
     "bag of 100,000 b256": bag,
 }
+
+
+def task_on(device: str, name: str) -> Task:
+    """A task of `TASKS` whose tensors are all on a device; the same one each time."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        return TASKS[name]()

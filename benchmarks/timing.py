@@ -9,30 +9,44 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 
+import torch
+
 from truestep.lab.training import processor
 
 Step = Callable[[], None]
 WARM_UP = 3  # rounds that allocate and compile
+STEPS = 10  # of a turn, on other devices than the CPU
 
 
-def take_turns(first: Step, second: Step, rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds of each step of the two, A B A B ..."""
+def take_turns(
+    first: Step, second: Step, rounds: int, device: str = "cpu"
+) -> tuple[list[float], list[float]]:
+    """Seconds of each step of the two, A B A B ...
+
+    Other devices than the CPU work while Python goes on, so there a turn is several steps and a wait.
+    """
     seconds: tuple[list[float], list[float]] = ([], [])
+    steps = 1 if device == "cpu" else STEPS
     for number in range(WARM_UP + rounds):
         for step, own in zip((first, second), seconds, strict=True):
             start = time.perf_counter()
-            step()
+            for _ in range(steps):
+                step()
+            if device != "cpu":
+                torch.accelerator.synchronize()
             if number >= WARM_UP:
-                own.append(time.perf_counter() - start)
+                own.append((time.perf_counter() - start) / steps)
     return seconds
 
 
-def compare(pairs: Iterable[tuple[Step, Step]], rounds: int) -> dict[str, float | list[float]]:
+def compare(
+    pairs: Iterable[tuple[Step, Step]], rounds: int, device: str = "cpu"
+) -> dict[str, float | list[float]]:
     """Median seconds of both steps of the pairs, and the quartiles of the ratios of neighbouring turns."""
     own: list[float] = []
     base: list[float] = []
     for first, second in pairs:
-        seconds = take_turns(first, second, rounds)
+        seconds = take_turns(first, second, rounds, device)
         own += seconds[0]
         base += seconds[1]
     ratios = [a / b for a, b in zip(own, base, strict=True)]
@@ -43,9 +57,11 @@ def compare(pairs: Iterable[tuple[Step, Step]], rounds: int) -> dict[str, float 
     }
 
 
-def machine() -> dict[str, str | int]:
+def machine(device: str = "cpu") -> dict[str, str | int]:
     """What the figures depend on."""
     versions = {name: version(name) for name in ("truestep", "torch", "numba", "numpy")}
+    if device != "cpu":
+        versions |= {"device": torch.cuda.get_device_name(), "triton": version("triton")}
     return {
         "command": shlex.join(["python", *sys.argv]),
         "cpu": processor(),
@@ -63,6 +79,8 @@ def version(package: str) -> str:
 
 
 def machine_line(found: dict[str, str | int]) -> str:
-    versions = ", ".join(f"{name} {found[name]}" for name in ("python", "torch", "numba", "numpy"))
+    names = [n for n in ("python", "torch", "numba", "numpy", "triton") if n in found]
+    versions = ", ".join(f"{name} {found[name]}" for name in names)
     by = f" by `{found['command']}`" if "command" in found else ""
-    return f"{found['cpu']}, {found['cores']} cores{by}; {versions}"
+    device = f"{found['device']}, " if "device" in found else ""
+    return f"{device}{found['cpu']}, {found['cores']} cores{by}; {versions}"
