@@ -23,6 +23,7 @@ DOCS = ROOT / "docs"
 PAGES: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
     "performance.md": {
         "step": step.markdown,
+        "step-cuda": step.markdown,
         "floor": floor.markdown,
         "scaling": scaling.markdown,
     },

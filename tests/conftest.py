@@ -1,3 +1,4 @@
+import os
 import signal
 
 import pytest
@@ -12,6 +13,10 @@ class TorchRandom:
     getstate = staticmethod(torch.get_rng_state)
     setstate = staticmethod(torch.set_rng_state)
 
+
+# Triton's interpreter runs kernels on the CPU; it must be chosen before anything imports Triton.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 TORCH_RANDOM = TorchRandom()  # hypothesis keeps only a weak reference
 register_random(TORCH_RANDOM)

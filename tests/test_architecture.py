@@ -52,6 +52,7 @@ LAYERS = [
     {
         "record",
         "records",
+        "waiting",
         "batch",
         "calls",
         "direct",
@@ -137,6 +138,16 @@ def test_only_the_compiled_loops_import_numba():
         if any(name.split(".")[0] in {"numba", "llvmlite"} for name in imports(path))
     }
     assert all(name.startswith("kernels/loops/") for name in importing - {"kernels/dispatch.py"})
+
+
+def test_only_the_kernels_for_gpus_import_triton():
+    importing = [
+        str(path.relative_to(ROOT))
+        for path in FILES
+        if any(name.split(".")[0] == "triton" for name in imports(path))
+    ]
+    assert importing
+    assert all(name.startswith("kernels/gpu/") for name in importing)
 
 
 def test_only_the_watch_hooks_modules():

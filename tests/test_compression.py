@@ -769,7 +769,7 @@ def test_chance_that_is_none_of_torchs_is_refused():
             self.first, self.second = busy(nn.Linear(3, 5)), nn.Linear(5, 2)
 
         def forward(self, x):
-            return self.second(torch.relu(self.first(x))) * random.random()  # noqa: S311
+            return self.second(torch.relu(self.first(x))) * random.random()
 
     model, x = Moody().double(), data(30, 3)
     with pytest.raises(TruestepError, match=r"two calls .* different outputs.*model\.eval"):

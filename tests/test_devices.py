@@ -1,9 +1,10 @@
-"""Where compiled loops do not reach, torch operations count: the same code on the CPU and on CUDA devices."""
+"""Where compiled loops do not reach, Triton's kernels or torch operations count, on every device."""
 
 import pytest
 import torch
 
 import truestep
+from devices import choose, needs_cuda, needs_no_cuda, needs_triton
 from properties import (
     assert_accumulation_equals_joint_batch,
     assert_counts_equal_oracle,
@@ -11,17 +12,21 @@ from properties import (
     called,
     each,
 )
-from truestep.kernels import dispatch
 from zoo import ZOO
 
-without_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-DEVICES = ["cpu", pytest.param("cuda", marks=without_cuda)]
+DEVICES = [
+    "cpu in torch",
+    pytest.param("cpu in triton", marks=[needs_triton, needs_no_cuda]),
+    pytest.param("cuda in torch", marks=needs_cuda),
+    pytest.param("cuda in triton", marks=[needs_triton, needs_cuda]),
+]
 
 
 @pytest.fixture(params=DEVICES)
 def device(request, monkeypatch):
-    monkeypatch.setattr(dispatch, "installed", lambda: False)
-    return request.param
+    name, kernels = request.param.split(" in ")
+    choose(monkeypatch, kernels)
+    return name
 
 
 def moved(name, device):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import truestep
-from truestep import direct, records, ways
+from truestep import direct, waiting, ways
 from truestep.errors import TruestepError
 
 
@@ -63,7 +63,7 @@ def trained(
     with monkeypatch.context() as patch:
         if not short:
             patch.setattr(ways.Direct, "node", lambda *_: None)
-        patch.setattr(records, "MOST_GATHERED", held)
+        patch.setattr(waiting, "MOST_OF_ALL", held)
         torch.manual_seed(0)
         model = make()
         counter = truestep.SampleCounter(model, unit=unit)
@@ -82,7 +82,7 @@ def trained(
     return found, [parameter.detach() for parameter in model.parameters()]
 
 
-@pytest.mark.parametrize("held", [0, records.MOST_GATHERED])
+@pytest.mark.parametrize("held", [0, waiting.MOST_OF_ALL])
 @pytest.mark.parametrize("penalty", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("unit", ["sample", "position"])
@@ -99,7 +99,7 @@ def test_both_ways_lead_to_the_same(held, penalty, accumulate, unit, positions, 
     assert all(torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True))
 
 
-@pytest.mark.parametrize("held", [0, records.MOST_GATHERED])
+@pytest.mark.parametrize("held", [0, waiting.MOST_OF_ALL])
 @pytest.mark.parametrize("penalty", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("unit", ["sample", "position"])
@@ -398,7 +398,7 @@ def test_what_is_held_goes_with_the_backward_pass():
     for _ in range(3):
         torch.autograd.grad(model(x).sum(), model.weight)
         assert counter.counts() == {}
-        assert not counter._records._gathered
+        assert not counter._records._waiting
 
 
 def test_counts_outlive_a_gradient_that_a_hook_has_used_up():
@@ -447,7 +447,7 @@ def test_inputs_filled_anew_after_a_backward_pass_that_raised_are_no_error():
 
 @pytest.mark.parametrize("full", ["inputs", "gradients", "both", "neither"])
 def test_masks_that_are_on_everywhere_take_no_memory(full, monkeypatch):
-    monkeypatch.setattr(records, "MOST_GATHERED", 0)
+    monkeypatch.setattr(waiting, "MOST_OF_ALL", 0)
     model, x = nn.Linear(64, 128), torch.ones(64, 64)
     if full in {"gradients", "neither"}:
         x[0] = 0

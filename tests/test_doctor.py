@@ -37,4 +37,6 @@ def test_what_an_extra_lacks_is_named_with_the_command(monkeypatch):
 
 def test_the_code_in_use_is_named(monkeypatch):
     monkeypatch.setattr(dispatch, "installed", lambda: False)
+    monkeypatch.setattr(dispatch, "triton_installed", lambda: False)
     assert "torch operations (no numba)" in doctor.paths_in_use()["CPU"]
+    assert "torch operations (no Triton)" in doctor.paths_in_use()["CUDA"]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from truestep.bits import Bits, pack
 from truestep.kernels import dispatch, stepping
+from truestep.kernels.dispatch import device_of
 from truestep.kernels.stepping import LINEAR, LOOKUPS, POSITIONS, Entry
 
 __all__ = ["Activity", "Elements", "Outer", "Rows", "Window"]
@@ -47,18 +48,23 @@ class Activity(ABC):
         """Where the tensors are; only a CPU holds none."""
         return next((tensor.device for tensor in self.tensors()), torch.device("cpu"))
 
-    def entries(self) -> list[Entry] | None:
-        """How compiled loops see this, one entry after the other along the first dimension, or None.
+    def entries(self, device: torch.device | None = None) -> list[Entry] | None:
+        """How loops or kernels see this, one entry after the other along the first dimension, or None.
 
         They hold addresses of what the activity holds.
+
+        Args:
+            device: of the kernels (`truestep.kernels.dispatch.device_of`), None for the CPU's loops.
         """
         return None
 
     def count(self) -> Tensor:
         """The adaptive batch sizes m, int64 ``[*shape]``: how many samples reach each element."""
-        entries = self.entries() if dispatch.installed() else None
+        first = next(self.tensors(), None)
+        device = None if first is None else device_of(first)
+        entries = self.entries(device) if device is not None or dispatch.installed() else None
         if entries is not None:
-            counts = torch.zeros(self.shape, dtype=torch.int64)
+            counts = torch.zeros(self.shape, dtype=torch.int64, device=device)
             stepping.count(entries, counts)
             return counts
         return self.count_masks()
@@ -93,8 +99,8 @@ class Elements(Activity):
         """The number of samples."""
         return self.bits.samples
 
-    def entries(self) -> list[Entry] | None:  # noqa: D102
-        words = self.bits.address()
+    def entries(self, device: torch.device | None = None) -> list[Entry] | None:  # noqa: D102
+        words = self.bits.address(device)
         if words is None or self.bits.units != self.shape.numel():
             return None
         return [Entry(1, self.bits.units, 0, words, self.bits.samples)]
@@ -203,9 +209,9 @@ class Outer(Activity):
         """The number of samples."""
         return self.outputs.samples * (self.outputs.positions if self.by_position else 1)
 
-    def entries(self) -> list[Entry] | None:  # noqa: D102
+    def entries(self, device: torch.device | None = None) -> list[Entry] | None:  # noqa: D102
         outputs, inputs, window = self.outputs, self.inputs, self.window
-        to, of = outputs.address(), inputs.address()
+        to, of = outputs.address(device), inputs.address(device)
         if to is None or of is None:
             return None
         rows, samples, positions = outputs.units, outputs.samples, outputs.positions
@@ -319,13 +325,13 @@ class Rows(Activity):
             return self
         return replace(self, outputs=pack(self.outputs.mask()[self.owners]), by_entry=True)
 
-    def entries(self) -> list[Entry] | None:  # noqa: D102
+    def entries(self, device: torch.device | None = None) -> list[Entry] | None:  # noqa: D102
         if not self._fits():
             return None
         if len(self.rows) == 0:
             return [Entry(self.shape[0], self.shape[1])]
-        words = self.outputs.address()
-        if words is None:
+        words = self.outputs.address(device)
+        if words is None or device_of(self.rows) != device:
             return None
         return [
             Entry(

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from truestep.kernels import packing
-from truestep.kernels.dispatch import finds_addresses
+from truestep.kernels.dispatch import device_of, finds_addresses, installed
 from truestep.kernels.packing import PACK_FULL, PACK_WORDS, WORD, Join, Rows, unpack
 
 if TYPE_CHECKING:
     from array import array
 
-__all__ = ["Bits", "appended", "join", "pack", "pack_rows", "packed_in"]
+__all__ = ["Bits", "appended", "join", "pack", "pack_rows", "packed_in", "start_of"]
 
 
 @dataclass(slots=True)
@@ -51,13 +51,23 @@ class Bits:
         """Whether samples have several positions."""
         return self.positions != 1
 
-    def address(self) -> int | None:
-        """Where compiled loops find the words: 0 where all bits are on, None where they cannot go."""
+    @property
+    def device(self) -> torch.device | None:
+        """Where kernels go over the words; None for the CPU, and where all bits are on."""
+        return None if self.words is None else device_of(self.words)
+
+    def address(self, device: torch.device | None = None) -> int | None:
+        """Where loops or kernels find the words: 0 where all bits are on, None where they cannot go.
+
+        Args:
+            device: of the kernels, None for the CPU's loops.
+        """
         words = self.words
         if words is None:
             return 0
+        there = words.is_cpu if device is None else words.device == device
         # Words that are none have no address: 0 would say that all bits are on.
-        return (words.data_ptr() or None) if words.is_cpu and words.is_contiguous() else None
+        return (words.data_ptr() or None) if there and words.is_contiguous() else None
 
     def dense(self) -> Tensor:
         """The words, also where all bits are on."""
@@ -127,7 +137,13 @@ class _Slice(Bits):
     __slots__ = ("_address", "_all", "_place")
 
     def __init__(
-        self, words: "array[int]", start: int, place: int, samples: int, positions: int, units: int
+        self,
+        words: "array[int] | Tensor",
+        start: int,
+        place: int,
+        samples: int,
+        positions: int,
+        units: int,
     ) -> None:
         self._all, self._place, self._address = words, place, start + 8 * place
         self.samples, self.positions, self.units = samples, positions, units
@@ -137,11 +153,16 @@ class _Slice(Bits):
         """See `Bits`."""
         count = (self.length + WORD - 1) // WORD
         shape = count, self.units
-        whole = torch.frombuffer(self._all, dtype=torch.int64)
+        held = self._all
+        whole = held if isinstance(held, Tensor) else torch.frombuffer(held, dtype=torch.int64)
         return whole[self._place : self._place + count * self.units].view(shape)
 
-    def address(self) -> int | None:
-        return self._address
+    @property
+    def device(self) -> torch.device | None:
+        return device_of(self._all) if isinstance(self._all, Tensor) else None
+
+    def address(self, device: torch.device | None = None) -> int | None:
+        return self._address if self.device == device else None
 
     def shaped(self, samples: int, positions: int) -> Bits:
         start = self._address - 8 * self._place
@@ -153,7 +174,14 @@ def pack_rows(tensor: Tensor, rows: Rows, means: Tensor | None = None) -> Bits:
     return Bits(packing.pack_rows(tensor, rows, means), rows.samples, rows.positions, rows.units)
 
 
-def packed_in(words: "array[int]", start: int, table: "array[int]", first: int, rows: Rows) -> Bits:
+def start_of(words: "array[int] | Tensor") -> int:
+    """The address of words in one piece of memory."""
+    return words.data_ptr() if isinstance(words, Tensor) else words.buffer_info()[0]
+
+
+def packed_in(
+    words: "array[int] | Tensor", start: int, table: "array[int]", first: int, rows: Rows
+) -> Bits:
     """What one line of a table has packed.
 
     Args:
@@ -182,12 +210,13 @@ def join(pairs: Sequence[tuple[Bits, Bits | None]]) -> list[Bits]:
     """
     if not pairs:
         return []
-    if not finds_addresses():
+    device = next((device for one, _ in pairs if (device := one.device) is not None), None)
+    if not finds_addresses(device) or not (device is not None or installed()):
         return [_joined(one, other) for one, other in pairs]
     found: list[Bits | None] = []
     masks: list[Join] = []
     for one, other in pairs:
-        first, second = one.address(), 0 if other is None else other.address()
+        first, second = one.address(device), 0 if other is None else other.address(device)
         if first == 0 and other is not None:
             one, first, second = other, second, 0  # noqa: PLW2901
         if second == 0 and (first == 0 or one.positions == 1):
@@ -199,8 +228,8 @@ def join(pairs: Sequence[tuple[Bits, Bits | None]]) -> list[Bits]:
             masks.append(Join(first, second, one.samples, one.positions, one.units))
     if not masks:
         return [bits for bits in found if bits is not None]
-    words, places = packing.join(masks)
-    start = words.buffer_info()[0]
+    words, places = packing.join(masks, device)
+    start = start_of(words)
     made = iter(
         _Slice(words, start, place, mask.samples, 1, mask.units)
         if place >= 0

@@ -36,11 +36,11 @@ class Blocks(Activity):
         """The number of samples."""
         return next(iter(self.parts.values())).samples
 
-    def entries(self) -> list[Entry] | None:  # noqa: D102
+    def entries(self, device: torch.device | None = None) -> list[Entry] | None:  # noqa: D102
         found: list[Entry] = []
         row = 0
         for first, part in sorted(self.parts.items()):
-            entries = part.entries()
+            entries = part.entries(device)
             if first != row or entries is None:
                 return None
             found += entries

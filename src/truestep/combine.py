@@ -144,9 +144,10 @@ class Counts(Activity):
     def reached(self) -> Tensor:  # noqa: D102
         raise TypeError(f"counts of {self.samples} samples do not say which samples they were")
 
-    def entries(self) -> list[Entry] | None:  # noqa: D102
+    def entries(self, device: torch.device | None = None) -> list[Entry] | None:  # noqa: D102
         counts = self.counts
-        if not (counts.is_cpu and counts.dtype == torch.int64 and counts.is_contiguous()):
+        there = counts.is_cpu if device is None else counts.device == device
+        if not (there and counts.dtype == torch.int64 and counts.is_contiguous()):
             return None
         rows = self.shape[0] if self.shape else 1
         columns = self.shape.numel() // max(1, rows)

@@ -7,18 +7,20 @@ guards it against changes. A small model's step is made of such calls and feels 
 until the backward pass ends is done there, for all layers at once.
 """
 
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling
 
 from truestep.activity import Activity
-from truestep.bits import Bits, pack_rows, packed_in
+from truestep.bits import Bits, pack_rows, packed_in, start_of
 from truestep.calls import Call
 from truestep.errors import TruestepError
 from truestep.hooks import Hook, uncompiled
-from truestep.kernels.dispatch import address_of, finds_addresses
+from truestep.kernels.dispatch import address_of, device_of, finds_addresses
 from truestep.kernels.packing import PACK_FIELDS, SIZES, Lines, filled, pack_table, without_full
 
 if TYPE_CHECKING:
@@ -207,6 +209,7 @@ def pack_all(uses: Sequence[Use], *, whole: bool) -> None:
     """
     together, addresses = list[tuple[Use, Lines]](), list[tuple[int, int, int]]()
     reads, first = finds_addresses(), 0
+    device: torch.device | None = None
     for use in uses:
         given, delta, means = use.given, use.delta, use.means
         if delta is None:
@@ -218,18 +221,20 @@ def pack_all(uses: Sequence[Use], *, whole: bool) -> None:
             lines = use.direct.lines(use.sizes, dtype, use.rows)
             if means is not None and means.dtype is dtype and means.numel() == lines.means:
                 by = address_of(means)
-        if not (of and to and (by or means is None)):
+        there = device_of(delta)
+        if not (of and to and (by or means is None)) or (together and there != device):
             use.pack()
             continue
+        device = there
         together.append((use, lines))
         addresses.append((of, to, by))
     if not together:
         return
     table, total, read = filled(tuple([lines for _, lines in together]), addresses, whole=whole)
-    words = pack_table(table, total, read)
-    if len(together) == 1:
+    words = pack_table(table, total, read, device)
+    if len(together) == 1 and isinstance(words, array):
         words = without_full(words, table)
-    start = words.buffer_info()[0]
+    start = start_of(words)
     for use, lines in together:
         use.inputs = packed_in(words, start, table, first, lines.first)
         use.outputs = packed_in(words, start, table, first + PACK_FIELDS, lines.second)

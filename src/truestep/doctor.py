@@ -79,14 +79,12 @@ def paths_in_use() -> dict[str, str]:
         threads = (
             "of torch's threads" if teams() else "threads of our own (torch has no GNU OpenMP)"
         )
-    devices = "none"
-    if torch.cuda.is_available():
-        devices = ", ".join(
-            torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
-        )
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    kernels = "kernels (Triton)" if dispatch.triton_installed() else "torch operations (no Triton)"
     return {
         "CPU": f"{compiled}, {torch.get_num_threads()} {threads}",
-        "other devices": f"torch operations; CUDA devices: {devices}",
+        "CUDA": f"{kernels}; {', '.join(devices) or 'no device'}",
+        "other devices": "torch operations",
     }
 
 

@@ -10,6 +10,7 @@ from torch.autograd.graph import increment_version
 from truestep.activity import Activity
 from truestep.combine import Counts
 from truestep.kernels import stepping
+from truestep.kernels.dispatch import device_of
 from truestep.kernels.stepping import Entry, Options, Table
 
 __all__ = ["Found", "Pass"]
@@ -17,7 +18,7 @@ __all__ = ["Found", "Pass"]
 # The samples that reach a parameter, and N; None where its gradient stays as it is.
 Found = tuple[Activity, int | Tensor] | None
 
-# Larger parameters get a call of their own, so that what is made for them is not held together.
+# Parameters for which more is made get a call of their own, so that it is not held together.
 LARGE = 1 << 20
 
 
@@ -41,7 +42,7 @@ class Pass:
 
     def __init__(self, options: Options) -> None:
         self._options = options
-        self._tables: dict[torch.dtype, Table] = {}
+        self._tables: dict[tuple[torch.dtype, torch.device | None], Table] = {}
         self._changed: list[Tensor] = []
         self._held: list[Any] = []  # tables have only addresses
 
@@ -68,17 +69,13 @@ class Pass:
             buffer: of momentum.
             fresh: whether the buffer holds nothing yet.
         """
-        entries, size = self._entries(gradient, found)
         of = 0 if parameter is None else parameter.data_ptr()
         by = 0 if buffer is None else buffer.data_ptr()
-        table = self._table(gradient)
-        elements = table.add((gradient.data_ptr(), of, by), fresh, size, entries)
-        self._held.append((gradient, found, entries))
         self._changed.append(gradient if parameter is None else parameter)
         if buffer is not None:
             self._changed.append(buffer)
-        if elements >= LARGE:
-            self.run()
+        self._held.append(gradient)
+        self._add((gradient.data_ptr(), of, by), fresh, gradient, found)
 
     def add_all(
         self, gradients: Sequence[Tensor], found: Iterable[Found], parameters: Sequence[Tensor]
@@ -98,34 +95,37 @@ class Pass:
             return False
         self._changed.extend(parameters)
         for gradient, each, (to, of) in zip(gradients, found, addresses, strict=True):
-            entries, size = self._entries(gradient, each)
-            elements = self._table(gradient).add((to, of, 0), 0, size, entries)
-            self._held.append(each)
-            if elements >= LARGE:
-                self.run()
+            self._add((to, of, 0), False, gradient, each)
         return True
 
-    def _table(self, gradient: Tensor) -> Table:
-        table = self._tables.get(gradient.dtype)
+    def _add(
+        self, addresses: tuple[int, int, int], fresh: bool, gradient: Tensor, found: Found
+    ) -> None:
+        dtype, device = gradient.dtype, device_of(gradient)
+        table = self._tables.get((dtype, device))
         if table is None:
-            table = self._tables[gradient.dtype] = Table(gradient.element_size())
-        return table
-
-    def _entries(self, gradient: Tensor, found: Found) -> tuple[list[Entry], int]:
+            table = self._tables[dtype, device] = Table(gradient.element_size())
         if found is None:
-            return [Entry(1, gradient.numel())], 1  # no sample: a factor of 1
+            table.add(addresses, fresh, 1, [Entry(1, gradient.numel())])  # no sample: a factor of 1
+            return
         activity, size = found
-        entries = activity.entries()
-        if entries is None:
-            activity = Counts(activity.count().contiguous(), activity.samples)
-            entries = activity.entries() or []
-            self._held.append(activity)
-        return entries, int(size)
+        self._held.append(found)
+        if device is not None and isinstance(size, Tensor) and device_of(size) == device:
+            size = -size.data_ptr()  # it is looked at there
+        entries = activity.entries(device)
+        if entries is not None:
+            table.add(addresses, fresh, int(size), entries)
+            return
+        activity = Counts(activity.count().contiguous(), activity.samples)
+        self._held.append(activity)
+        elements = table.add(addresses, fresh, int(size), activity.entries(device) or [])
+        if elements >= LARGE:
+            self.run()
 
     def run(self) -> None:
         """Does all that was added."""
-        for dtype, table in self._tables.items():
-            stepping.run(table, self._options, dtype)
+        for (dtype, device), table in self._tables.items():
+            stepping.run(table, self._options, dtype, device)
         increment_version(self._changed)
         self._tables.clear()
         self._changed.clear()

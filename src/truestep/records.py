@@ -21,6 +21,7 @@ from truestep.errors import TruestepError, corrected_already, without_numbers, w
 from truestep.hooks import uncompiled
 from truestep.layout import Unit
 from truestep.record import Pending, Record
+from truestep.waiting import Waiting
 
 __all__ = ["FORWARD", "Records", "landing"]
 
@@ -51,9 +52,7 @@ class Records:
         self._unit = unit
         # By backward pass and parameter.
         self._pending: dict[int, dict[int, Pending]] = {}
-        # What the running backward pass has left to do: uses, each with its backward pass.
-        self._gathered: list[tuple[Use, int]] = []
-        self._gathered_bytes = 0
+        self._waiting = Waiting()
         self.landed: list[tuple[Tensor, Callable[[], Tensor | None], int, int]] = []
         # Sharded parameters' pending activity whose gradient has not been handed to them yet.
         self._held: dict[int, list[Pending]] = {}
@@ -80,8 +79,7 @@ class Records:
         self._pending.clear()
         self._living.clear()
         self._held.clear()
-        self._gathered.clear()
-        self._gathered_bytes = 0
+        self._waiting.clear()
         self.landed.clear()
 
     def nbytes(self) -> int:
@@ -161,11 +159,7 @@ class Records:
         return entry
 
     def arrive(self, use: Use, delta: Tensor) -> None:
-        """Takes a use and the gradient of its output: most are left to the end of the backward pass.
-
-        What is done for many uses at once costs each of them a fraction. Those that wait are of parameters
-        that have no gradient yet; their tensors wait too, if they are small.
-        """
+        """Takes a use and the gradient of its output; it waits if its parameters have no gradient yet."""
         task = backward_id()
         if task not in self._pending:
             self._pending_of(task)  # where the same use may still wait, with another gradient
@@ -174,12 +168,7 @@ class Records:
             pack_all([use], whole=self.whole)
             self.receive(*use.deliver(iter(join(use.masks()))))
             return
-        size = use.wait(min(MOST_WAITING, MOST_GATHERED - self._gathered_bytes))
-        if size is None:
-            pack_all([use], whole=self.whole)
-        else:
-            self._gathered_bytes += size
-        self._gathered.append((use, task))
+        self._waiting.add(use, task, whole=self.whole)
 
     def _pending_of(self, task: int) -> dict[int, Pending]:
         """The pending activity of a backward pass."""
@@ -201,7 +190,7 @@ class Records:
         Args:
             ending: the backward pass that is just ending, if any.
         """
-        whole = self._packed(ending) if self._gathered else {}
+        whole = self._packed(ending) if self._waiting else {}
         landed, self.landed = self.landed, []
         for parameter, reference, version, task in landed:
             key = id(parameter)
@@ -219,11 +208,8 @@ class Records:
             self._pending.get(task, {})[key] = Pending(True, task, {single[0]: [single[1]]})
 
     def _packed(self, ending: int | None) -> dict[tuple[int, int], "Single"]:
-        """The activity of gathered uses by backward pass and parameter; of further uses it is pending."""
-        gathered, self._gathered, self._gathered_bytes = self._gathered, [], 0
-        # What a backward pass that raised has left behind may have changed since.
-        uses = [(use, task) for use, task in gathered if use.is_unchanged(strict=task == ending)]
-        pack_all([use for use, _ in uses], whole=self.whole)
+        """The activity of uses that waited by backward pass and parameter; of further uses it is pending."""
+        uses = self._waiting.take(ending, whole=self.whole)
         masks: list[tuple[Bits, Bits | None]] = []
         for use, _ in uses:
             masks += use.masks()
@@ -235,7 +221,7 @@ class Records:
             size = call.batch_size if self._unit == "sample" else None  # the layers agree on it
             for parameter, activity in pairs:
                 key = id(parameter)
-                if not pending and (task, key) not in found:
+                if key not in pending and (task, key) not in found:
                     found[task, key] = call, activity, size or self._size(call, activity)
                     continue
                 entry = pending.setdefault(key, Pending(True, task))
@@ -414,10 +400,6 @@ Single = tuple[Call, Activity, int | Tensor]
 
 # Stands for a forward pass where others stand for backward passes.
 FORWARD = -1
-
-# Bytes of small inputs and output gradients that a backward pass may hold until it ends, of one layer and of
-# all. Larger ones are packed while they are in the processor's caches, and their memory is free sooner.
-MOST_WAITING, MOST_GATHERED = 1 << 18, 1 << 20
 
 # Backward passes can nest (activation checkpointing), though not this deep.
 MOST_BACKWARDS = 64

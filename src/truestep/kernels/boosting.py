@@ -28,26 +28,28 @@ _dtype, _is_cpu, _nbytes = attrgetter("dtype"), attrgetter("is_cpu"), attrgetter
 
 
 class Table(NamedTuple):
-    """Where the loops find the tensors, which it keeps alive; for one call.
+    """Where loops or kernels find the tensors, which it keeps alive; for one call.
 
     Attributes:
         rows: int64 ``[2 + kinds of tensors, parameters]``, see `truestep.kernels.loops.boost`.
         like: an array of the tensors' dtype.
         elements: of all parameters.
         kinds: the tensors.
+        device: where they are, if not on the CPU.
     """
 
     rows: NDArray[np.int64]
     like: NDArray[Any]
     elements: int
     kinds: Sequence[Sequence[Tensor]]
+    device: torch.device | None
 
 
 def table(*kinds: Sequence[Tensor]) -> Table | None:
-    """The table of tensors that a compiled loop can take; None where torch operations have to.
+    """The table of tensors that a compiled loop or a kernel can take; None where torch operations have to.
 
-    All must be plain CPU tensors of one dtype, float32 or float64, and a parameter's tensors lie alike
-    in memory, without gaps.
+    All must be plain tensors on one device and of one dtype, float32 or float64, and a parameter's tensors
+    lie alike in memory, without gaps.
 
     Args:
         kinds: the gradients, the previous gradients and, for `step_`, the parameters. It is the last whose
@@ -74,7 +76,7 @@ def table(*kinds: Sequence[Tensor]) -> Table | None:
     # Zeros that autograd makes up have no memory; neither have tensors without elements.
     if not rows[2:].all() and (rows[2:] == 0)[:, np.diff(rows[0], prepend=0) > 0].any():
         return None
-    return Table(rows, like, sum(sizes) // like.itemsize, kinds)
+    return Table(rows, like, sum(sizes) // like.itemsize, kinds, dispatch.device_of(tensors[0]))
 
 
 def step_(
@@ -94,12 +96,15 @@ def step_(
         weight_decay: L2 penalty.
         maximize: ascend.
     """
-    rows, like, elements, kinds = table
+    rows, like, elements, kinds, device = table
     if first:
         rows[1] = first
     settings = (float(lr), float(weight_decay), bool(maximize))
-    work = elements * like.itemsize * PER_BYTE
-    spread(dispatch.loops().boosted_step, elements, work, rows, like, *settings)
+    if device is not None:
+        dispatch.gpu().boosted_step(rows, kinds[-1][0].dtype, device, *settings)
+    else:
+        work = elements * like.itemsize * PER_BYTE
+        spread(dispatch.loops().boosted_step, elements, work, rows, like, *settings)
     increment_version(kinds[-1])
 
 
@@ -109,24 +114,34 @@ def boost_(table: Table) -> None:
     Args:
         table: of gradients and previous gradients.
     """
-    rows, like, elements, kinds = table
-    work = elements * like.itemsize * PER_BYTE
-    spread(dispatch.loops().boost, elements, work, rows, like)
+    rows, like, elements, kinds, device = table
+    if device is not None:
+        dispatch.gpu().boost(rows, kinds[0][0].dtype, device)
+    else:
+        work = elements * like.itemsize * PER_BYTE
+        spread(dispatch.loops().boost, elements, work, rows, like)
     increment_version(kinds[0])
 
 
 def _take_loops(kinds: Sequence[Sequence[Tensor]], tensors: Sequence[Tensor]) -> bool:
-    """Whether compiled loops may read these tensors as the numbers at their addresses."""
+    """Whether loops or kernels may read these tensors as the numbers at their addresses."""
     return (
         len(tensors) > 0
-        and dispatch.installed()
+        and _on_one_device(tensors)
         and not torch.compiler.is_compiling()
         and torch._C._functorch.peek_interpreter_stack() is None  # noqa: SLF001
         and set(map(_dtype, kinds[-1])) in DTYPES
         and set(map(type, kinds[-1])) <= dispatch.PLAIN
-        and all(map(_is_cpu, tensors))
         and (all(map(Tensor.is_contiguous, tensors)) or all(map(_lie_alike, *kinds)))
     )
+
+
+def _on_one_device(tensors: Sequence[Tensor]) -> bool:
+    """Whether all tensors are where loops or kernels are."""
+    if dispatch.device_of(tensors[0]) is None:
+        return dispatch.installed() and all(map(_is_cpu, tensors))
+    device = tensors[0].device
+    return all(tensor.device == device for tensor in tensors)
 
 
 def _lie_alike(*tensors: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Whether tensors can go to compiled loops, and the loops."""
+"""Whether tensors can go to compiled loops, or to Triton's kernels, and those."""
 
 import functools
 import hashlib
@@ -19,11 +19,15 @@ __all__ = [
     "address_of",
     "all_plain",
     "compiled_loops",
+    "device_of",
     "finds_addresses",
+    "gpu",
     "installed",
     "is_plain",
     "loops",
     "machine_code",
+    "on_triton",
+    "triton_installed",
 ]
 
 # numpy has no bfloat16: loops that take 16-bit floats read their bits.
@@ -46,17 +50,32 @@ def installed() -> bool:
     return importlib.util.find_spec("numba") is not None
 
 
+@functools.cache
+def triton_installed() -> bool:
+    """Whether Triton is there, as it is with torch for CUDA."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def on_triton(tensor: Tensor) -> bool:
+    """Whether Triton's kernels go over the device where a tensor is."""
+    return tensor.is_cuda and triton_installed()
+
+
+def device_of(tensor: Tensor) -> torch.device | None:
+    """Where Triton's kernels go over a tensor; None for the CPU, whose loops are compiled by numba."""
+    return tensor.device if on_triton(tensor) else None
+
+
 def compiled_loops(tensor: Tensor) -> bool:
-    """Whether a compiled loop can read a tensor's memory.
+    """Whether a compiled loop or a kernel can read a tensor's memory.
 
     Args:
         tensor: of floating point numbers, or bool.
     """
     return (
-        tensor.is_cpu
+        ((tensor.is_cpu and installed()) or on_triton(tensor))
         and tensor.dtype in DTYPES
         and tensor.layout is STRIDED
-        and installed()
         and is_plain(tensor)
     )
 
@@ -67,13 +86,17 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) in PLAIN and not wrapped
 
 
-def finds_addresses() -> bool:
-    """Whether compiled loops are there, and tensors have addresses: functorch's have none to ask for."""
-    return installed() and _peek() is None
+def finds_addresses(device: torch.device | None = None) -> bool:
+    """Whether there are loops or kernels, and tensors have addresses: functorch's have none to ask for.
+
+    Args:
+        device: see `device_of`.
+    """
+    return (device is not None or installed() or triton_installed()) and _peek() is None
 
 
 def address_of(tensor: Tensor) -> int:
-    """Where compiled loops can read a tensor's numbers, which lie without gaps; 0 where they cannot.
+    """Where loops or kernels can read a tensor's numbers, which lie without gaps; 0 where they cannot.
 
     Zeros that autograd makes up have no address; neither have tensors without elements.
 
@@ -82,7 +105,7 @@ def address_of(tensor: Tensor) -> int:
     """
     if (
         type(tensor) in PLAIN
-        and tensor.is_cpu
+        and ((tensor.is_cpu and installed()) or on_triton(tensor))
         and tensor.layout is STRIDED
         and tensor.is_contiguous()
     ):
@@ -91,7 +114,7 @@ def address_of(tensor: Tensor) -> int:
 
 
 def all_plain(tensors: Iterable[Tensor]) -> bool:
-    """Whether compiled loops can read the numbers of all tensors, which lie without gaps."""
+    """Whether loops or kernels can read the numbers of all tensors, which lie without gaps."""
     return finds_addresses() and all(t.dtype in DTYPES and address_of(t) for t in tensors)
 
 
@@ -101,6 +124,14 @@ def loops() -> Any:
     from truestep.kernels import loops  # noqa: PLC0415
 
     return loops
+
+
+@functools.cache
+def gpu() -> Any:
+    """The package of Triton's kernels, imported when it is first needed."""
+    from truestep.kernels import gpu  # noqa: PLC0415
+
+    return gpu
 
 
 def machine_code(chosen: str) -> Path:

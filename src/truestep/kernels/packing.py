@@ -17,6 +17,8 @@ from truestep.kernels.dispatch import (
     LIKE,
     all_plain,
     compiled_loops,
+    device_of,
+    gpu,
     is_plain,
     loops,
 )
@@ -94,10 +96,14 @@ def pack(values: Tensor, means: Tensor | None = None) -> Tensor | None:
         if not usual or by_row == by_unit:
             return pack(off_mean(values, means))
         address = means.data_ptr()
-    words = torch.empty((samples * positions + WORD - 1) // WORD, units, dtype=torch.int64)
+    count = (samples * positions + WORD - 1) // WORD
     line = [values.data_ptr(), size, MAGNITUDE[size], samples, positions, units]
     line += [strides[0] * size, inner * size, strides[-1] * size, by_unit, address, groups, 0, 1, 0]
-    table = array("q", line)
+    table, device = array("q", line), device_of(values)
+    if device is not None:
+        packed: Tensor = gpu().pack(table, count * units, device)
+        return packed.view(count, units)
+    words = torch.empty(count, units, dtype=torch.int64)
     _run(table, words.data_ptr(), words.numel(), samples * positions * units * size)
     return None if table[PACK_FULL] else words
 
@@ -209,17 +215,25 @@ def filled(
     return table, words, read
 
 
-def pack_table(table: "array[int]", words: int, read: int) -> "array[int]":
+def pack_table(
+    table: "array[int]", words: int, read: int, device: torch.device | None = None
+) -> "array[int] | Tensor":
     """Packs what the lines of a table say, each of which then says whether all its bits are on.
 
     Args:
         table: of `Lines`.
         words: how many there will be.
         read: how many bytes are read.
+        device: where the tensors are, if not on the CPU; which are on everywhere is not found out there.
 
     Returns:
-        All tensors' words: no tensor, whose making would take small ones longer than the packing.
+        All tensors' words: on the CPU no tensor, whose making would take small ones longer than the packing.
     """
+    if device is not None:
+        for line in range(0, len(table), PACK_FIELDS):
+            table[line + PACK_FULL] = 0
+        packed: Tensor = gpu().pack(table, words, device)
+        return packed
     made = NONE * words
     _run(table, made.buffer_info()[0], words, read)
     return made
@@ -303,16 +317,22 @@ class Join(NamedTuple):
     units: int
 
 
-def join(masks: Sequence[Join]) -> tuple["array[int]", list[int]]:
+def join(
+    masks: Sequence[Join], device: torch.device | None = None
+) -> tuple["array[int] | Tensor", list[int]]:
     """The samples with any position on, of many masks at once, by compiled loops.
 
     Args:
         masks: see `Join`.
+        device: where they are, if not on the CPU.
 
     Returns:
         Words, one mask's after the other's, and for each mask its first word's place, or -1 where
-        all bits are on.
+        all bits are on, if that was found out.
     """
+    if device is not None:
+        found: tuple[Tensor, list[int]] = gpu().join(masks, device)
+        return found
     lines: list[int] = []
     places: list[int] = []
     total = 0

@@ -1,4 +1,4 @@
-"""From activity to counts, corrected gradients or whole steps, in one compiled pass over the parameters."""
+"""From activity to counts, corrected gradients or whole steps, in one pass over the parameters."""
 
 import functools
 import math
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from truestep.kernels.dispatch import address_of, all_plain, finds_addresses, loops
+from truestep.kernels.dispatch import address_of, all_plain, device_of, finds_addresses, gpu, loops
 from truestep.kernels.threads import spread
 
 __all__ = [
@@ -149,13 +149,13 @@ FIELDS = 6 + len(Entry._fields)
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether compiled loops can read and write a parameter, its gradient and its buffer."""
+    """Whether loops or kernels can read and write a parameter, its gradient and its buffer."""
     first = tensors[0]
-    dtype, shape = first.dtype, first.shape
+    dtype, shape, device = first.dtype, first.shape, first.device
     if dtype not in REAL:
         return False
     for tensor in tensors:
-        if tensor.dtype is not dtype or tensor.shape != shape:
+        if tensor.dtype is not dtype or tensor.shape != shape or tensor.device != device:
             return False
     return all_plain(tensors)
 
@@ -163,7 +163,7 @@ def takes(*tensors: Tensor) -> bool:
 def addresses(
     gradients: Sequence[Tensor], parameters: Sequence[Tensor]
 ) -> list[tuple[int, int]] | None:
-    """Of many gradients and their parameters; None unless compiled loops can go over each of them.
+    """Of many gradients and their parameters; None unless loops or kernels can go over each of them.
 
     It is `takes` of each pair in one look: small models' steps feel each call.
     """
@@ -181,15 +181,20 @@ def addresses(
     return found
 
 
-def run(table: Table, options: Options, dtype: torch.dtype) -> None:
+def run(
+    table: Table, options: Options, dtype: torch.dtype, device: torch.device | None = None
+) -> None:
     """Takes a step, or corrects gradients, g N / (m + eps), for all parameters in one call.
 
     Args:
         table: of one line or more for each parameter.
         options: see `Options`.
         dtype: of parameters, gradients and buffers.
+        device: where they are, if not on the CPU.
     """
-    if table.work:
+    if device is not None:
+        gpu().step(table.numbers, _values(options), dtype, device)
+    elif table.work:
         numbers = table.array()
         address, size = numbers.buffer_info()
         functions, _ = loops().functions_of(table.kinds, REAL[dtype]).buffer_info()
@@ -200,9 +205,12 @@ def run(table: Table, options: Options, dtype: torch.dtype) -> None:
 
 @functools.lru_cache(maxsize=64)
 def _shared(options: Options, dtype: torch.dtype) -> "array[float]":
+    return array(CODES[dtype], _values(options))
+
+
+def _values(options: Options) -> tuple[float, ...]:
     limit = math.inf if options.limit is None else options.limit
-    kept = 1 - options.dampening
-    return array(CODES[dtype], (*options[:3], kept, *options[4:-1], limit))
+    return *options[:3], 1 - options.dampening, *options[4:-1], limit
 
 
 def count(entries: Sequence[Entry], counts: Tensor) -> None:
@@ -210,8 +218,11 @@ def count(entries: Sequence[Entry], counts: Tensor) -> None:
 
     Args:
         entries: of one parameter.
-        counts: int64, shaped like the parameter, contiguous; is written to.
+        counts: int64, shaped like the parameter, contiguous, where the entries are; is written to.
     """
+    if device_of(counts) is not None:
+        gpu().count(entries, counts)
+        return
     options, place = array("f", [1] * 8), counts.data_ptr()
     shared, _ = options.buffer_info()
     for entry in entries:

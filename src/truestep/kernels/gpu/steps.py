@@ -1,0 +1,102 @@
+"""The kernel that corrects gradients, or takes whole steps, for all parameters in one launch."""
+
+import struct
+from array import array
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from truestep.kernels.gpu.counts import COLUMN, ROW, tile_of
+from truestep.kernels.gpu.entries import FIELDS, lines_of, tiles_of_line
+from truestep.kernels.gpu.launches import field, line_of, pointer, starts_of, uploaded
+
+__all__ = ["step"]
+
+OPTIONS = 8
+# A line's number in the table of `truestep.kernels.stepping`, and where its entry begins.
+TABLE_FIELDS, ENTRY = 20, 6
+TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+@triton.jit
+def _option(options, index: tl.constexpr, NUMBER: tl.constexpr):
+    return tl.load(options + index).to(tl.float64, bitcast=True).to(NUMBER)
+
+
+@triton.jit(do_not_specialize=["lines"])
+def _step(
+    table,
+    lines,
+    FIELDS: tl.constexpr,
+    NUMBER: tl.constexpr,
+    ROW: tl.constexpr,
+    COLUMN: tl.constexpr,
+):
+    tile = tl.program_id(0).to(tl.int64)
+    starts = table + 8
+    index = line_of(starts, lines, tile)
+    line = starts + lines + index * FIELDS
+    place, inside, counts = tile_of(line, tile - tl.load(starts + index), ROW, COLUMN)
+    size = field(line, 4)
+    if size < 0:  # it is on the device
+        size = tl.load(pointer(-size, tl.int64))
+    adaptive = counts.to(NUMBER)
+    least, wanted = adaptive + _option(table, 6, NUMBER), counts != 0
+    if NUMBER == tl.float32:
+        factor = tl.math.div_rn(size.to(NUMBER), least)
+    else:
+        factor = size.to(NUMBER) / least
+    factor = tl.where(wanted, tl.minimum(factor, _option(table, 7, NUMBER)), 1.0)
+    of = pointer(field(line, 0), NUMBER) + place
+    direction = tl.load(of, mask=inside, other=0.0) * factor
+    if field(line, 1) == 0:
+        tl.store(of, direction, mask=inside)
+    else:
+        to = pointer(field(line, 1), NUMBER) + place
+        weight = tl.load(to, mask=inside, other=0.0)
+        # In the order of torch's SGD, and with its roundings.
+        if _option(table, 5, NUMBER) != 0:
+            direction = -direction
+        decay = _option(table, 1, NUMBER)
+        if decay != 0:
+            direction = tl.fma(decay, weight, direction)
+        buffer = field(line, 2)
+        if buffer != 0:
+            momentum = _option(table, 2, NUMBER)
+            by = pointer(buffer, NUMBER) + place
+            speed = direction
+            if field(line, 3) == 0:
+                kept = _option(table, 3, NUMBER)
+                speed = tl.fma(kept, direction, momentum * tl.load(by, mask=inside, other=0.0))
+            tl.store(by, speed, mask=inside)
+            if _option(table, 4, NUMBER) != 0:
+                speed = tl.fma(momentum, speed, direction)
+            direction = speed
+        back = -_option(table, 0, NUMBER)
+        tl.store(to, tl.fma(back, direction, weight), mask=inside)
+
+
+def step(
+    numbers: Sequence[int], options: Sequence[float], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Takes a step, or corrects gradients, for all lines of a table.
+
+    Args:
+        numbers: of a `truestep.kernels.stepping.Table`; addresses but windows' are the device's, and a
+            negative batch size is the address of one.
+        options: see `truestep.kernels.stepping.Options`, in the order of the loops.
+        dtype: of parameters, gradients and buffers.
+        device: where all of it is.
+    """
+    whole = [numbers[at : at + TABLE_FIELDS] for at in range(0, len(numbers), TABLE_FIELDS)]
+    lines, held = lines_of([line[ENTRY:] for line in whole], device)
+    starts, programs = starts_of([tiles_of_line(line) for line in lines])
+    table = array("q", struct.pack(f"{OPTIONS}d", *options)) + array("q", starts)
+    for line, counted in zip(whole, lines, strict=True):
+        table.extend((*line[:5], *counted))
+    if programs:
+        known = (FIELDS, TYPES[dtype], ROW, COLUMN)
+        _step[programs,](uploaded(table, device), len(lines), *known)
+    del held

@@ -1,0 +1,17 @@
+"""Where Triton's kernels run in tests: on a CUDA device, or in Triton's interpreter on the CPU's tensors."""
+
+import pytest
+import torch
+
+from truestep.kernels import dispatch
+
+CUDA = torch.cuda.is_available()
+needs_cuda = pytest.mark.skipif(not CUDA, reason="there is no CUDA device")
+needs_no_cuda = pytest.mark.skipif(CUDA, reason="Triton's kernels run on the CUDA device")
+needs_triton = pytest.mark.skipif(not dispatch.triton_installed(), reason="Triton is not installed")
+
+
+def choose(monkeypatch, kernels):
+    """From now on tensors of all devices go to Triton's kernels, or to torch operations."""
+    monkeypatch.setattr(dispatch, "installed", lambda: False)
+    monkeypatch.setattr(dispatch, "on_triton", lambda _: kernels == "triton")
