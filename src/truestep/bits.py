@@ -134,7 +134,7 @@ def pack(mask: Tensor) -> Bits:
 class _Slice(Bits):
     """Bits whose words lie among others' in one piece of memory; they are a tensor when somebody asks."""
 
-    __slots__ = ("_address", "_all", "_place")
+    __slots__ = ("_address", "_all", "_device", "_place")
 
     def __init__(
         self,
@@ -144,8 +144,10 @@ class _Slice(Bits):
         samples: int,
         positions: int,
         units: int,
+        device: torch.device | None,
     ) -> None:
         self._all, self._place, self._address = words, place, start + 8 * place
+        self._device = device
         self.samples, self.positions, self.units = samples, positions, units
 
     @property
@@ -159,14 +161,14 @@ class _Slice(Bits):
 
     @property
     def device(self) -> torch.device | None:
-        return device_of(self._all) if isinstance(self._all, Tensor) else None
+        return self._device
 
     def address(self, device: torch.device | None = None) -> int | None:
-        return self._address if self.device == device else None
+        return self._address if device is self._device or device == self._device else None
 
     def shaped(self, samples: int, positions: int) -> Bits:
         start = self._address - 8 * self._place
-        return _Slice(self._all, start, self._place, samples, positions, self.units)
+        return _Slice(self._all, start, self._place, samples, positions, self.units, self._device)
 
 
 def pack_rows(tensor: Tensor, rows: Rows, means: Tensor | None = None) -> Bits:
@@ -180,7 +182,12 @@ def start_of(words: "array[int] | Tensor") -> int:
 
 
 def packed_in(
-    words: "array[int] | Tensor", start: int, table: "array[int]", first: int, rows: Rows
+    words: "array[int] | Tensor",
+    start: int,
+    table: "array[int]",
+    first: int,
+    rows: Rows,
+    device: torch.device | None = None,
 ) -> Bits:
     """What one line of a table has packed.
 
@@ -190,11 +197,12 @@ def packed_in(
         table: see `truestep.kernels.packing.pack_table`.
         first: the place in it of the line's first number.
         rows: of the line's tensor.
+        device: where the words are, if not on the CPU.
     """
     samples, positions, units = rows[:3]
     if table[first + PACK_FULL]:
         return Bits(None, samples, positions, units)
-    return _Slice(words, start, table[first + PACK_WORDS], samples, positions, units)
+    return _Slice(words, start, table[first + PACK_WORDS], samples, positions, units, device)
 
 
 def join(pairs: Sequence[tuple[Bits, Bits | None]]) -> list[Bits]:
@@ -231,7 +239,7 @@ def join(pairs: Sequence[tuple[Bits, Bits | None]]) -> list[Bits]:
     words, places = packing.join(masks, device)
     start = start_of(words)
     made = iter(
-        _Slice(words, start, place, mask.samples, 1, mask.units)
+        _Slice(words, start, place, mask.samples, 1, mask.units, device)
         if place >= 0
         else Bits(None, mask.samples, 1, mask.units)
         for mask, place in zip(masks, places, strict=True)

@@ -236,7 +236,7 @@ def pack_all(uses: Sequence[Use], *, whole: bool) -> None:
         words = without_full(words, table)
     start = start_of(words)
     for use, lines in together:
-        use.inputs = packed_in(words, start, table, first, lines.first)
-        use.outputs = packed_in(words, start, table, first + PACK_FIELDS, lines.second)
+        use.inputs = packed_in(words, start, table, first, lines.first, device)
+        use.outputs = packed_in(words, start, table, first + PACK_FIELDS, lines.second, device)
         use.given = use.delta = use.means = None
         first += 2 * PACK_FIELDS

@@ -1,6 +1,7 @@
 """Counting and correcting, or counting and stepping, of many parameters in one compiled pass."""
 
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ Found = tuple[Activity, int | Tensor] | None
 
 # Parameters for which more is made get a call of their own, so that it is not held together.
 LARGE = 1 << 20
+
+_is_cpu = attrgetter("is_cpu")
 
 
 class Pass:
@@ -75,12 +78,13 @@ class Pass:
         if buffer is not None:
             self._changed.append(buffer)
         self._held.append(gradient)
-        self._add((gradient.data_ptr(), of, by), fresh, gradient, found)
+        place = (gradient.data_ptr(), of, by)
+        self._add(place, fresh, gradient, device_of(gradient), found)
 
     def add_all(
         self, gradients: Sequence[Tensor], found: Iterable[Found], parameters: Sequence[Tensor]
     ) -> bool:
-        """`add` of several parameters without buffers, unless compiled loops cannot go over one of them.
+        """`add` of several parameters without buffers, where loops or kernels go over all at once.
 
         Args:
             gradients: theirs.
@@ -93,15 +97,26 @@ class Pass:
         addresses = stepping.addresses(gradients, parameters)
         if addresses is None:
             return False
+        if not addresses:
+            return True
+        device = device_of(gradients[0])
+        alike = all(map(_is_cpu, gradients))
+        if not alike and any(device_of(gradient) != device for gradient in gradients):
+            return False
         self._changed.extend(parameters)
         for gradient, each, (to, of) in zip(gradients, found, addresses, strict=True):
-            self._add((to, of, 0), False, gradient, each)
+            self._add((to, of, 0), False, gradient, device, each)
         return True
 
     def _add(
-        self, addresses: tuple[int, int, int], fresh: bool, gradient: Tensor, found: Found
+        self,
+        addresses: tuple[int, int, int],
+        fresh: bool,
+        gradient: Tensor,
+        device: torch.device | None,
+        found: Found,
     ) -> None:
-        dtype, device = gradient.dtype, device_of(gradient)
+        dtype = gradient.dtype
         table = self._tables.get((dtype, device))
         if table is None:
             table = self._tables[dtype, device] = Table(gradient.element_size())

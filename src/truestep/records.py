@@ -168,7 +168,7 @@ class Records:
             pack_all([use], whole=self.whole)
             self.receive(*use.deliver(iter(join(use.masks()))))
             return
-        self._waiting.add(use, task, whole=self.whole)
+        self._waiting.add(use, delta, task, whole=self.whole)
 
     def _pending_of(self, task: int) -> dict[int, Pending]:
         """The pending activity of a backward pass."""

@@ -4,8 +4,10 @@ What is done for many at once costs each of them a fraction: all wait for the en
 unless their tensors would take too much memory until then.
 """
 
+from torch import Tensor
+
 from truestep.direct import Use, pack_all
-from truestep.kernels.dispatch import device_of
+from truestep.kernels import dispatch
 
 __all__ = ["Waiting"]
 
@@ -31,16 +33,17 @@ class Waiting:
         self._uses.clear()
         self._bytes = 0
 
-    def add(self, use: Use, task: int, *, whole: bool) -> None:
+    def add(self, use: Use, delta: Tensor, task: int, *, whole: bool) -> None:
         """Lets a use wait, and packs what should not wait for longer.
 
         Args:
-            use: with its gradient; its parameters have none yet.
+            use: of parameters that have no gradient yet.
+            delta: its output's gradient.
             task: the backward pass.
             whole: see `truestep.direct.pack_all`.
         """
         self._uses.append((use, task))
-        launched = use.delta is not None and device_of(use.delta) is not None
+        launched = dispatch.on_triton(delta)
         most = MOST_LAUNCHED if launched else min(MOST_OF_ONE, MOST_OF_ALL - self._bytes)
         size = use.wait(most)
         if size is None:
