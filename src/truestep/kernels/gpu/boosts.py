@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from truestep.kernels.gpu.launches import line_of, pointer, uploaded
+from truestep.kernels.gpu.launches import launch, line_of, pointer
 
 __all__ = ["boost", "boosted_step"]
 
@@ -95,6 +95,5 @@ def _launch(
     tiles = -(-elements // BLOCK)
     ends = np.cumsum(tiles)
     table = np.concatenate([settings, ends - tiles, elements, rows[1:].reshape(-1)])
-    if ends[-1]:
-        known = (steps, TYPES[dtype], BLOCK)
-        _boost[int(ends[-1]),](uploaded(table, device), rows.shape[1], *known)
+    known = (steps, TYPES[dtype], BLOCK)
+    launch(_boost, int(ends[-1]), table, device, rows.shape[1], *known)

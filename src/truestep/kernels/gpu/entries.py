@@ -26,7 +26,14 @@ from truestep.kernels.gpu.counts import (
     tile_of,
     tiles_of,
 )
-from truestep.kernels.gpu.launches import blocks, field, line_of, pointer, starts_of, uploaded
+from truestep.kernels.gpu.launches import (
+    blocks,
+    field,
+    launch,
+    line_of,
+    pointer,
+    starts_of,
+)
 from truestep.kernels.gpu.lookups import looked_up
 from truestep.kernels.gpu.packs import unfolded
 
@@ -176,5 +183,4 @@ def _add_counts(lines: Sequence[Line], sums: Tensor) -> None:
     for line in lines:
         table.extend((address, 0, 0, 0, 0, *line))
         address += line[0] * line[1] * sums.element_size()
-    if programs:
-        _sum[programs,](uploaded(table, sums.device), len(lines), FIELDS, ROW, COLUMN)
+    launch(_sum, programs, table, sums.device, len(lines), FIELDS, ROW, COLUMN)

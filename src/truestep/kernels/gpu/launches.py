@@ -1,5 +1,6 @@
 """Tables on the device: how kernels find the line that a program is for, and what it says."""
 
+import contextlib
 from array import array
 from collections.abc import Sequence
 from typing import Any
@@ -7,9 +8,17 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-__all__ = ["WORD", "bits_from", "blocks", "field", "line_of", "pointer", "starts_of", "uploaded"]
+__all__ = [
+    "WORD",
+    "bits_from",
+    "blocks",
+    "field",
+    "launch",
+    "line_of",
+    "pointer",
+    "starts_of",
+]
 
 WORD = tl.constexpr(64)
 
@@ -28,15 +37,23 @@ def starts_of(tiles: Sequence[int]) -> tuple[list[int], int]:
     return starts, total
 
 
-def uploaded(numbers: Any, device: torch.device) -> Tensor:
-    """int64 on the device, without waiting for it.
+def launch(kernel: Any, programs: int, numbers: Any, device: torch.device, *arguments: Any) -> None:
+    """Launches a kernel with a table, without waiting for the device, which need not be the current one.
 
     Args:
-        numbers: a sequence of integers, or an array of int64.
+        kernel: its first argument is the table.
+        programs: how many; without any nothing is launched.
+        numbers: of the table, a list of integers or an array of int64.
         device: where to.
+        arguments: the rest.
     """
+    if programs == 0:
+        return
     held = array("q", numbers) if isinstance(numbers, list) else numbers
-    return torch.frombuffer(held, dtype=torch.int64).to(device, non_blocking=True)
+    table = torch.frombuffer(held, dtype=torch.int64).to(device, non_blocking=True)
+    elsewhere = table.is_cuda and table.get_device() != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+        kernel[programs,](table, *arguments)
 
 
 @triton.jit

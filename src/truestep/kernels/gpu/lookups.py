@@ -1,6 +1,5 @@
 """Kernels that count the samples that look up each row of an embedding."""
 
-from array import array
 from collections.abc import Sequence
 
 import torch
@@ -12,10 +11,10 @@ from truestep.kernels.gpu.launches import (
     WORD,
     blocks,
     field,
+    launch,
     line_of,
     pointer,
     starts_of,
-    uploaded,
 )
 
 __all__ = ["Lookups", "looked_up"]
@@ -129,7 +128,5 @@ def looked_up(
         ),
     ):
         starts, programs = starts_of(tiles)
-        if programs:
-            numbers = uploaded(array("q", starts + table), device)
-            kernel[programs,](numbers, len(found), FIELDS, *known)
+        launch(kernel, programs, starts + table, device, len(found), FIELDS, *known)
     return places, [slots, counts]

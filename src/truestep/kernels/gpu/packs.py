@@ -14,10 +14,10 @@ from truestep.kernels.gpu.launches import (
     bits_from,
     blocks,
     field,
+    launch,
     line_of,
     pointer,
     starts_of,
-    uploaded,
 )
 
 __all__ = ["join", "pack", "unfolded"]
@@ -134,11 +134,10 @@ def pack(table: "array[int]", words: int, device: torch.device) -> Tensor:
             block = BY_UNIT if table[place + 9] else BY_ROW
             rows = blocks(table[place + 3] * table[place + 4], 64)
             tiles.append(rows * blocks(table[place + 5], block) if table[place + 1] == size else 0)
-        starts, total = starts_of(tiles)
-        if total:
-            known = (PACK_FIELDS, any(table[10::PACK_FIELDS]), NUMBERS[size], FLOATS.get(size))
-            numbers = array("q", starts) + table
-            _pack[total,](uploaded(numbers, device), lines, packed, *known, BY_ROW, BY_UNIT)
+        starts, programs = starts_of(tiles)
+        known = (PACK_FIELDS, any(table[10::PACK_FIELDS]), NUMBERS[size], FLOATS.get(size))
+        numbers = array("q", starts) + table
+        launch(_pack, programs, numbers, device, lines, packed, *known, BY_ROW, BY_UNIT)
     return packed
 
 
@@ -195,9 +194,8 @@ def join(masks: Sequence[Any], device: torch.device) -> tuple[Tensor, list[int]]
         total += words * mask.units
     joined = torch.empty(total, dtype=torch.int64, device=device)
     starts, programs = starts_of(tiles)
-    if programs:
-        table = uploaded(starts + lines, device)
-        _join[programs,](table, len(masks), joined, JOIN_FIELDS, JOINED)
+    known = (JOIN_FIELDS, JOINED)
+    launch(_join, programs, starts + lines, device, len(masks), joined, *known)
     return joined, places
 
 
@@ -272,7 +270,6 @@ def unfolded(
         total += words * columns
     made = torch.empty(total, dtype=torch.int64, device=device)
     starts, programs = starts_of(tiles)
-    if programs:
-        table = uploaded(starts + lines, device)
-        _unfold[programs,](table, len(seen), made, UNFOLD_FIELDS, UNFOLDED)
+    known = (UNFOLD_FIELDS, UNFOLDED)
+    launch(_unfold, programs, starts + lines, device, len(seen), made, *known)
     return made, places

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from truestep.kernels.gpu.counts import COLUMN, ROW, tile_of
 from truestep.kernels.gpu.entries import FIELDS, lines_of, tiles_of_line
-from truestep.kernels.gpu.launches import field, line_of, pointer, starts_of, uploaded
+from truestep.kernels.gpu.launches import field, launch, line_of, pointer, starts_of
 
 __all__ = ["step"]
 
@@ -96,7 +96,5 @@ def step(
     table = array("q", struct.pack(f"{OPTIONS}d", *options)) + array("q", starts)
     for line, counted in zip(whole, lines, strict=True):
         table.extend((*line[:5], *counted))
-    if programs:
-        known = (FIELDS, TYPES[dtype], ROW, COLUMN)
-        _step[programs,](uploaded(table, device), len(lines), *known)
+    launch(_step, programs, table, device, len(lines), FIELDS, TYPES[dtype], ROW, COLUMN)
     del held
