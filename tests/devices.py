@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from truestep.kernels import dispatch
+from truestep.kernels import dispatch, packing, scanning, stepping
 
 CUDA = torch.cuda.is_available()
 needs_cuda = pytest.mark.skipif(not CUDA, reason="there is no CUDA device")
@@ -15,3 +15,9 @@ def choose(monkeypatch, kernels):
     """From now on tensors of all devices go to Triton's kernels, or to torch operations."""
     monkeypatch.setattr(dispatch, "installed", lambda: False)
     monkeypatch.setattr(dispatch, "on_triton", lambda _: kernels == "triton")
+    for module in (packing, scanning, stepping):
+        monkeypatch.setattr(module, "loops", _no_loops)
+
+
+def _no_loops():
+    raise AssertionError("a device's tensor came to compiled loops")

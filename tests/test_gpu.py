@@ -16,8 +16,9 @@ from devices import CUDA, choose, needs_cuda, needs_triton
 from truestep import waiting
 from truestep.activity import Elements, Outer, Rows, Window
 from truestep.bits import join, pack
+from truestep.combine import Counts
 from truestep.fused import Pass
-from truestep.kernels import boosting, packing, stepping
+from truestep.kernels import boosting, dispatch, packing, scanning, stepping
 from truestep.update import adaptive_factor, boosted, scale_
 from zoo import ZOO
 
@@ -90,6 +91,56 @@ def test_what_is_off_its_mean_equals_its_twin(seed):
         for numbers, means in ((values, of_rows), (by_unit, of_groups)):
             twin = packing.pack_torch(numbers, means)
             assert torch.equal(packing.pack(numbers, means), twin)
+
+
+def test_numbers_of_several_types_are_packed_at_once():
+    """As where a norm's inputs have means and a layer beside it is in 16 bits."""
+    torch.manual_seed(0)
+    wide, means = (
+        torch.randint(0, 3, (5, 7, 6), device=DEVICE).float(),
+        torch.ones(5, 7, 1, device=DEVICE),
+    )
+    half = mask(9, 40).to(torch.bfloat16)
+    lines = packing.Lines(packing.Rows(5, 7, 6, groups=1), packing.Rows(5, 7, 6), torch.float32)
+    others = packing.Lines(packing.Rows(9, 1, 40), packing.Rows(9, 1, 40), torch.bfloat16)
+    places = [(wide.data_ptr(), wide.data_ptr(), means.data_ptr()), (half.data_ptr(),) * 2 + (0,)]
+    table, total, read = packing.filled((lines, others), places, whole=True)
+    words = packing.pack_table(table, total, read, DEVICE)
+    twins = [
+        packing.pack_torch(wide, means),
+        packing.pack_torch(wide),
+        *[packing.pack_torch(half)] * 2,
+    ]
+    assert torch.equal(words, torch.cat([twin.flatten() for twin in twins]))
+
+
+def test_scanning_a_device_does_not_come_to_loops():
+    values = torch.randn(9, 4, device=DEVICE)
+    low, high, _ = scanning.scan(values, 1)
+    assert torch.equal(low, values.amin(0))
+    assert torch.equal(high, values.amax(0))
+
+
+def test_kernels_that_do_not_run_are_told_once(monkeypatch):
+    def refuse(_device):
+        raise RuntimeError("no compiler")
+
+    dispatch.triton_works.cache_clear()
+    monkeypatch.setattr(dispatch.gpu(), "probe", refuse)
+    with pytest.warns(UserWarning, match="torch operations count there.*no compiler"):
+        assert not dispatch.triton_works(DEVICE)
+    assert not dispatch.triton_works(DEVICE)
+    dispatch.triton_works.cache_clear()
+
+
+def test_the_probe_runs():
+    assert dispatch.triton_works(DEVICE)
+
+
+def test_counts_come_to_the_gradients_device():
+    gradient, counts = torch.ones(3, device=DEVICE), torch.tensor([0, 1, 3])
+    scale_(gradient, Counts(counts, 4), 4)
+    assert gradient.tolist() == [1.0, 2.0, 1.0]
 
 
 def test_joining_equals_its_twin(seed):

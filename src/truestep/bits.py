@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from truestep.kernels import packing
-from truestep.kernels.dispatch import device_of, finds_addresses, installed
+from truestep.kernels import dispatch, packing
+from truestep.kernels.dispatch import device_of, finds_addresses
 from truestep.kernels.packing import PACK_FULL, PACK_WORDS, WORD, Join, Rows, unpack
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ def join(pairs: Sequence[tuple[Bits, Bits | None]]) -> list[Bits]:
     if not pairs:
         return []
     device = next((device for one, _ in pairs if (device := one.device) is not None), None)
-    if not finds_addresses(device) or not (device is not None or installed()):
+    if not finds_addresses() or (device is None and not dispatch.installed()):
         return [_joined(one, other) for one, other in pairs]
     found: list[Bits | None] = []
     masks: list[Join] = []

@@ -1,4 +1,4 @@
-"""Counting and correcting, or counting and stepping, of many parameters in one compiled pass."""
+"""Counting and correcting, or counting and stepping, of many parameters in one pass."""
 
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
@@ -26,7 +26,7 @@ _is_cpu = attrgetter("is_cpu")
 
 
 class Pass:
-    """Gathers parameters and lets compiled loops go over all of them at once.
+    """Gathers parameters and lets compiled loops or kernels go over all of them at once.
 
     Args:
         options: see `truestep.kernels.stepping.Options`.
@@ -51,7 +51,7 @@ class Pass:
 
     @staticmethod
     def takes(*tensors: Tensor) -> bool:
-        """Whether compiled loops can go over a parameter, its gradient and its buffer."""
+        """Whether loops or kernels can go over a parameter, its gradient and its buffer."""
         return stepping.takes(*tensors)
 
     def add(
@@ -131,9 +131,11 @@ class Pass:
         if entries is not None:
             table.add(addresses, fresh, int(size), entries)
             return
-        activity = Counts(activity.count().contiguous(), activity.samples)
-        self._held.append(activity)
-        elements = table.add(addresses, fresh, int(size), activity.entries(device) or [])
+        counts = Counts(activity.count().to(gradient.device).contiguous(), activity.samples)
+        self._held.append(counts)
+        entries = counts.entries(device)
+        assert entries is not None  # noqa: S101
+        elements = table.add(addresses, fresh, int(size), entries)
         if elements >= LARGE:
             self.run()
 

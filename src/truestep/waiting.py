@@ -42,12 +42,14 @@ class Waiting:
             task: the backward pass.
             whole: see `truestep.direct.pack_all`.
         """
-        self._uses.append((use, task))
         launched = dispatch.on_triton(delta)
         most = MOST_LAUNCHED if launched else min(MOST_OF_ONE, MOST_OF_ALL - self._bytes)
         size = use.wait(most)
         if size is None:
             pack_all([use], whole=whole)
+        # Only now: another device's thread may look at all that wait.
+        self._uses.append((use, task))
+        if size is None:
             return
         self._bytes += size
         if launched and self._bytes > MOST_LAUNCHED:

@@ -137,10 +137,12 @@ def _take_loops(kinds: Sequence[Sequence[Tensor]], tensors: Sequence[Tensor]) ->
 
 
 def _on_one_device(tensors: Sequence[Tensor]) -> bool:
-    """Whether all tensors are where loops or kernels are."""
+    """Whether all tensors are where loops or kernels can go over them now."""
     if dispatch.device_of(tensors[0]) is None:
         return dispatch.installed() and all(map(_is_cpu, tensors))
     device = tensors[0].device
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return False  # torch operations are what a graph can hold
     return all(tensor.device == device for tensor in tensors)
 
 

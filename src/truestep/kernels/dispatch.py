@@ -4,6 +4,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ __all__ = [
     "machine_code",
     "on_triton",
     "triton_installed",
+    "triton_works",
 ]
 
 # numpy has no bfloat16: loops that take 16-bit floats read their bits.
@@ -52,13 +54,34 @@ def installed() -> bool:
 
 @functools.cache
 def triton_installed() -> bool:
-    """Whether Triton is there, as it is with torch for CUDA."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether Triton is there, as it is with torch for CUDA; for ROCm the kernels were never tried."""
+    return torch.version.hip is None and importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def triton_works(device: torch.device) -> bool:
+    """Whether Triton's kernels run on a device: it may be too old, or there may be no C compiler.
+
+    Warns:
+        UserWarning: once, if they do not.
+    """
+    if not triton_installed():
+        return False
+    try:
+        gpu().probe(device)
+    except Exception as error:  # noqa: BLE001 - Triton, its compilers and the driver raise many kinds
+        warnings.warn(
+            f"Triton's kernels do not run on {device}, so torch operations count there, several times "
+            f"as slowly: {type(error).__name__}: {error}",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def on_triton(tensor: Tensor) -> bool:
     """Whether Triton's kernels go over the device where a tensor is."""
-    return tensor.is_cuda and triton_installed()
+    return tensor.is_cuda and triton_works(tensor.device)
 
 
 def device_of(tensor: Tensor) -> torch.device | None:
@@ -86,13 +109,9 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) in PLAIN and not wrapped
 
 
-def finds_addresses(device: torch.device | None = None) -> bool:
-    """Whether there are loops or kernels, and tensors have addresses: functorch's have none to ask for.
-
-    Args:
-        device: see `device_of`.
-    """
-    return (device is not None or installed() or triton_installed()) and _peek() is None
+def finds_addresses() -> bool:
+    """Whether tensors have addresses: functorch's have none to ask for."""
+    return _peek() is None
 
 
 def address_of(tensor: Tensor) -> int:

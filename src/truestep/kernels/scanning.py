@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from truestep.kernels.dispatch import LIKE, all_plain, loops
+from truestep.kernels.dispatch import LIKE, all_plain, device_of, loops
 from truestep.kernels.threads import spread
 
 __all__ = ["scan", "scan_torch"]
@@ -26,7 +26,8 @@ def scan(values: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
         >>> scan(torch.tensor([[1.0, -1.0], [3.0, 0.0]]), 1)
         (tensor([ 1., -1.]), tensor([3., 0.]), tensor([2, 0]))
     """
-    if dim != values.dim() - 1 or values.dtype not in LIKE or not all_plain([values]):
+    usual = dim == values.dim() - 1 and values.dtype in LIKE and device_of(values) is None
+    if not (usual and all_plain([values])):
         return scan_torch(values, dim)
     units = values.shape[-1]
     low, high = values.new_empty(units), values.new_empty(units)

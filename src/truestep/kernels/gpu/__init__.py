@@ -7,7 +7,8 @@ tiles come before it.
 
 from truestep.kernels.gpu.boosts import boost, boosted_step
 from truestep.kernels.gpu.entries import count
+from truestep.kernels.gpu.launches import probe
 from truestep.kernels.gpu.packs import join, pack
 from truestep.kernels.gpu.steps import step
 
-__all__ = ["boost", "boosted_step", "count", "join", "pack", "step"]
+__all__ = ["boost", "boosted_step", "count", "join", "pack", "probe", "step"]

@@ -36,19 +36,18 @@ from truestep.kernels.gpu.launches import (
 )
 from truestep.kernels.gpu.lookups import looked_up
 from truestep.kernels.gpu.packs import unfolded
+from truestep.kernels.stepping import LOOKUPS, Entry
 
 __all__ = ["FIELDS", "count", "lines_of", "tiles_of_line"]
 
 # Of a line with the five numbers before it: see `truestep.kernels.gpu.steps`. The second belongs to
 # `truestep.activity.Window.numbers`.
 FIELDS, NUMBERS_OF_WINDOW = 15, 20
-LOOKUPS = 4  # the kind of an embedding's entry
 # A line's samples are counted in parts where it has so few tiles that processors would be idle: so many
 # words are worth a program of their own, and so many programs keep a device busy.
 LOOKS, PROGRAMS = 32, 512
 
 Line = list[int]
-Entry = Sequence[int]
 
 
 @triton.jit(do_not_specialize=["lines"])
@@ -96,18 +95,16 @@ def tiles_of_line(line: Line) -> int:
 
 def _line_of(entry: Entry) -> Line:
     """A line as far as the entry tells it."""
-    rows, columns, outputs, inputs, samples, positions, window, apart = entry[:8]
-    counts, kind = entry[-2:]
-    mode = EVERY
-    if counts:
+    mode, samples = EVERY, entry.samples
+    if entry.counts:
         mode = COUNTED
-    elif kind == LOOKUPS:
+    elif entry.kind == LOOKUPS:
         mode = LOOKED_UP
-    elif outputs or inputs or window:
-        mode = WORDS if apart or positions == 1 else SAMPLES
-    if apart:
-        samples *= positions
-    return [rows, columns, outputs, inputs, samples, positions, 1, mode.value, counts, 1]
+    elif entry.outputs or entry.inputs or entry.window:
+        mode = WORDS if entry.apart or entry.positions == 1 else SAMPLES
+    if entry.apart:
+        samples *= entry.positions
+    return [*entry[:4], samples, entry.positions, 1, mode.value, entry.counts, 1]
 
 
 def _look_up(entries: Sequence[Entry], lines: Sequence[Line], device: torch.device) -> list[Tensor]:
@@ -116,7 +113,11 @@ def _look_up(entries: Sequence[Entry], lines: Sequence[Line], device: torch.devi
     if not chosen:
         return []
     places, held = looked_up(
-        [(e[9], e[10], e[2], e[11], e[8], e[0], e[1]) for e, _ in chosen], device
+        [
+            (e.looked_up, e.owners, e.outputs, e.by_entry, e.entries, e.rows, e.columns)
+            for e, _ in chosen
+        ],
+        device,
     )
     for (_, line), (slots, counts) in zip(chosen, places, strict=True):
         line[2], line[8] = slots, counts
@@ -127,11 +128,11 @@ def _unfold(entries: Sequence[Entry], lines: Sequence[Line], device: torch.devic
     """Lays out what convolutions' weights see."""
     windows: list[tuple[Line, Any]] = []
     for entry, line in zip(entries, lines, strict=True):
-        if entry[6] and not entry[12]:
-            numbers = (ctypes.c_int64 * NUMBERS_OF_WINDOW).from_address(entry[6])[:]
+        if entry.window and not entry.counts:
+            numbers = (ctypes.c_int64 * NUMBERS_OF_WINDOW).from_address(entry.window)[:]
             line[6] = numbers[-1]
-            if not (entry[3] and _sees_itself(numbers)):
-                windows.append((line, (entry[3], entry[4], entry[5], numbers)))
+            if not (entry.inputs and _sees_itself(numbers)):
+                windows.append((line, (entry.inputs, entry.samples, entry.positions, numbers)))
     if not windows:
         return []
     words, places = unfolded([seen for _, seen in windows], device)

@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from truestep.errors import TruestepError
+
 __all__ = [
     "WORD",
     "bits_from",
@@ -17,6 +19,7 @@ __all__ = [
     "launch",
     "line_of",
     "pointer",
+    "probe",
     "starts_of",
 ]
 
@@ -49,11 +52,26 @@ def launch(kernel: Any, programs: int, numbers: Any, device: torch.device, *argu
     """
     if programs == 0:
         return
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise TruestepError(
+            "a CUDA graph is being captured, and what truestep's kernels are told would not be part of it; "
+            "leave the counted backward pass and the step out of the graph"
+        )
     held = array("q", numbers) if isinstance(numbers, list) else numbers
     table = torch.frombuffer(held, dtype=torch.int64).to(device, non_blocking=True)
     elsewhere = table.is_cuda and table.get_device() != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
         kernel[programs,](table, *arguments)
+
+
+@triton.jit
+def _nothing(table):
+    tl.store(table, tl.load(table))
+
+
+def probe(device: torch.device) -> None:
+    """Raises whatever keeps kernels from being compiled and launched on a device."""
+    launch(_nothing, 1, [0], device)
 
 
 @triton.jit

@@ -88,7 +88,7 @@ def _count(
         other = start + within
         same = (other < last) & (tl.load(rows + other, mask=other < last, other=-1) == row)
         seen += (same & (other < entry)).to(tl.int32)
-        if (words != 0) & (by_entry != 0):
+        if (words != 0) & (by_entry != 0) & (tl.sum(same.to(tl.int32), axis=0) != 0):
             at = pointer(words, tl.int64) + (other // WORD)[:, None] * columns + column[None, :]
             met = tl.load(at, mask=same[:, None] & inside[None, :], other=0)
             on |= tl.max((met >> (other % WORD)[:, None]) & 1, axis=0).to(tl.int32)

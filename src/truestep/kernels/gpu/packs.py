@@ -19,13 +19,13 @@ from truestep.kernels.gpu.launches import (
     pointer,
     starts_of,
 )
+from truestep.kernels.packing import JOIN_FIELDS, PACK_FIELDS
 
 __all__ = ["join", "pack", "unfolded"]
 
 # Columns of a tile: units of numbers that lie by row, or by unit; of masks; of a convolution's weight.
 BY_ROW, BY_UNIT, JOINED, UNFOLDED = 128, 32, 32, 64
-# The table of `truestep.kernels.packing`, and those made here.
-PACK_FIELDS, JOIN_FIELDS, UNFOLD_FIELDS = 15, 7, 26
+UNFOLD_FIELDS = 26
 NUMBERS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
 FLOATS = {4: tl.float32, 8: tl.float64}
 
@@ -135,7 +135,9 @@ def pack(table: "array[int]", words: int, device: torch.device) -> Tensor:
             rows = blocks(table[place + 3] * table[place + 4], 64)
             tiles.append(rows * blocks(table[place + 5], block) if table[place + 1] == size else 0)
         starts, programs = starts_of(tiles)
-        known = (PACK_FIELDS, any(table[10::PACK_FIELDS]), NUMBERS[size], FLOATS.get(size))
+        pairs = zip(table[1::PACK_FIELDS], table[10::PACK_FIELDS], strict=True)
+        means = any(address for of_size, address in pairs if of_size == size)
+        known = (PACK_FIELDS, means, NUMBERS[size], FLOATS.get(size))
         numbers = array("q", starts) + table
         launch(_pack, programs, numbers, device, lines, packed, *known, BY_ROW, BY_UNIT)
     return packed

@@ -11,12 +11,13 @@ import triton.language as tl
 from truestep.kernels.gpu.counts import COLUMN, ROW, tile_of
 from truestep.kernels.gpu.entries import FIELDS, lines_of, tiles_of_line
 from truestep.kernels.gpu.launches import field, launch, line_of, pointer, starts_of
+from truestep.kernels.stepping import FIELDS as TABLE_FIELDS
+from truestep.kernels.stepping import Entry
 
 __all__ = ["step"]
 
-OPTIONS = 8
-# A line's number in the table of `truestep.kernels.stepping`, and where its entry begins.
-TABLE_FIELDS, ENTRY = 20, 6
+OPTIONS = tl.constexpr(8)
+ENTRY = TABLE_FIELDS - len(Entry._fields)  # where an entry begins in a table's line
 TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -35,7 +36,7 @@ def _step(
     COLUMN: tl.constexpr,
 ):
     tile = tl.program_id(0).to(tl.int64)
-    starts = table + 8
+    starts = table + OPTIONS
     index = line_of(starts, lines, tile)
     line = starts + lines + index * FIELDS
     place, inside, counts = tile_of(line, tile - tl.load(starts + index), ROW, COLUMN)
@@ -91,9 +92,9 @@ def step(
         device: where all of it is.
     """
     whole = [numbers[at : at + TABLE_FIELDS] for at in range(0, len(numbers), TABLE_FIELDS)]
-    lines, held = lines_of([line[ENTRY:] for line in whole], device)
+    lines, held = lines_of([Entry(*line[ENTRY:]) for line in whole], device)
     starts, programs = starts_of([tiles_of_line(line) for line in lines])
-    table = array("q", struct.pack(f"{OPTIONS}d", *options)) + array("q", starts)
+    table = array("q", struct.pack(f"{OPTIONS.value}d", *options)) + array("q", starts)
     for line, counted in zip(whole, lines, strict=True):
         table.extend((*line[:5], *counted))
     launch(_step, programs, table, device, len(lines), FIELDS, TYPES[dtype], ROW, COLUMN)
