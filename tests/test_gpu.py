@@ -34,7 +34,7 @@ def _on_triton(monkeypatch):
     choose(monkeypatch, "triton")
 
 
-@pytest.fixture(params=range(3))
+@pytest.fixture(params=range(2))
 def seed(request):
     torch.manual_seed(request.param)
     random.seed(request.param)
@@ -155,7 +155,7 @@ def test_joining_equals_its_twin(seed):
 def test_linear_maps_equal_their_twin(seed):
     for _ in range(CASES):
         samples, positions = random.choice([1, 63, 65, 130]), random.choice([1, 1, 2, 64, 65])
-        rows, columns = random.randint(1, 70), random.randint(1, 130)
+        rows, columns = random.randint(1, 40), random.randint(1, 70)
         outputs, inputs = mask(samples, positions, rows), mask(samples, positions, columns)
         if positions == 1:
             outputs, inputs = outputs[:, 0], inputs[:, 0]
@@ -225,13 +225,17 @@ def test_an_embedding_that_is_not_looked_up():
     assert_counted(Rows(torch.Size([5, 4]), 3, nothing, nothing, outputs, by_entry=False))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize("extra", [{}, {"dampening": 0.3}, {"nesterov": True}, {"maximize": True}])
+@pytest.mark.parametrize(
+    ("dtype", "momentum", "weight_decay", "extra"),
+    [
+        (torch.float32, 0.0, 0.0, {}),
+        (torch.float64, 0.0, 0.1, {"maximize": True}),
+        (torch.float64, 0.9, 0.0, {"nesterov": True}),
+        (torch.float32, 0.9, 0.1, {"dampening": 0.3}),
+        (torch.float32, 0.9, 0.1, {"nesterov": True, "maximize": True}),
+    ],
+)
 def test_a_fused_step_equals_the_step_of_torch(dtype, momentum, weight_decay, extra):
-    if not momentum and extra.keys() & {"dampening", "nesterov"}:
-        return
     torch.manual_seed(0)
     shapes = [(7, 9), (5,), (3,), (90, 6), (40, 70)]
     ours = [torch.randn(shape, dtype=dtype, device=DEVICE) for shape in shapes]
@@ -292,7 +296,7 @@ def test_boosting_gradients_in_place():
 
 
 @pytest.mark.parametrize("most", [waiting.MOST_LAUNCHED, 600])
-@pytest.mark.parametrize("name", ["mlp", "cnn", "encoder", "bag", "tied"])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "bag", "tied"])
 def test_training_ends_at_the_weights_of_torch_operations(name, most, monkeypatch):
     """Also where the inputs and gradients that wait are packed in between."""
     monkeypatch.setattr(waiting, "MOST_LAUNCHED", most)
