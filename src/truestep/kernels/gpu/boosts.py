@@ -7,12 +7,11 @@ import torch
 import triton
 import triton.language as tl
 
-from truestep.kernels.gpu.launches import launch, line_of, pointer
+from truestep.kernels.gpu.launches import TYPES, launch, line_of, pointer, setting
 
 __all__ = ["boost", "boosted_step"]
 
 BLOCK = 1024
-TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 # What stands before the table: learning rate, weight decay, whether to ascend.
 SETTINGS = tl.constexpr(3)
 
@@ -44,10 +43,10 @@ def _boost(table, lines, STEPS: tl.constexpr, NUMBER: tl.constexpr, BLOCK: tl.co
         weight = tl.load(to, mask=inside, other=0.0)
         if tl.load(table + 2) != 0:
             direction = -direction
-        decay = tl.load(table + 1).to(tl.float64, bitcast=True).to(NUMBER)
+        decay = setting(table, 1, NUMBER)
         if decay != 0:
             direction = tl.fma(decay, weight, direction)
-        back = -tl.load(table).to(tl.float64, bitcast=True).to(NUMBER)
+        back = -setting(table, 0, NUMBER)
         tl.store(to, tl.fma(back, direction, weight), mask=inside)
     else:
         tl.store(of, direction, mask=inside)

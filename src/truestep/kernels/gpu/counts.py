@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from truestep.kernels.gpu.launches import WORD, bits_from, blocks, field, pointer
+from truestep.kernels.gpu.launches import WORD, bits_within, field, pointer
 
 __all__ = [
     "COLUMN",
@@ -35,8 +35,8 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 def tiles_of(rows: int, columns: int, groups: int, parts: int) -> int:
     """How many tiles `tile_of` sees in a line."""
     if rows == 1:
-        return blocks(columns, ROW * COLUMN) * parts
-    return blocks(rows // groups, ROW) * blocks(columns, COLUMN) * groups * parts
+        return triton.cdiv(columns, ROW * COLUMN) * parts
+    return triton.cdiv(rows // groups, ROW) * triton.cdiv(columns, COLUMN) * groups * parts
 
 
 @triton.jit
@@ -49,15 +49,15 @@ def tile_of(line, local, ROW: tl.constexpr, COLUMN: tl.constexpr):
     rows, columns, groups = field(line, 5), field(line, 6), field(line, 11)
     down, across = tl.arange(0, ROW)[:, None], tl.arange(0, COLUMN)[None, :]
     if rows == 1:
-        each = (columns + ROW * COLUMN - 1) // (ROW * COLUMN)
+        each = tl.cdiv(columns, ROW * COLUMN)
         part = local // each
         place = (local - part * each) * (ROW * COLUMN) + down * COLUMN + across
         inside = place < columns
         zero = tl.zeros([1, 1], tl.int64)
         counts = _counted(line, part, zero, zero == 0, place, inside, place, inside, ROW, COLUMN)
     else:
-        wide, of_group = (columns + COLUMN - 1) // COLUMN, rows // groups
-        high = (of_group + ROW - 1) // ROW
+        wide, of_group = tl.cdiv(columns, COLUMN), rows // groups
+        high = tl.cdiv(of_group, ROW)
         left = local // wide
         column = (local - left * wide) * COLUMN + across
         group = left // high
@@ -101,8 +101,8 @@ def _counted(
         at = pointer(field(line, 13), tl.int32) + slot.to(tl.int64) * field(line, 6) + column
         counts += tl.load(at, mask=inside & (slot >= 0), other=0)
     elif mode == WORDS:
-        words = (samples + WORD - 1) // WORD
-        share = (words + parts - 1) // parts
+        words = tl.cdiv(samples, WORD)
+        share = tl.cdiv(words, parts)
         first, stop = part * share, tl.minimum(words, part * share + share)
         for word in range(first, stop, AHEAD):
             for ahead in tl.static_range(AHEAD):
@@ -111,7 +111,7 @@ def _counted(
                 counts += _ones(met)
     else:
         positions = field(line, 10)
-        each, share = (positions + 2 * WORD - 2) // WORD, (samples + parts - 1) // parts
+        each, share = tl.cdiv(positions + WORD - 1, WORD), tl.cdiv(samples, parts)
         begin, stop = part * share * each, tl.minimum(samples, part * share + share) * each
         found = tl.zeros([ROW, COLUMN], tl.int64)
         for look in range(begin, stop, AHEAD):
@@ -121,10 +121,8 @@ def _counted(
                 first, last = sample * positions, sample * positions + positions - 1
                 word = first // WORD + step
                 wanted = (word <= last // WORD) & (look + ahead < stop)
-                low = tl.where(step == 0, first % WORD, 0)
-                high = tl.where(word == last // WORD, last % WORD, WORD - 1)
                 met = _met(line, word, row, rows_in, column, columns_in, wanted)
-                found |= met & bits_from(low, high)
+                found |= met & bits_within(word, first, last)
                 ends = step == each - 1
                 counts += (ends & (found != 0)).to(tl.int32)
                 found = tl.where(ends, 0, found)

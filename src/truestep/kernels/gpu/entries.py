@@ -27,10 +27,9 @@ from truestep.kernels.gpu.counts import (
     tiles_of,
 )
 from truestep.kernels.gpu.launches import (
-    blocks,
     field,
     launch,
-    line_of,
+    line_and_tile,
     pointer,
     starts_of,
 )
@@ -52,10 +51,8 @@ Line = list[int]
 
 @triton.jit(do_not_specialize=["lines"])
 def _sum(starts, lines, FIELDS: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr):
-    tile = tl.program_id(0).to(tl.int64)
-    index = line_of(starts, lines, tile)
-    line = starts + lines + index * FIELDS
-    place, inside, counts = tile_of(line, tile - tl.load(starts + index), ROW, COLUMN)
+    line, local = line_and_tile(starts, lines, FIELDS)
+    place, inside, counts = tile_of(line, local, ROW, COLUMN)
     tl.atomic_add(pointer(field(line, 0), tl.int32) + place, counts, mask=inside)
 
 
@@ -166,15 +163,15 @@ def _parts(line: Line) -> int:
     """In how many parts the samples of a line are counted."""
     samples, positions, mode = line[4], line[5], line[7]
     if mode == WORDS.value:
-        looks = blocks(samples, 64)
+        looks = triton.cdiv(samples, 64)
     elif mode == SAMPLES.value:
-        looks = samples * ((positions + 126) // 64)
+        looks = samples * triton.cdiv(positions + 63, 64)
     else:
         return 1
     if looks <= LOOKS:
         return 1
     tiles = max(1, tiles_of_line(line))
-    return max(1, min(blocks(looks, LOOKS), blocks(PROGRAMS, tiles)))
+    return max(1, min(triton.cdiv(looks, LOOKS), triton.cdiv(PROGRAMS, tiles)))
 
 
 def _add_counts(lines: Sequence[Line], sums: Tensor) -> None:

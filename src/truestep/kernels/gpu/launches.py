@@ -12,23 +12,22 @@ import triton.language as tl
 from truestep.errors import TruestepError
 
 __all__ = [
+    "TYPES",
     "WORD",
-    "bits_from",
-    "blocks",
+    "bits_within",
     "field",
     "launch",
+    "line_and_tile",
     "line_of",
     "pointer",
     "probe",
+    "setting",
     "starts_of",
 ]
 
 WORD = tl.constexpr(64)
-
-
-def blocks(size: int, block: int) -> int:
-    """How many blocks cover so many."""
-    return -(-size // block)
+# The numbers that are reckoned with.
+TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def starts_of(tiles: Sequence[int]) -> tuple[list[int], int]:
@@ -88,6 +87,20 @@ def line_of(starts, lines, tile):
 
 
 @triton.jit
+def line_and_tile(starts, lines, FIELDS: tl.constexpr):
+    """The line that a program is for, and which of the line's tiles."""
+    tile = tl.program_id(0).to(tl.int64)
+    index = line_of(starts, lines, tile)
+    return starts + lines + index * FIELDS, tile - tl.load(starts + index)
+
+
+@triton.jit
+def setting(table, index: tl.constexpr, NUMBER: tl.constexpr):
+    """A float64 that stands in a table of int64."""
+    return tl.load(table + index).to(tl.float64, bitcast=True).to(NUMBER)
+
+
+@triton.jit
 def field(line, index: tl.constexpr):
     """A number of a line."""
     return tl.load(line + index)
@@ -100,8 +113,10 @@ def pointer(address, NUMBER: tl.constexpr):
 
 
 @triton.jit
-def bits_from(first, last):
-    """A word whose bits from one place to another, both at most 63, are on."""
+def bits_within(word, first, last):
+    """The bits of a word that stand for rows from one to another; the word is one of those that hold them."""
     one = tl.full([], 1, tl.int64)
-    upto = tl.where(last == WORD - 1, -1, (one << ((last + 1) % WORD)) - 1)
-    return upto & (-one << first)
+    begin = tl.where(word == first // WORD, first % WORD, 0)
+    end = tl.where(word == last // WORD, last % WORD, WORD - 1)
+    upto = tl.where(end == WORD - 1, -1, (one << ((end + 1) % WORD)) - 1)
+    return upto & (-one << begin)

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from truestep.kernels.gpu.launches import (
     WORD,
-    blocks,
     field,
     launch,
-    line_of,
+    line_and_tile,
     pointer,
     starts_of,
 )
@@ -31,10 +30,8 @@ Lookups = tuple[int, int, int, int, int, int, int]
 @triton.jit(do_not_specialize=["lines"])
 def _give_slots(starts, lines, FIELDS: tl.constexpr, BLOCK: tl.constexpr):
     """Of the entries that look up a row, one gives it its own place."""
-    tile = tl.program_id(0).to(tl.int64)
-    index = line_of(starts, lines, tile)
-    line = starts + lines + index * FIELDS
-    entry = (tile - tl.load(starts + index)) * BLOCK + tl.arange(0, BLOCK)
+    line, local = line_and_tile(starts, lines, FIELDS)
+    entry = local * BLOCK + tl.arange(0, BLOCK)
     inside = entry < field(line, 4)
     row = tl.load(pointer(field(line, 0), tl.int32) + entry, mask=inside, other=0)
     tl.store(pointer(field(line, 6), tl.int32) + row, entry.to(tl.int32), mask=inside)
@@ -61,13 +58,10 @@ def _count(
     ENTRIES: tl.constexpr,
     COLUMN: tl.constexpr,
 ):
-    tile = tl.program_id(0).to(tl.int64)
-    index = line_of(starts, lines, tile)
-    line = starts + lines + index * FIELDS
+    line, local = line_and_tile(starts, lines, FIELDS)
     rows, owners = pointer(field(line, 0), tl.int32), pointer(field(line, 1), tl.int32)
     entries, columns = field(line, 4), field(line, 5)
-    across = (columns + COLUMN - 1) // COLUMN
-    local = tile - tl.load(starts + index)
+    across = tl.cdiv(columns, COLUMN)
     entry = local // across
     column = (local - entry * across) * COLUMN + tl.arange(0, COLUMN)
     inside = column < columns
@@ -120,10 +114,10 @@ def looked_up(
         places.append((to, by))
         to, by = to + 4 * rows, by + 4 * entries[4] * columns
     for kernel, tiles, known in (
-        (_give_slots, [blocks(line[4], SLOTS) for line in found], (SLOTS,)),
+        (_give_slots, [triton.cdiv(line[4], SLOTS) for line in found], (SLOTS,)),
         (
             _count,
-            [line[4] * blocks(line[6], COLUMN) for line in found],
+            [line[4] * triton.cdiv(line[6], COLUMN) for line in found],
             (WORD, ENTRIES, COLUMN),
         ),
     ):

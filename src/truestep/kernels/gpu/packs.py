@@ -10,12 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 from truestep.kernels.gpu.launches import (
+    TYPES,
     WORD,
-    bits_from,
-    blocks,
+    bits_within,
     field,
     launch,
-    line_of,
+    line_and_tile,
     pointer,
     starts_of,
 )
@@ -27,7 +27,7 @@ __all__ = ["join", "pack", "unfolded"]
 BY_ROW, BY_UNIT, JOINED, UNFOLDED = 128, 32, 32, 64
 UNFOLD_FIELDS = 26
 NUMBERS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
-FLOATS = {4: tl.float32, 8: tl.float64}
+FLOATS = {dtype.itemsize: number for dtype, number in TYPES.items()}
 
 
 @triton.jit
@@ -53,48 +53,29 @@ def _numbers_on(
 
 
 @triton.jit
-def _pack_rows(
+def _pack_tile(
     line,
     local,
     words,
+    AXIS: tl.constexpr,
     MEANS: tl.constexpr,
     NUMBER: tl.constexpr,
     FLOAT: tl.constexpr,
     UNIT: tl.constexpr,
 ):
-    """A word of each of some units whose numbers lie in rows."""
+    """A word of each of some units.
+
+    The rows are along the axis `AXIS` of a tile; numbers that lie side by side are along axis 1.
+    """
     rows, units = field(line, 3) * field(line, 4), field(line, 5)
-    across = (units + UNIT - 1) // UNIT
+    across = tl.cdiv(units, UNIT)
     word = local // across
     unit = (local - word * across) * UNIT + tl.arange(0, UNIT)
-    within = tl.arange(0, WORD).to(tl.int64)
-    row = (word * WORD + within)[:, None]
-    inside = (row < rows) & (unit < units)[None, :]
-    on = _numbers_on(line, row, unit[None, :], inside, MEANS, NUMBER, FLOAT)
-    packed = tl.sum(on.to(tl.int64) << within[:, None], axis=0)
-    tl.store(words + word * units + unit, packed, mask=unit < units)
-
-
-@triton.jit
-def _pack_units(
-    line,
-    local,
-    words,
-    MEANS: tl.constexpr,
-    NUMBER: tl.constexpr,
-    FLOAT: tl.constexpr,
-    UNIT: tl.constexpr,
-):
-    """The same where each unit's numbers lie in a row."""
-    rows, units = field(line, 3) * field(line, 4), field(line, 5)
-    across = (units + UNIT - 1) // UNIT
-    word = local // across
-    unit = (local - word * across) * UNIT + tl.arange(0, UNIT)
-    within = tl.arange(0, WORD).to(tl.int64)
-    row = (word * WORD + within)[None, :]
-    inside = (row < rows) & (unit < units)[:, None]
-    on = _numbers_on(line, row, unit[:, None], inside, MEANS, NUMBER, FLOAT)
-    packed = tl.sum(on.to(tl.int64) << within[None, :], axis=1)
+    bit = tl.expand_dims(tl.arange(0, WORD).to(tl.int64), 1 - AXIS)
+    row, of_unit = word * WORD + bit, tl.expand_dims(unit, AXIS)
+    inside = (row < rows) & (of_unit < units)
+    on = _numbers_on(line, row, of_unit, inside, MEANS, NUMBER, FLOAT)
+    packed = tl.sum(on.to(tl.int64) << bit, axis=AXIS)
     tl.store(words + word * units + unit, packed, mask=unit < units)
 
 
@@ -104,15 +85,12 @@ def _pack(
     FIELDS: tl.constexpr, MEANS: tl.constexpr, NUMBER: tl.constexpr, FLOAT: tl.constexpr,
     ROW: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0).to(tl.int64)
-    index = line_of(starts, lines, tile)
-    line = starts + lines + index * FIELDS
-    local = tile - tl.load(starts + index)
+    line, local = line_and_tile(starts, lines, FIELDS)
     out = words + field(line, 12)
     if field(line, 9) != 0:
-        _pack_units(line, local, out, MEANS, NUMBER, FLOAT, UNIT)
+        _pack_tile(line, local, out, 1, MEANS, NUMBER, FLOAT, UNIT)
     else:
-        _pack_rows(line, local, out, MEANS, NUMBER, FLOAT, ROW)
+        _pack_tile(line, local, out, 0, MEANS, NUMBER, FLOAT, ROW)
 
 
 def pack(table: "array[int]", words: int, device: torch.device) -> Tensor:
@@ -132,8 +110,10 @@ def pack(table: "array[int]", words: int, device: torch.device) -> Tensor:
         tiles = []
         for place in range(0, len(table), PACK_FIELDS):
             block = BY_UNIT if table[place + 9] else BY_ROW
-            rows = blocks(table[place + 3] * table[place + 4], 64)
-            tiles.append(rows * blocks(table[place + 5], block) if table[place + 1] == size else 0)
+            rows = triton.cdiv(table[place + 3] * table[place + 4], 64)
+            tiles.append(
+                rows * triton.cdiv(table[place + 5], block) if table[place + 1] == size else 0
+            )
         starts, programs = starts_of(tiles)
         pairs = zip(table[1::PACK_FIELDS], table[10::PACK_FIELDS], strict=True)
         means = any(address for of_size, address in pairs if of_size == size)
@@ -145,20 +125,17 @@ def pack(table: "array[int]", words: int, device: torch.device) -> Tensor:
 
 @triton.jit(do_not_specialize=["lines"])
 def _join(starts, lines, joined, FIELDS: tl.constexpr, UNIT: tl.constexpr):
-    tile = tl.program_id(0).to(tl.int64)
-    index = line_of(starts, lines, tile)
-    line = starts + lines + index * FIELDS
-    local = tile - tl.load(starts + index)
+    line, local = line_and_tile(starts, lines, FIELDS)
     one, other = pointer(field(line, 0), tl.int64), field(line, 1)
     samples, positions, units = field(line, 2), field(line, 3), field(line, 4)
-    across = (units + UNIT - 1) // UNIT
+    across = tl.cdiv(units, UNIT)
     group = local // across
     unit = (local - group * across) * UNIT + tl.arange(0, UNIT)
     within = tl.arange(0, WORD).to(tl.int64)
     sample = group * WORD + within
     first, last = sample * positions, sample * positions + positions - 1
     found = tl.zeros([WORD, UNIT], tl.int64)
-    for step in range((positions + 2 * WORD - 2) // WORD):
+    for step in range(tl.cdiv(positions + WORD - 1, WORD)):
         word = first // WORD + step
         wanted = (sample < samples) & (word <= last // WORD)
         inside = wanted[:, None] & (unit < units)[None, :]
@@ -166,9 +143,7 @@ def _join(starts, lines, joined, FIELDS: tl.constexpr, UNIT: tl.constexpr):
         seen = tl.load(one + place, mask=inside, other=0)
         if other != 0:
             seen &= tl.load(pointer(other, tl.int64) + place, mask=inside, other=0)
-        begin = tl.where(step == 0, first % WORD, 0)
-        end = tl.where(word == last // WORD, last % WORD, WORD - 1)
-        found |= seen & bits_from(begin, end)[:, None]
+        found |= seen & bits_within(word, first, last)[:, None]
     packed = tl.sum((found != 0).to(tl.int64) << within[:, None], axis=0)
     out = joined + field(line, 5)
     tl.store(out + group * units + unit, packed, mask=unit < units)
@@ -191,8 +166,8 @@ def join(masks: Sequence[Any], device: torch.device) -> tuple[Tensor, list[int]]
     for mask in masks:
         lines += *mask, total, 0
         places.append(total)
-        words = blocks(mask.samples, 64)
-        tiles.append(words * blocks(mask.units, JOINED))
+        words = triton.cdiv(mask.samples, 64)
+        tiles.append(words * triton.cdiv(mask.units, JOINED))
         total += words * mask.units
     joined = torch.empty(total, dtype=torch.int64, device=device)
     starts, programs = starts_of(tiles)
@@ -212,13 +187,10 @@ def _along(place, column, line, AXIS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["lines"])
 def _unfold(starts, lines, unfolded, FIELDS: tl.constexpr, COLUMN: tl.constexpr):
-    tile = tl.program_id(0).to(tl.int64)
-    index = line_of(starts, lines, tile)
-    line = starts + lines + index * FIELDS
-    local = tile - tl.load(starts + index)
+    line, local = line_and_tile(starts, lines, FIELDS)
     address, samples, positions = field(line, 0), field(line, 2), field(line, 3)
     columns, taps, channels = field(line, 4), field(line, 5), field(line, 6)
-    across = (columns + COLUMN - 1) // COLUMN
+    across = tl.cdiv(columns, COLUMN)
     word = local // across
     column = ((local - word * across) * COLUMN + tl.arange(0, COLUMN))[:, None]
     within = tl.arange(0, WORD).to(tl.int64)
@@ -265,10 +237,10 @@ def unfolded(
     for address, samples, positions, window in seen:
         sizes, channels = window[:18], window[18]
         taps = window[6] * window[7] * window[8]
-        columns, words = channels * taps, blocks(samples * positions, 64)
+        columns, words = channels * taps, triton.cdiv(samples * positions, 64)
         lines += (address, total, samples, positions, columns, taps, channels, 0, *sizes)
         places.append(total)
-        tiles.append(words * blocks(columns, UNFOLDED))
+        tiles.append(words * triton.cdiv(columns, UNFOLDED))
         total += words * columns
     made = torch.empty(total, dtype=torch.int64, device=device)
     starts, programs = starts_of(tiles)

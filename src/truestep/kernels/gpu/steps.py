@@ -10,7 +10,15 @@ import triton.language as tl
 
 from truestep.kernels.gpu.counts import COLUMN, ROW, tile_of
 from truestep.kernels.gpu.entries import FIELDS, lines_of, tiles_of_line
-from truestep.kernels.gpu.launches import field, launch, line_of, pointer, starts_of
+from truestep.kernels.gpu.launches import (
+    TYPES,
+    field,
+    launch,
+    line_and_tile,
+    pointer,
+    setting,
+    starts_of,
+)
 from truestep.kernels.stepping import FIELDS as TABLE_FIELDS
 from truestep.kernels.stepping import Entry
 
@@ -18,12 +26,6 @@ __all__ = ["step"]
 
 OPTIONS = tl.constexpr(8)
 ENTRY = TABLE_FIELDS - len(Entry._fields)  # where an entry begins in a table's line
-TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
-
-
-@triton.jit
-def _option(options, index: tl.constexpr, NUMBER: tl.constexpr):
-    return tl.load(options + index).to(tl.float64, bitcast=True).to(NUMBER)
 
 
 @triton.jit(do_not_specialize=["lines"])
@@ -35,21 +37,18 @@ def _step(
     ROW: tl.constexpr,
     COLUMN: tl.constexpr,
 ):
-    tile = tl.program_id(0).to(tl.int64)
-    starts = table + OPTIONS
-    index = line_of(starts, lines, tile)
-    line = starts + lines + index * FIELDS
-    place, inside, counts = tile_of(line, tile - tl.load(starts + index), ROW, COLUMN)
+    line, local = line_and_tile(table + OPTIONS, lines, FIELDS)
+    place, inside, counts = tile_of(line, local, ROW, COLUMN)
     size = field(line, 4)
     if size < 0:  # it is on the device
         size = tl.load(pointer(-size, tl.int64))
     adaptive = counts.to(NUMBER)
-    least, wanted = adaptive + _option(table, 6, NUMBER), counts != 0
+    least, wanted = adaptive + setting(table, 6, NUMBER), counts != 0
     if NUMBER == tl.float32:
         factor = tl.math.div_rn(size.to(NUMBER), least)
     else:
         factor = size.to(NUMBER) / least
-    factor = tl.where(wanted, tl.minimum(factor, _option(table, 7, NUMBER)), 1.0)
+    factor = tl.where(wanted, tl.minimum(factor, setting(table, 7, NUMBER)), 1.0)
     of = pointer(field(line, 0), NUMBER) + place
     direction = tl.load(of, mask=inside, other=0.0) * factor
     if field(line, 1) == 0:
@@ -58,24 +57,24 @@ def _step(
         to = pointer(field(line, 1), NUMBER) + place
         weight = tl.load(to, mask=inside, other=0.0)
         # In the order of torch's SGD, and with its roundings.
-        if _option(table, 5, NUMBER) != 0:
+        if setting(table, 5, NUMBER) != 0:
             direction = -direction
-        decay = _option(table, 1, NUMBER)
+        decay = setting(table, 1, NUMBER)
         if decay != 0:
             direction = tl.fma(decay, weight, direction)
         buffer = field(line, 2)
         if buffer != 0:
-            momentum = _option(table, 2, NUMBER)
+            momentum = setting(table, 2, NUMBER)
             by = pointer(buffer, NUMBER) + place
             speed = direction
             if field(line, 3) == 0:
-                kept = _option(table, 3, NUMBER)
+                kept = setting(table, 3, NUMBER)
                 speed = tl.fma(kept, direction, momentum * tl.load(by, mask=inside, other=0.0))
             tl.store(by, speed, mask=inside)
-            if _option(table, 4, NUMBER) != 0:
+            if setting(table, 4, NUMBER) != 0:
                 speed = tl.fma(momentum, speed, direction)
             direction = speed
-        back = -_option(table, 0, NUMBER)
+        back = -setting(table, 0, NUMBER)
         tl.store(to, tl.fma(back, direction, weight), mask=inside)
 
 
