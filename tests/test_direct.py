@@ -56,6 +56,27 @@ def convolutional():
     )
 
 
+def normed():
+    """Norms of all kinds, of which one channel is constant, and so its own mean."""
+    model = nn.Sequential(
+        nn.Conv2d(2, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.BatchNorm2d(8),
+        nn.GroupNorm(2, 8),
+        nn.Conv2d(8, 6, 3, groups=2),
+        nn.GroupNorm(1, 6),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.BatchNorm1d(96),
+        nn.GroupNorm(4, 96),
+        nn.LayerNorm(96),
+        nn.Linear(96, 2),
+    )
+    with torch.no_grad():
+        model[0].bias[3] = -100
+    return model
+
+
 def trained(
     short, held, monkeypatch, batches, *, make=linear, unit="sample", penalty=False, accumulate=1
 ):
@@ -66,7 +87,8 @@ def trained(
         patch.setattr(waiting, "MOST_OF_ALL", held)
         torch.manual_seed(0)
         model = make()
-        counter = truestep.SampleCounter(model, unit=unit)
+        rules = truestep.RULES | truestep.rules.BATCH_NORM
+        counter = truestep.SampleCounter(model, unit=unit, rules=rules)
         optimizer = truestep.AdaptiveBatchSGD(model.parameters(), lr=1e-6, counter=counter)
         found = []
         for number, batch in enumerate(batches):
@@ -114,6 +136,26 @@ def test_both_ways_of_other_layers_lead_to_the_same(
     assert uses == ["0", "1", "3", "6", "7", "9"] * (len(batches) - 1)
     for (size, counts), (same_size, same_counts) in zip(one[0], other[0], strict=True):
         assert size == same_size
+        assert all(torch.equal(counts[name], same_counts[name]) for name in same_counts)
+    assert all(torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True))
+
+
+@pytest.mark.parametrize("held", [0, waiting.MOST_OF_ALL])
+@pytest.mark.parametrize("unit", ["sample", "position"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_both_ways_of_norms_lead_to_the_same(held, unit, training, order, monkeypatch, uses):
+    batches = [torch.randn(size, 2, 6, 6).relu().to(memory_format=order) for size in (5, 70, 7)]
+
+    def make():
+        return normed().to(memory_format=order).train(training)
+
+    options = {"make": make, "unit": unit}
+    one, other = (trained(short, held, monkeypatch, batches, **options) for short in (True, False))
+    assert uses == ["0", "2", "3", "4", "5", "8", "9", "10", "11"] * (len(batches) - 1)
+    for (size, counts), (same_size, same_counts) in zip(one[0], other[0], strict=True):
+        assert size == same_size
+        assert counts["2.weight"][3] == 0 < counts["2.bias"][3]
         assert all(torch.equal(counts[name], same_counts[name]) for name in same_counts)
     assert all(torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True))
 
@@ -181,6 +223,7 @@ def test_who_takes_which_way(make, call, expected, uses):
         (nn.LayerNorm(2), torch.randn(5, 4, 2), True),
         (nn.LayerNorm(2), torch.randn(5, 2, 4).transpose(1, 2), False),
         (nn.GroupNorm(1, 2), torch.randn(5, 2, 4), True),
+        (nn.GroupNorm(1, 2), torch.randn(5, 4, 2).transpose(1, 2), False),
         (nn.RMSNorm(2), torch.randn(5, 2), False),
     ],
 )

@@ -105,10 +105,12 @@ def test_tables_have_the_columns_that_loops_read():
     assert [getattr(fields, name) for name in names] == list(range(before, fields.FIELDS))
     assert stepping.FIELDS == fields.FIELDS
     assert list(importlib.import_module("truestep.kernels.loops.step").KINDS) == EVERY_KIND
-    pack = importlib.import_module("truestep.kernels.loops.pack")
-    assert (packing.PACK_FIELDS, packing.PACK_PAIR) == (pack.FIELDS, pack.PAIR)
+    numbers = importlib.import_module("truestep.kernels.loops.numbers")
+    assert (packing.PACK_FIELDS, packing.PACK_PAIR) == (numbers.FIELDS, numbers.PAIR)
     ours = packing.PACK_ADDRESS, packing.PACK_MEANS, packing.PACK_WORDS, packing.PACK_FULL
-    assert ours == (pack.ADDRESS, pack.MEANS, pack.WORDS, pack.FULL)
+    assert ours == (numbers.ADDRESS, numbers.MEANS, numbers.WORDS, numbers.FULL)
+    ours = packing.ALONE, packing.ASKED, packing.REACHED
+    assert ours == (numbers.ALONE, numbers.ASKED, numbers.REACHED)
     joins = importlib.import_module("truestep.kernels.loops.joins")
     columns = [
         getattr(joins, "ADDRESS" if name == "words" else name.upper())
@@ -453,15 +455,15 @@ def test_a_fused_step_is_seen_by_autograd():
     assert all(p._version > v for p, v in zip(model.parameters(), before, strict=True))
 
 
-def packed_together(pairs):
+def packed_together(pairs, pair=packing.ALONE):
     """Bits of pairs of tensors of one type, each with its rows, the first with means or None."""
     lines, addresses, made = [], [], []
     for (one, first, means), (other, second) in pairs:
-        lines.append(packing.Lines(first, second, one.dtype))
+        lines.append(packing.Lines(first, second, one.dtype, pair))
         at = 0 if means is None else means.data_ptr()
         addresses.append((one.data_ptr(), other.data_ptr(), at))
-        made += [first, second]
-    table, words, read = packing.filled(tuple(lines), addresses, whole=False)
+        made += [lines[-1].first, lines[-1].second]
+    table, words, read = packing.filled(tuple(lines), addresses)
     packed = packing.pack_table(table, words, read)
     start, fields = packed.buffer_info()[0], packing.PACK_FIELDS
     return [packed_in(packed, start, table, n * fields, r) for n, r in enumerate(made)]
@@ -483,6 +485,14 @@ def all_loops(dtype):
     together.append(torch.ones(700, 3, dtype=dtype))
     pairs = [((*flat(one), None), flat(other)) for one, other in pairwise(together)]
     found += [bits.dense() for bits in packed_together(pairs)]
+    rows, kept = packing.Rows(130, 40, 70), torch.zeros(130, 40, dtype=dtype)
+    for by_unit in (False, True):
+        given, delta = ((torch.rand(130, 2800) < 0.02).to(dtype) for _ in range(2))
+        whose = rows._replace(by_unit=by_unit)
+        means = kept[:, :7].clone() if by_unit else kept
+        first = whose._replace(groups=7 if by_unit else packing.EACH_ROW)
+        pair = (given, first, means), (delta, whose)
+        found += [bits.dense() for bits in packed_together([pair] * 2, packing.REACHED)]
     outputs, inputs = torch.rand(100, 40) < 0.4, torch.rand(100, 30) < 0.4
     activity = Outer(torch.Size([40, 30]), pack(outputs), pack(inputs))
     found += [activity.count(), scale_(torch.randn(40, 30, dtype=dtype), activity, 100)]
@@ -541,7 +551,7 @@ def kinds(samples, dtype):
         sizes = samples, positions, units
         yield values, packing.Rows(*sizes), None
         yield values, packing.Rows(*sizes, by_unit=True), None
-        yield values, packing.Rows(*sizes, groups=1), by_row
+        yield values, packing.Rows(*sizes, groups=packing.EACH_ROW), by_row
         yield values, packing.Rows(*sizes, by_unit=True, groups=2), by_group
 
 
@@ -567,11 +577,10 @@ def test_packing_many_equals_packing_each(samples, dtype):
     units=st.tuples(st.integers(1, 130), st.integers(1, 70)),
     densities=st.tuples(DENSITY, DENSITY),
     on=st.sampled_from(["neither", "inputs", "outputs", "both", "all but a sample's"]),
-    centred=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
 def test_two_that_are_on_at_last_positions_need_no_more(
-    samples, positions, units, densities, on, centred, dtype
+    samples, positions, units, densities, on, dtype
 ):
     masks = [
         torch.rand(samples, positions, count) < density
@@ -582,12 +591,9 @@ def test_two_that_are_on_at_last_positions_need_no_more(
             mask[:, -1] = True
     if on.startswith("all but"):
         masks[0][samples // 2, -1, units[0] // 2] = False
-    means = torch.randn(samples, positions, 1, dtype=dtype) if centred else None
+    first, second = (packing.Rows(samples, positions, count) for count in units)
     given, delta = (mask.to(dtype) for mask in masks)
-    given = given if means is None else torch.where(masks[0], means + 1, means)
-    rows = [packing.Rows(samples, positions, count) for count in units]
-    first = rows[0]._replace(groups=int(centred))
-    inputs, outputs = packed_together([((given, first, means), (delta, rows[1]))])
+    (inputs, outputs) = packed_together([((given, first, None), (delta, second))], packing.ASKED)
     if on == "both":
         assert inputs.words is None is outputs.words
     found = Outer(torch.Size([units[1], units[0]]), outputs, inputs).count()
@@ -595,10 +601,45 @@ def test_two_that_are_on_at_last_positions_need_no_more(
     assert torch.equal(found, hits.sum(0))
 
 
+@given(
+    samples=st.sampled_from([1, 3, 63, 64, 65, 130]),
+    positions=st.sampled_from([1, 2, 15, 16, 17, 64, 81, 150]),
+    of_group=st.integers(1, 9),
+    groups=st.sampled_from([1, 2, 7, 30]),
+    means=st.sampled_from(["by unit", "by row", "each row"]),
+    densities=st.tuples(DENSITY, DENSITY),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    more=st.booleans(),
+)
+def test_samples_that_reach_a_norm_equal_the_twin(
+    samples, positions, of_group, groups, means, densities, dtype, more
+):
+    units, by_unit = of_group * groups, means == "by unit"
+    off, on = (torch.rand(samples, positions, units) < density for density in densities)
+    if means == "each row":
+        kept, groups = torch.randn(samples, positions, 1, dtype=dtype), packing.EACH_ROW
+        mean = kept.expand(off.shape)
+    else:
+        kept = torch.randn(samples, groups, dtype=dtype)
+        mean = kept.repeat_interleave(of_group, 1).unsqueeze(1).expand(off.shape)
+    given, delta = torch.where(off, mean + 1, mean), torch.where(on, -2.0, 0.0).to(dtype)
+    if by_unit:
+        given, delta = (t.transpose(1, 2).contiguous() for t in (given, delta))
+    rows = packing.Rows(samples, positions, units, by_unit)
+    pair = (given, rows._replace(groups=groups), kept), (delta, rows)
+    found = packed_together([pair] * (1 + more), packing.REACHED)
+    for bits, mask in zip(found, [off & on, on] * (1 + more), strict=True):
+        assert (bits.samples, bits.positions, bits.units) == (samples, 1, units)
+        expected = mask.any(1)
+        assert (bits.words is None) == bool(expected.all())
+        assert torch.equal(bits.mask(), expected)
+
+
 @given(st.sampled_from([1, 3, 70]), st.integers(1, 9), st.booleans(), st.booleans())
 def test_rows_are_what_they_say(positions, units, by_unit, centred):
     values = (torch.randn(5, positions * units) * 2).round()
-    rows = packing.Rows(5, positions, units, by_unit, (1 if centred else 0))
+    groups = (1 if by_unit else packing.EACH_ROW) if centred else 0
+    rows = packing.Rows(5, positions, units, by_unit, groups)
     means = torch.randint(-1, 2, (5,) if by_unit else (5, positions)).float() if centred else None
     shaped = values.reshape((5, units, positions) if by_unit else (5, positions, units))
     if centred:

@@ -20,7 +20,13 @@ from truestep.bits import Bits, pack_rows, packed_in, start_of
 from truestep.calls import Call
 from truestep.errors import TruestepError
 from truestep.hooks import Hook, uncompiled
-from truestep.kernels.dispatch import address_of, device_of, finds_addresses
+from truestep.kernels.dispatch import (
+    CHANNELS_LAST,
+    address_of,
+    channels_last,
+    device_of,
+    finds_addresses,
+)
 from truestep.kernels.packing import PACK_FIELDS, SIZES, Lines, filled, pack_table, without_full
 
 if TYPE_CHECKING:
@@ -79,6 +85,7 @@ class Use:
         means: its means, if the layer needs them, as long.
         delta: the gradient of the node's output, from its arrival until it is packed.
         rows: how many rows of that are one sample's.
+        reached: whether `inputs` and `outputs` are the samples that reach a norm's weight and bias.
         sizes: shapes of input and node's output.
         inputs: the bits of the input.
         outputs: the bits of the latest gradient.
@@ -97,6 +104,7 @@ class Use:
         "inputs",
         "means",
         "outputs",
+        "reached",
         "rows",
         "sizes",
         "weight",
@@ -112,7 +120,7 @@ class Use:
         self.delta: Tensor | None = None
         direct = self.direct = layer.direct
         self.weight, self.bias = direct.weight, direct.bias
-        self.means = direct.means(node) if direct.groups else None
+        self.means = direct.means(node, given) if direct.groups else None
         self.rows = direct.rows(given.shape)
         self.inputs: Bits
         self.outputs: Bits
@@ -189,6 +197,7 @@ class Use:
             self.inputs = pack_rows(given, direct.of_input(given.shape, rows), self.means)
             self.sizes = given.shape, delta.shape
         self.given = self.delta = self.means = None
+        self.reached = False
 
     def masks(self) -> list[tuple[Bits, Bits | None]]:
         """The masks that `deliver` needs with their positions joined."""
@@ -205,7 +214,7 @@ def pack_all(uses: Sequence[Use], *, whole: bool) -> None:
 
     Args:
         uses: of layers.
-        whole: see `truestep.kernels.packing.filled`.
+        whole: whether somebody looks at the bits of one tensor alone, so that all have to be read.
     """
     together, addresses = list[tuple[Use, Lines]](), list[tuple[int, int, int]]()
     reads, first = finds_addresses(), 0
@@ -214,23 +223,29 @@ def pack_all(uses: Sequence[Use], *, whole: bool) -> None:
         given, delta, means = use.given, use.delta, use.means
         if delta is None:
             continue
-        dtype, of, to, by = delta.dtype, 0, 0, 0
+        direct, dtype, of, to, by = use.direct, delta.dtype, 0, 0, 0
+        there, lines = device_of(delta), None
         if reads and given is not None and given.dtype is dtype and dtype in SIZES:
-            of, to = address_of(given), address_of(delta)
+            of, last = address_of(given), False
+            if not of and direct.images and channels_last(given):
+                of, last = address_of(given, CHANNELS_LAST), True
+            to = address_of(delta, CHANNELS_LAST) if last else address_of(delta)
             use.sizes = given.shape, delta.shape
-            lines = use.direct.lines(use.sizes, dtype, use.rows)
-            if means is not None and means.dtype is dtype and means.numel() == lines.means:
-                by = address_of(means)
-        there = device_of(delta)
-        if not (of and to and (by or means is None)) or (together and there != device):
+            every = whole or there is not None
+            lines = direct.lines(use.sizes, dtype, use.rows, last=last, whole=every)
+            if lines and means is not None and means.dtype is dtype:
+                by = address_of(means) if means.numel() == lines.means else 0
+        readable = lines is not None and of and to and (by or means is None)
+        if not readable or (together and there != device):
             use.pack()
             continue
+        assert lines is not None  # noqa: S101
         device = there
         together.append((use, lines))
         addresses.append((of, to, by))
     if not together:
         return
-    table, total, read = filled(tuple([lines for _, lines in together]), addresses, whole=whole)
+    table, total, read = filled(tuple([lines for _, lines in together]), addresses)
     words = pack_table(table, total, read, device)
     if len(together) == 1 and isinstance(words, array):
         words = without_full(words, table)
@@ -238,5 +253,6 @@ def pack_all(uses: Sequence[Use], *, whole: bool) -> None:
     for use, lines in together:
         use.inputs = packed_in(words, start, table, first, lines.first, device)
         use.outputs = packed_in(words, start, table, first + PACK_FIELDS, lines.second, device)
+        use.reached = lines.reached
         use.given = use.delta = use.means = None
         first += 2 * PACK_FIELDS

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from truestep.activity import Activity, Elements, Outer
 from truestep.bits import Bits
 from truestep.graph import saved_tensors_are_packed
-from truestep.kernels.dispatch import LIKE
-from truestep.kernels.packing import Lines, Rows
+from truestep.kernels.dispatch import LIKE, channels_last
+from truestep.kernels.packing import ALONE, ASKED, EACH_ROW, REACHED, Lines, Rows
 from truestep.layout import Layout, Rule
 from truestep.rules import RULES
 from truestep.rules_convolution import window_of
+from truestep.rules_norm import BATCH_NORM
 
 __all__ = ["Direct", "Sizes", "direct_way"]
 
@@ -38,13 +39,15 @@ class Direct(ABC):
     Attributes:
         weight: its weight, None as long as there is no short way.
         bias: its bias, if it has one.
-        groups: how many means autograd keeps of each row of its input; 0 where it keeps none.
+        groups: see `truestep.kernels.packing.Rows`, of its input.
         apart: whether each position counts as a sample.
     """
 
     # What the layer adds to the autograd graph whose backward pass reads the input that it was given.
     NODES: frozenset[str]
     groups = 0
+    # Whether input and output may lie with their channels last.
+    images = False
 
     def __init__(self, module: Any, layout: Layout) -> None:
         del module
@@ -53,7 +56,7 @@ class Direct(ABC):
         self.apart = layout.unit == "position"
         # Of the latest calls: those to come are likely to have the same.
         self._kind: type | None = None
-        self._lines: tuple[Sizes, Lines] | None = None
+        self._lines: tuple[Sizes, bool, bool, Lines | None] | None = None
 
     def know(self, module: nn.Module) -> None:
         """Notes the parameters if all are trained: those have their hooks now."""
@@ -94,9 +97,9 @@ class Direct(ABC):
         del shape
         return 1
 
-    def means(self, node: Any) -> Tensor | None:
-        """The means that autograd has kept."""
-        del node
+    def means(self, node: Any, given: Tensor) -> Tensor | None:
+        """The means of the input that autograd has kept."""
+        del node, given
         return None
 
     @abstractmethod
@@ -112,19 +115,39 @@ class Direct(ABC):
         """`arranged` of the input, with its means."""
         return self.arranged(shape, rows)._replace(groups=self.groups)
 
-    def lines(self, sizes: Sizes, dtype: torch.dtype, rows: int) -> Lines:
-        """How input and output gradient are packed together.
+    def pair(self, first: Rows, *, whole: bool) -> int | None:
+        """What is asked of input and output together, see `truestep.kernels.packing.Lines`; None for neither.
+
+        Args:
+            first: of the input.
+            whole: see `lines`.
+        """
+        del first, whole
+        return ALONE
+
+    def lines(
+        self, sizes: Sizes, dtype: torch.dtype, rows: int, *, last: bool, whole: bool
+    ) -> Lines | None:
+        """How input and output gradient are packed together; None where they cannot be.
 
         Args:
             sizes: shapes of the input and of the node's output.
             dtype: of both.
             rows: see `rows`.
+            last: whether their channels lie last.
+            whole: whether all bits are wanted, or kernels are to find them.
         """
         known = self._lines
-        if known is not None and known[0] == sizes and known[1].dtype is dtype:
-            return known[1]
-        lines = Lines(self.of_input(sizes[0], rows), self.arranged(sizes[1], rows), dtype)
-        self._lines = sizes, lines
+        if known is not None and known[:3] == (sizes, last, whole):
+            lines = known[3]
+            if lines is None or lines.dtype is dtype:
+                return lines
+        first, second = self.of_input(sizes[0], rows), self.arranged(sizes[1], rows)
+        if last:
+            first, second = first._replace(by_unit=False), second._replace(by_unit=False)
+        pair = self.pair(first, whole=whole)
+        lines = None if pair is None else Lines(first, second, dtype, pair)
+        self._lines = sizes, last, whole, lines
         return lines
 
     def masks(self, use: Any) -> list[tuple[Bits, Bits | None]]:
@@ -182,6 +205,10 @@ class DirectLinear(Direct):
         count = shape[0] if len(shape) == 2 else shape[:-1].numel()  # noqa: PLR2004
         return Rows(count // rows, rows, shape[-1])
 
+    def pair(self, first: Rows, *, whole: bool) -> int | None:
+        """Of samples with positions most weights are reached at the last."""
+        return ALONE if whole or first.positions == 1 else ASKED
+
     def found(self, use: Any, joined: Iterator[Bits]) -> Found:
         """As `truestep.rules.linear`."""
         weight, bias, outputs = use.weight, use.bias, use.outputs
@@ -195,6 +222,7 @@ class DirectConvolution(Direct):
     """Convolutions."""
 
     NODES = frozenset({"ConvolutionBackward0"})
+    images = True
 
     def __init__(self, module: Any, layout: Layout) -> None:
         super().__init__(module, layout)
@@ -226,37 +254,25 @@ class DirectConvolution(Direct):
 class DirectNorm(Direct):
     """Norms of whose input autograd keeps the means: what is equal to its mean is normalised to zero."""
 
-    NODES = frozenset({"NativeLayerNormBackward0", "NativeGroupNormBackward0"})
-
-    def __init__(self, module: Any, layout: Layout) -> None:
-        super().__init__(module, layout)
-        images = isinstance(module, nn.GroupNorm)
-        self.groups = module.num_groups if images else 1
-        self._dims = None if images else len(module.normalized_shape)
-
     def reader(self, given: Tensor, output: Tensor, node: Any) -> Any:
         """Of others, autograd keeps a copy, or rounded means."""
         del output
-        batched = self._dims is None or len(given.shape) > self._dims
-        return node if batched and given.is_contiguous() and given.dtype in LIKE else None
+        return node if given.dtype in LIKE and self.keeps(given) else None
 
-    def means(self, node: Any) -> Tensor:
-        """Detached: GroupNorm's would keep the node alive that this is hung on."""
-        found: Tensor = node._saved_result1.detach()  # noqa: SLF001
-        return found
+    @abstractmethod
+    def keeps(self, given: Tensor) -> bool:
+        """Whether autograd keeps an input itself."""
 
-    def arranged(self, shape: torch.Size, rows: int) -> Rows:
-        """Of LayerNorm, rows of all normalised numbers."""
-        del rows
-        if self._dims is None:
-            return Rows(shape[0], shape[2:].numel(), shape[1], by_unit=True)
-        lead, units = shape[: -self._dims], shape[-self._dims :].numel()
-        if self.apart:
-            return Rows(lead.numel(), 1, units)
-        return Rows(lead[0], lead[1:].numel(), units)
+    def pair(self, first: Rows, *, whole: bool) -> int | None:
+        """A few positions tell which samples reach the weights."""
+        if not (whole or (self.apart and first.positions > 1)):
+            return REACHED
+        return ALONE if first.by_unit or first.groups == EACH_ROW else None
 
     def masks(self, use: Any) -> list[tuple[Bits, Bits | None]]:
         """Of the weight too."""
+        if use.reached:
+            return []
         outputs, inputs = use.outputs, use.inputs
         if self.apart:
             outputs, inputs = outputs.apart(), inputs.apart()
@@ -266,16 +282,95 @@ class DirectNorm(Direct):
     def found(self, use: Any, joined: Iterator[Bits]) -> Found:
         """As `truestep.rules_norm.normalization`."""
         parameters = [use.weight] if use.bias is None else [use.weight, use.bias]
-        return [(each, Elements(each.shape, next(joined))) for each in parameters]
+        bits = iter((use.inputs, use.outputs)) if use.reached else joined
+        return [(each, Elements(each.shape, next(bits))) for each in parameters]
 
 
+class DirectLayerNorm(DirectNorm):
+    """`nn.LayerNorm`."""
+
+    NODES = frozenset({"NativeLayerNormBackward0"})
+    groups = EACH_ROW
+
+    def __init__(self, module: Any, layout: Layout) -> None:
+        super().__init__(module, layout)
+        self._dims = len(module.normalized_shape)
+
+    def keeps(self, given: Tensor) -> bool:
+        """What lies in order, and has samples."""
+        return len(given.shape) > self._dims and given.is_contiguous()
+
+    def means(self, node: Any, given: Tensor) -> Tensor:
+        """One for each row."""
+        del given
+        found: Tensor = node._saved_result1.detach()  # noqa: SLF001
+        return found
+
+    def arranged(self, shape: torch.Size, rows: int) -> Rows:
+        """Rows of all normalised numbers."""
+        del rows
+        lead, units = shape[: -self._dims], shape[-self._dims :].numel()
+        if self.apart:
+            return Rows(lead.numel(), 1, units)
+        return Rows(lead[0], lead[1:].numel(), units)
+
+
+class DirectGroupNorm(DirectNorm):
+    """`nn.GroupNorm`."""
+
+    NODES = frozenset({"NativeGroupNormBackward0"})
+    images = True
+
+    def __init__(self, module: Any, layout: Layout) -> None:
+        super().__init__(module, layout)
+        self.groups = module.num_groups
+
+    def keeps(self, given: Tensor) -> bool:
+        """With channels last only a CPU's operation does."""
+        return given.is_contiguous() or (given.is_cpu and channels_last(given))
+
+    def means(self, node: Any, given: Tensor) -> Tensor:
+        """Detached: they would keep the node alive that this is hung on."""
+        del given
+        found: Tensor = node._saved_result1.detach()  # noqa: SLF001
+        return found
+
+    def arranged(self, shape: torch.Size, rows: int) -> Rows:
+        """Channels come first."""
+        del rows
+        positions = shape[2:].numel()
+        return Rows(shape[0], positions, shape[1], positions > 1)
+
+
+class DirectBatchNorm(DirectGroupNorm):
+    """Batch norms: each channel has one mean, of the batch or of earlier ones."""
+
+    NODES = frozenset({"NativeBatchNormBackward0"})
+
+    def __init__(self, module: Any, layout: Layout) -> None:
+        Direct.__init__(self, module, layout)
+        self.groups = module.num_features
+
+    def means(self, node: Any, given: Tensor) -> Tensor:
+        """The same for each sample."""
+        of_batch = node._saved_training  # noqa: SLF001
+        kept = node._saved_result1 if of_batch else node._saved_running_mean  # noqa: SLF001
+        found: Tensor = kept.detach().expand(given.shape[0], -1).contiguous()
+        return found
+
+
+# The rules to which the short ways are equal.
+KNOWN = RULES | BATCH_NORM
 KINDS: dict[type[nn.Module], type[Direct]] = {
     nn.Linear: DirectLinear,
     nn.Conv1d: DirectConvolution,
     nn.Conv2d: DirectConvolution,
     nn.Conv3d: DirectConvolution,
-    nn.LayerNorm: DirectNorm,
-    nn.GroupNorm: DirectNorm,
+    nn.LayerNorm: DirectLayerNorm,
+    nn.GroupNorm: DirectGroupNorm,
+    nn.BatchNorm1d: DirectBatchNorm,
+    nn.BatchNorm2d: DirectBatchNorm,
+    nn.BatchNorm3d: DirectBatchNorm,
 }
 
 
@@ -288,7 +383,7 @@ def direct_way(module: nn.Module, rule: Rule, layout: Layout) -> Direct | None:
         layout: of its calls.
     """
     kind = KINDS.get(type(module))
-    usual = kind is not None and rule is RULES[type(module)] and layout.batch_dim == 0
+    usual = kind is not None and rule is KNOWN[type(module)] and layout.batch_dim == 0
     return kind(module, layout) if kind and usual and not _pads_its_input(module) else None
 
 

@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = [
+    "CHANNELS_LAST",
     "LIKE",
     "PLAIN",
     "address_of",
     "all_plain",
+    "channels_last",
     "compiled_loops",
     "device_of",
     "finds_addresses",
@@ -42,6 +44,7 @@ LIKE: dict[torch.dtype, NDArray[Any]] = {
 # Looked up once: torch's namespaces are large, and out of the processor's caches when a step asks for them.
 _peek = torch._C._functorch.peek_interpreter_stack  # noqa: SLF001
 STRIDED = torch.strided
+CHANNELS_LAST, IMAGES = torch.channels_last, 4  # dimensions
 # What has memory of its own to read; subclasses may not.
 PLAIN = {Tensor, torch.nn.Parameter}
 
@@ -114,19 +117,25 @@ def finds_addresses() -> bool:
     return _peek() is None
 
 
-def address_of(tensor: Tensor) -> int:
+def channels_last(tensor: Tensor) -> bool:
+    """Whether a tensor holds images whose channels lie last."""
+    return tensor.dim() == IMAGES and tensor.is_contiguous(memory_format=CHANNELS_LAST)
+
+
+def address_of(tensor: Tensor, order: torch.memory_format = torch.contiguous_format) -> int:
     """Where loops or kernels can read a tensor's numbers, which lie without gaps; 0 where they cannot.
 
     Zeros that autograd makes up have no address; neither have tensors without elements.
 
     Args:
         tensor: of any kind, where `finds_addresses`.
+        order: in which the numbers lie.
     """
     if (
         type(tensor) in PLAIN
         and ((tensor.is_cpu and installed()) or on_triton(tensor))
         and tensor.layout is STRIDED
-        and tensor.is_contiguous()
+        and tensor.is_contiguous(memory_format=order)
     ):
         return tensor.data_ptr()
     return 0

@@ -25,9 +25,13 @@ from truestep.kernels.dispatch import (
 from truestep.kernels.threads import spread
 
 __all__ = [
+    "ALONE",
+    "ASKED",
+    "EACH_ROW",
     "PACK_FIELDS",
     "PACK_FULL",
     "PACK_WORDS",
+    "REACHED",
     "SIZES",
     "WORD",
     "Join",
@@ -45,10 +49,14 @@ __all__ = [
 
 WORD = 64
 NONE = array("q", [0])
+FEW = 16  # positions, of a sample that reaches a norm's weight
 NANOSECONDS = 0.08  # for each byte, which is seldom in the nearest cache
 # Of the tables of `truestep.kernels.loops.pack` and `joins`.
 PACK_FIELDS, JOIN_FIELDS = 15, 7
 PACK_ADDRESS, PACK_MEANS, PACK_WORDS, PACK_FULL, PACK_PAIR = 0, 10, 12, 13, 14
+# What two tensors' lines say in `PACK_PAIR`, the second one more.
+ALONE, ASKED, REACHED = 0, 1, 3
+EACH_ROW = -1
 SIZES = {
     torch.float32: 4,
     torch.float64: 8,
@@ -95,7 +103,7 @@ def pack(values: Tensor, means: Tensor | None = None) -> Tensor | None:
         usual = means.dtype is values.dtype and all_plain([means]) and values.dtype in LIKE
         if not usual or by_row == by_unit:
             return pack(off_mean(values, means))
-        address = means.data_ptr()
+        address, groups = means.data_ptr(), EACH_ROW if by_row else groups
     count = (samples * positions + WORD - 1) // WORD
     line = [values.data_ptr(), size, MAGNITUDE[size], samples, positions, units]
     line += [strides[0] * size, inner * size, strides[-1] * size, by_unit, address, groups, 0, 1, 0]
@@ -116,8 +124,8 @@ class Rows(NamedTuple):
         positions: of each.
         units: how many.
         by_unit: whether they lie ``[samples, units, positions]``, not ``[samples, positions, units]``.
-        groups: how many groups of neighbouring units have a mean of their own in each sample; where numbers
-            are not `by_unit`, 1 mean for each row; 0 where numbers are compared with zero.
+        groups: how many groups of neighbouring units have a mean of their own in each sample; `EACH_ROW`
+            where each row has one; 0 where numbers are compared with zero.
     """
 
     samples: int
@@ -138,46 +146,57 @@ def pack_rows(tensor: Tensor, rows: Rows, means: Tensor | None = None) -> Tensor
     samples, positions, units, by_unit, groups = rows
     values = tensor.reshape((samples, units, positions) if by_unit else rows[:3])
     if means is not None:
-        means = means.reshape((samples, 1, groups) if by_unit else (samples, positions, 1))
+        means = means.reshape(
+            (samples, positions, 1) if groups == EACH_ROW else (samples, 1, groups)
+        )
     return pack(values.transpose(1, 2) if by_unit else values, means)
 
 
 class Lines:
     """Two lines of the packing loop's table, for tensors of one type, but for the addresses.
 
-    Of two tensors with positions it is asked whether any is on in both. If in each sample the last one is,
-    for all units, nothing more is read, and all bits are said to be on.
+    Of two tensors with positions it may be `ASKED` whether any is on in both. If in each sample the last one
+    is, for all units, nothing more is read, and all bits are said to be on. Of a norm's input and its
+    output's gradient, which lie in the same way, the samples are found that `REACHED` weights and biases.
 
     Args:
         first: how the first tensor's numbers lie.
         second: the second's.
         dtype: of both.
+        pair: `ALONE`, `ASKED` or `REACHED`.
 
     Attributes:
+        first: the rows of what is packed of the first tensor.
+        second: the same of the second.
         words: how many they will take.
-        read: how many bytes are read.
+        read: about how many bytes are read.
         means: how many the first has.
         table: the lines, int64.
     """
 
-    __slots__ = ("dtype", "first", "means", "read", "second", "table", "words")
+    __slots__ = ("dtype", "first", "means", "reached", "read", "second", "table", "words")
 
-    def __init__(self, first: Rows, second: Rows, dtype: torch.dtype) -> None:
-        self.first, self.second, self.dtype, self.words = first, second, dtype, 0
-        self.table, size = array("q"), SIZES[dtype]
-        pair = first.positions == second.positions > 1 and not (first.by_unit or second.by_unit)
-        for number, (samples, positions, units, by_unit, groups) in enumerate((first, second), 1):
+    def __init__(self, first: Rows, second: Rows, dtype: torch.dtype, pair: int = ALONE) -> None:
+        self.dtype, self.words, self.reached = dtype, 0, pair == REACHED
+        self.table, size, both = array("q"), SIZES[dtype], (first, second)
+        self.first, self.second = both
+        if self.reached:
+            self.first, self.second = (rows._replace(positions=1) for rows in both)
+        made = self.first, self.second
+        for number, ((samples, positions, units, by_unit, groups), packed) in enumerate(
+            zip(both, made, strict=True)
+        ):
             strides = (size, positions * size) if by_unit else (units * size, size)
             self.table.extend((0, size, MAGNITUDE[size], samples, positions, units))
             self.table.extend((positions * units * size, *strides, by_unit, 0, groups))
-            self.table.extend((self.words, 1, number if pair else 0))
-            self.words += (samples * positions + WORD - 1) // WORD * units
-        self.read = self.words * WORD * size
-        self.means = first.samples * (first.groups if first.by_unit else first.positions)
+            self.table.extend((self.words, 1, pair and pair + number))
+            self.words += (samples * packed.positions + WORD - 1) // WORD * units
+        self.read = self.words * WORD * size * (min(FEW, first.positions) if self.reached else 1)
+        self.means = first.samples * (first.positions if first.groups == EACH_ROW else first.groups)
 
 
 @functools.lru_cache(maxsize=64)
-def _blank(lines: tuple[Lines, ...], *, whole: bool) -> tuple["array[int]", int, int]:
+def _blank(lines: tuple[Lines, ...]) -> tuple["array[int]", int, int]:
     """The table of `filled` without addresses; found by the identity of the lines, which layers keep."""
     table, words = array("q"), 0
     for each in lines:
@@ -185,26 +204,23 @@ def _blank(lines: tuple[Lines, ...], *, whole: bool) -> tuple["array[int]", int,
         table.extend(each.table)
         for row in (place, place + PACK_FIELDS):
             table[row + PACK_WORDS] += words
-            if whole:
-                table[row + PACK_PAIR] = 0
         words += each.words
     return table, words, sum(each.read for each in lines)
 
 
 def filled(
-    lines: tuple[Lines, ...], addresses: Sequence[tuple[int, int, int]], *, whole: bool
+    lines: tuple[Lines, ...], addresses: Sequence[tuple[int, int, int]]
 ) -> tuple["array[int]", int, int]:
     """A table of several `Lines`.
 
     Args:
         lines: of pairs of tensors.
         addresses: for each pair, of the first tensor, of the second, and of the first one's means, or 0.
-        whole: whether somebody looks at the bits of one tensor alone, so that all have to be read.
 
     Returns:
         The table; how many words there will be; how many bytes are read.
     """
-    blank, words, read = _blank(lines, whole=whole)
+    blank, words, read = _blank(lines)
     table, place = blank[:], 0
     for first, second, means in addresses:
         table[place + PACK_ADDRESS] = first

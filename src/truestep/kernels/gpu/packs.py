@@ -46,7 +46,7 @@ def _numbers_on(
         if means != 0:
             groups = field(line, 11)
             of_group = sample * groups + unit // (field(line, 5) // groups)
-            index = tl.where(field(line, 9) != 0, of_group, row)
+            index = tl.where(groups > 0, of_group, row)
             mean = tl.load(pointer(means, FLOAT) + index, mask=inside, other=0.0)
             on = inside & (value.to(FLOAT, bitcast=True) != mean)
     return on

@@ -7,148 +7,41 @@ unit u.
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import carray, njit, types
-from numba.extending import intrinsic
+from numba import carray, njit
 
 from truestep.kernels.loops.internal import internal
-from truestep.kernels.loops.memory import (
-    ALL,
-    DOUBLE_1,
-    DOUBLE_8,
-    DOUBLE_64,
-    HALF_1,
-    HALF_8,
-    HALF_64,
-    HALVES,
-    OCTET_1,
-    OCTET_8,
-    OCTET_64,
-    OFF_DOUBLE_1,
-    OFF_DOUBLE_8,
-    OFF_DOUBLE_64,
-    OFF_SINGLE_1,
-    OFF_SINGLE_8,
-    OFF_SINGLE_64,
-    SINGLE_1,
-    SINGLE_8,
-    SINGLE_64,
-    aligned,
-    constant,
-    load,
-    pointer,
-    prefetch,
-    read,
-    store,
-    write,
+from truestep.kernels.loops.memory import ALL, aligned, load, pointer, store
+from truestep.kernels.loops.norms import reached
+from truestep.kernels.loops.numbers import (
+    ADDRESS,
+    ALONE,
+    ASKED,
+    BY_UNIT,
+    FIELDS,
+    FULL,
+    GROUPS,
+    MAGNITUDE,
+    MEANS,
+    PAIR,
+    POSITION_STRIDE,
+    POSITIONS,
+    REACHED,
+    SAMPLE_STRIDE,
+    SAMPLES,
+    SIZE,
+    UNIT_STRIDE,
+    UNITS,
+    WORDS,
+    bits_of,
+    nonzero,
+    off_mean,
+    transpose,
 )
 
 __all__ = ["pack"]
 
-# The columns of the table of tensors that are to be packed: see `truestep.kernels.packing`.
-ADDRESS, SIZE, MAGNITUDE, SAMPLES, POSITIONS, UNITS = range(6)
-SAMPLE_STRIDE, POSITION_STRIDE, UNIT_STRIDE, BY_UNIT, MEANS, GROUPS, WORDS, FULL = range(6, 14)
-PAIR, FIELDS = 14, 15
-
-# While 64 numbers are read, the processor fetches so many bytes (of float32, as many numbers) so far ahead.
-AHEAD, FETCHED = 4096, 256
-
 # Rows are read so many words' bits at a time: in the order in which they lie, as far as caches go.
 PIECES = 32
-
-
-@internal
-def _read_64(address: Any, size: Any, magnitude: Any) -> Any:
-    """One bit each for 64 neighbours of `size` bytes."""
-    prefetch(address + AHEAD, FETCHED)
-    if size == 4:
-        return SINGLE_64(address, magnitude)
-    if size == 2:
-        return HALF_64(address, magnitude)
-    if size == 8:
-        return DOUBLE_64(address, magnitude)
-    return OCTET_64(address, magnitude)
-
-
-@internal
-def _read_8(address: Any, size: Any, magnitude: Any) -> Any:
-    """For eight."""
-    if size == 4:
-        return SINGLE_8(address, magnitude)
-    if size == 2:
-        return HALF_8(address, magnitude)
-    if size == 8:
-        return DOUBLE_8(address, magnitude)
-    return OCTET_8(address, magnitude)
-
-
-@internal
-def _read_1(address: Any, size: Any, magnitude: Any) -> Any:
-    """For one."""
-    if size == 4:
-        return SINGLE_1(address, magnitude)
-    if size == 2:
-        return HALF_1(address, magnitude)
-    if size == 8:
-        return DOUBLE_1(address, magnitude)
-    return OCTET_1(address, magnitude)
-
-
-@internal
-def _word(address: Any, size: Any, magnitude: Any, count: Any) -> Any:
-    """One bit each for `count` neighbours (at most 64) of `size` bytes."""
-    if count == 64:
-        return _read_64(address, size, magnitude)
-    word, place = np.int64(0), np.int64(0)
-    while place + 8 <= count:
-        word |= _read_8(address + place * size, size, magnitude) << place
-        place += 8
-    while place < count:
-        word |= _read_1(address + place * size, size, magnitude) << place
-        place += 1
-    return word
-
-
-@internal
-def _off_mean(address: Any, size: Any, mean: Any, count: Any) -> Any:
-    """As `_word`, on where a float of `size` bytes is not equal to the one at the address `mean`."""
-    word, place = np.int64(0), np.int64(0)
-    if count == 64:
-        prefetch(address + AHEAD, FETCHED)
-        return OFF_SINGLE_64(address, mean) if size == 4 else OFF_DOUBLE_64(address, mean)
-    while place + 8 <= count:
-        there = address + place * size
-        word |= (OFF_SINGLE_8(there, mean) if size == 4 else OFF_DOUBLE_8(there, mean)) << place
-        place += 8
-    while place < count:
-        there = address + place * size
-        word |= (OFF_SINGLE_1(there, mean) if size == 4 else OFF_DOUBLE_1(there, mean)) << place
-        place += 1
-    return word
-
-
-@intrinsic
-def _transpose(_context: Any, address: Any) -> Any:
-    """Transposes 64 x 64 bits in place, swapping halves, then quarters, and so on; int64 ``[64]``."""
-
-    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        kind = ir.VectorType(ir.IntType(64), 64)
-        rows = read(builder, arguments[0], kind)
-        for distance, kept in reversed(HALVES.items()):
-            partners = [row ^ distance for row in range(64)]
-            order = ir.Constant(ir.VectorType(ir.IntType(32), 64), partners)
-            other = builder.shuffle_vector(rows, ir.Constant(kind, ir.Undefined), order)
-            mask, far = constant(kind, kept), constant(kind, distance)
-            moved = builder.shl(builder.and_(other, mask), far)
-            low = builder.or_(builder.and_(rows, mask), moved)
-            moved = builder.and_(builder.lshr(other, far), mask)
-            high = builder.or_(builder.and_(rows, constant(kind, kept << distance)), moved)
-            first = [row & distance == 0 for row in range(64)]
-            rows = builder.select(ir.Constant(ir.VectorType(ir.IntType(1), 64), first), low, high)
-        write(builder, rows, arguments[0])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), generate
 
 
 @njit(cache=True, nogil=True)
@@ -164,20 +57,24 @@ def pack(start: Any, stop: Any, address: Any, lines: Any, words_address: Any) ->
         words_address: of all words.
     """
     table = carray(pointer(address), (lines, FIELDS), np.int64)
-    before, decided = 0, False
+    before, done = 0, False
     for index in range(lines):
         line = table[index]
-        rows, units = _words_of(line), line[UNITS]
-        if line[PAIR] == 1:
-            # All parts of the work that have words of the two find the same.
+        pair, rows, units = line[PAIR], _words_of(line), line[UNITS]
+        if pair in (ASKED, REACHED):
             other = table[index + 1]
-            after = before + rows * units + _words_of(other) * other[UNITS]
-            asked = start < after and stop > before
-            decided = asked and _last_on(line) and _last_on(other)
+            both = rows * units + _words_of(other) * other[UNITS]
+            done = start < before + both and stop > before
+            if done and pair == ASKED:
+                # All parts of the work that have words of the two find the same.
+                done = _last_on(line) and _last_on(other)
+            elif done:
+                first, last = max(0, start - before), min(both, stop - before)
+                reached((first + 1) // 2, (last + 1) // 2, line, other, words_address)
         first = max(0, (start - before + units - 1) // units)
         last = min(rows, (stop - before + units - 1) // units)
         before += rows * units
-        if first < last and not (line[PAIR] != 0 and decided):
+        if first < last and not (pair != ALONE and done):
             words = words_address + 8 * line[WORDS]
             if line[BY_UNIT] != 0:
                 full = _by_unit(first, last, line, words)
@@ -188,17 +85,10 @@ def pack(start: Any, stop: Any, address: Any, lines: Any, words_address: Any) ->
 
 
 @internal
-def _bits(address: Any, size: Any, magnitude: Any, mean: Any, count: Any) -> Any:
-    """`_word`, or, where the mean has an address, `_off_mean`."""
-    if mean != 0:
-        return np.uint64(_off_mean(address, size, mean, count))
-    return np.uint64(_word(address, size, magnitude, count))
-
-
-@internal
 def _words_of(line: Any) -> Any:
     """How many words each unit takes."""
-    return (line[SAMPLES] * line[POSITIONS] + 63) // 64
+    positions = 1 if line[PAIR] >= REACHED else line[POSITIONS]
+    return (line[SAMPLES] * positions + 63) // 64
 
 
 @internal
@@ -207,13 +97,10 @@ def _last_on(line: Any) -> Any:
     size, units, last = line[SIZE], line[UNITS], line[POSITIONS] - 1
     for sample in range(line[SAMPLES]):
         place = line[ADDRESS] + sample * line[SAMPLE_STRIDE] + last * line[POSITION_STRIDE]
-        mean = line[MEANS]
-        if mean != 0:
-            mean += (sample * line[POSITIONS] + last) * size
         for first in range(0, units, 64):
             length = min(64, units - first)
-            there = place + first * size
-            if _bits(there, size, line[MAGNITUDE], mean, length) != ALL >> np.uint64(64 - length):
+            on = np.uint64(nonzero(place + first * size, size, line[MAGNITUDE], length))
+            if on != ALL >> np.uint64(64 - length):
                 return False
     return True
 
@@ -252,14 +139,14 @@ def _by_row(start: Any, stop: Any, line: Any, words_address: Any) -> Any:
                 for piece in range(pieces):
                     count = min(64, width - 64 * piece)
                     if centred:
-                        block[piece, row] = _off_mean(place, size, means[row], count)
+                        block[piece, row] = off_mean(place, size, means[row], count)
                     else:
-                        block[piece, row] = _word(place, size, magnitude, count)
+                        block[piece, row] = nonzero(place, size, magnitude, count)
                     place += 64 * size
             for piece in range(pieces):
                 for row in range(rows, 64):
                     block[piece, row] = 0
-                _transpose(block.ctypes.data + 512 * piece)
+                transpose(block.ctypes.data + 512 * piece)
             there = words_address + 8 * (word * units + first)
             target = carray(pointer(there), (width,), np.int64)
             source = carray(pointer(block.ctypes.data), (width,), np.int64)
@@ -308,9 +195,9 @@ def _string(
 
     Args:
         address: of the first number.
-        size: see `_word`.
-        magnitude: see `_word`.
-        mean: see `_off_mean`; 0 where numbers are compared with zero.
+        size: see `nonzero`.
+        magnitude: see `nonzero`.
+        mean: see `off_mean`; 0 where numbers are compared with zero.
         count: how many.
         target: address of the first word, whose bits below `shift` are there already.
         shift: the first number's bit.
@@ -322,7 +209,7 @@ def _string(
     left, rest = np.uint64(shift), np.uint64(63 - shift)
     known, every = load(target) if shift != 0 else np.uint64(0), ALL
     for _ in range(count >> 6):
-        word = _bits(address, size, magnitude, mean, np.int64(64))
+        word = bits_of(address, size, magnitude, mean, np.int64(64))
         every &= word
         store(known | word << left, target)
         known = (word >> np.uint64(1)) >> rest
@@ -330,7 +217,7 @@ def _string(
         target += step
     length = count & 63
     if length != 0:
-        word = _bits(address, size, magnitude, mean, length)
+        word = bits_of(address, size, magnitude, mean, length)
         every &= word | ALL << np.uint64(length)
         store(known | word << left, target)
         known = (word >> np.uint64(1)) >> rest
