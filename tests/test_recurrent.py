@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import truestep
 from properties import count, own_counts, upstream
+from truestep import rules_recurrent
 from zoo import sparse_inputs
 
 LAYERS = {
@@ -119,6 +120,78 @@ def test_packed_sequences(kind, lengths, switches, dropout, started, in_order):
     counter = truestep.SampleCounter(model)  # of which packed sequences show no batch size
     hx = states(layer, samples) if started else None
     assert_counts_are_own(model, counter, layer(packed, hx), samples)
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """How often a layer was run once more."""
+    found = []
+    run = rules_recurrent.forward
+    monkeypatch.setattr(
+        rules_recurrent, "forward", lambda *a, **k: (found.append(1), run(*a, **k))[1]
+    )
+    return found
+
+
+@pytest.mark.parametrize("lengths", [None, [3, 1, 5, 2], [5, 3, 2, 2]])
+@pytest.mark.parametrize("started", [False, True])
+@pytest.mark.parametrize("used", [(True, False, False), (False, True, False), (True,) * 3])
+@pytest.mark.parametrize("kind", ["tanh", "lstm", "gru"])
+def test_steps_without_zeros_are_not_replayed(kind, used, started, lengths, replays):
+    torch.manual_seed(0)
+    layer = LAYERS[kind](3, 4, batch_first=True, dtype=torch.float64)
+    inputs = torch.randn(4, 5, 3).double()
+    shape = 1, 4, 4
+    h, c = torch.randn(shape).double(), torch.randn(shape).double()
+    model = nn.ModuleDict({"layer": layer})
+    counter = truestep.SampleCounter(model)
+    given = inputs
+    if lengths is not None:
+        given = pack_padded_sequence(inputs, lengths, batch_first=True, enforce_sorted=False)
+    hx = ((h, c) if kind == "lstm" else h) if started else None
+    returned = layer(given, hx)
+    tensors, deltas = samples_first(layer, returned, used)
+    for delta in deltas:
+        delta[delta == 0] = 1
+    expected = own_counts(model, tensors, deltas, 4)
+    replays.clear()
+    torch.autograd.backward(tensors, deltas)
+    counts = counter.counts()
+    assert all(torch.equal(counts[name], values) for name, values in expected.items())
+    first = lengths is not None and 1 in lengths
+    # A sample of one step without a given state has h = 0 before; an LSTM's given c may be 0.
+    assert bool(replays) == (first and (kind == "lstm" or not started))
+
+
+@pytest.mark.parametrize("change", ["an input", "a gradient", "a state", "a given c", "the output"])
+def test_zeros_in_the_last_step_are_replayed(change, replays):
+    layer = nn.LSTM(3, 4, dtype=torch.float64)
+    inputs, h, c = torch.randn(1, 6, 3), torch.randn(1, 6, 4), torch.randn(1, 6, 4)
+    if change != "a given c":
+        inputs = torch.cat([inputs, inputs.flip(1)])
+    if change == "an input":
+        inputs[-1, 2, 1] = 0
+    c[0, 3, 2] = 0
+    counter = truestep.SampleCounter(layer, batch_dim=1)
+    for parameter in layer.parameters():
+        if change == "a state":
+            parameter.data[[1, 5, 9, 13]] = 0  # a unit that always is zero
+    output, _ = layer(inputs.double(), (h.double(), c.double()))
+    delta = torch.randn_like(output)
+    if change == "a gradient":
+        delta[-1, 4, 3] = 0
+    tensors, deltas = [output.transpose(0, 1)], [delta.transpose(0, 1)]
+    expected = own_counts(layer, tensors, deltas, 6)
+    if change == "the output":
+        with torch.no_grad():
+            output.zero_()
+    replays.clear()
+    output.backward(delta)
+    counts = counter.counts()
+    assert all(torch.equal(counts[name], values) for name, values in expected.items())
+    assert replays
+    if change == "a given c":
+        assert counts["weight_hh_l0"].min() < 6
 
 
 class PackedAndPlain(nn.Module):

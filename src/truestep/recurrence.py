@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["CELLS", "Deltas", "Trace", "Weights", "backward", "forward"]
+__all__ = ["CELLS", "Deltas", "Trace", "Weights", "backward", "forward", "last_step"]
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,42 @@ def backward(
     return Deltas(
         gates @ weights.weight_ih, gates, torch.stack(hidden_gates), torch.stack(projected)
     )
+
+
+def last_step(
+    mode: str,
+    weights: Weights,
+    input: Tensor,
+    before: Tensor,
+    cell: Tensor,
+    dh: Tensor,
+    dc: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Where the gradients of the last step's gates are not zero, from what is known after the run.
+
+    An LSTM's c before that step is not known, but h = o tanh(c) is, which stands for it: where h is not zero,
+    neither is c, which is the larger of the two.
+
+    Args:
+        mode: as of the run.
+        weights: as of the run, without a projection.
+        input: ``[samples, inputs]``.
+        before: h before the step, ``[samples, hidden]``.
+        cell: an LSTM's c after it.
+        dh: the gradient of h after it.
+        dc: the same of c.
+
+    Returns:
+        Numbers that are zero where the gradients are: of the input gates and of the hidden gates.
+    """
+    step, back = CELLS[mode]
+    gates = torch.nn.functional.linear(input, weights.weight_ih, weights.bias_ih)
+    hidden = torch.nn.functional.linear(before, weights.weight_hh, weights.bias_hh)
+    _, _, kept = step(gates, hidden, before, before)
+    if mode == "LSTM":
+        kept = *kept[:-1], torch.tanh(cell)
+    from_input, from_hidden, _, _ = back(dh, dc, kept)
+    return from_input, from_hidden
 
 
 def _tanh(x: Tensor, a: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:

@@ -1,7 +1,9 @@
 """The rules for recurrent layers and cells, which run through time inside one operation.
 
 The gradients of their gates are not to be seen from outside, so the backward pass replays the layer
-(`truestep.recurrence`): about the cost of a further run through time, forward and backward.
+(`truestep.recurrence`): about the cost of a further run through time, forward and backward. Of one layer in
+one direction it first replays each sample's last step alone, for which its output is enough: where nothing is
+zero there, every sample reaches every weight, whatever the other steps are.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +22,7 @@ from truestep.bits import Bits, pack
 from truestep.errors import TruestepError
 from truestep.graph import Node, nodes_between, saved_tensors_are_packed
 from truestep.layout import Inside, Layout
-from truestep.recurrence import Deltas, Trace, Weights, backward, forward
+from truestep.recurrence import Deltas, Trace, Weights, backward, forward, last_step
 
 __all__ = ["cell", "recurrent"]
 
@@ -100,12 +102,18 @@ def recurrent(
     sequences = Sequences(layout, module.batch_first, unbatched, packed)
     given = [hx] if isinstance(hx, Tensor) else list(hx or [])
     states = [state.detach() for state in given]
-    replay = partial(_replay, module, sequences, data.detach(), states)
-    if not (module.training and module.dropout > 0 and module.num_layers > 1):
-        return partial(replay, [])
+    rest = module, sequences, data.detach(), states
+    drops = module.training and module.dropout > 0 and module.num_layers > 1
+    single = module.num_layers == 1 and not (module.bidirectional or module.proj_size)
+    single = single and layout.unit == "sample"
+    if not (drops or single):
+        return partial(_replay, *rest, [])
 
     def see(outputs: list[Tensor]) -> tuple[Given, list[tuple[Node, Given]]]:
-        return partial(replay, _dropout(module, sequences, outputs, [data, *given])), []
+        if single:
+            ends = outputs[0].detach(), outputs[-1].detach()
+            return partial(_replay_single, *rest, ends, [end._version for end in ends]), []  # noqa: SLF001
+        return partial(_replay, *rest, _dropout(module, sequences, outputs, [data, *given])), []
 
     return Inside(see)
 
@@ -149,6 +157,72 @@ def _replay_cell(
         (dh,), (dc,) = _states(module, ends, *shape)
         gradients = backward(mode, weights, trace, torch.zeros_like(trace.output), (dh, dc))
         return _activity(module, "", sequences, source, trace, gradients)
+
+
+def _replay_single(
+    module: nn.RNN | nn.LSTM | nn.GRU,
+    sequences: Sequences,
+    data: Tensor,
+    states: list[Tensor],
+    ends: tuple[Tensor, Tensor],
+    versions: list[int],
+    *deltas: Tensor | None,
+) -> dict[str, Activity]:
+    """`_replay` of one layer in one direction, of the last step alone if that is enough.
+
+    Args:
+        module: the layer.
+        sequences: how its tensors lie.
+        data: its input.
+        states: its initial states.
+        ends: its output and its last state, c of an LSTM.
+        versions: theirs, when it returned.
+        deltas: the gradients of output, h and c.
+    """
+    unchanged = [end._version for end in ends] == versions  # noqa: SLF001
+    found = _last_step(module, sequences, data, states, ends, deltas) if unchanged else None
+    return _replay(module, sequences, data, states, [], *deltas) if found is None else found
+
+
+def _last_step(
+    module: nn.RNN | nn.LSTM | nn.GRU,
+    sequences: Sequences,
+    data: Tensor,
+    states: list[Tensor],
+    ends: tuple[Tensor, Tensor],
+    deltas: tuple[Tensor | None, ...],
+) -> dict[str, Activity] | None:
+    """The activity of each sample's last step; None if anything is zero there: earlier ones may add to it."""
+    mode: str = module.mode
+    lstm = mode == "LSTM"
+    with _plainly(data.device):
+        weights = _weights(module, "_l0")
+        source = sequences.time_first(data).to(weights.weight_ih)
+        output = sequences.time_first(ends[0]).to(source)
+        active, (length, samples, _) = sequences.active(data.device), source.shape
+        each = torch.arange(samples, device=source.device)
+        last = torch.full_like(each, length - 1) if active is None else active.sum((0, 2)) - 1
+        if lstm and not last.all():
+            return None  # a given c may be zero where h is not
+        (h,), _ = _states(module, [sequences.states(state) for state in states], 1, samples)
+        inputs = source[last, each]
+        before = torch.where(last.unsqueeze(1) > 0, output[(last - 1).clamp(min=0), each], h)
+        state_deltas = [
+            None if delta is None else sequences.states(delta)
+            for delta in deltas[-2 if lstm else -1 :]
+        ]
+        (dh,), (dc,) = _states(module, state_deltas, 1, samples)
+        if deltas[0] is not None:
+            dh = dh + sequences.time_first(deltas[0]).to(source)[last, each]
+        cell = sequences.states(ends[1]).to(source)[0]
+        from_input, from_hidden = last_step(mode, weights, inputs, before, cell, dh, dc)
+        met = from_input, from_hidden, inputs, before
+        if not all(bool(numbers.all()) for numbers in met):
+            return None
+        from_input, from_hidden, inputs, before = (numbers.unsqueeze(0) for numbers in met)
+        gradients = Deltas(inputs, from_input, from_hidden, before)
+        trace = Trace(before, before, before, range(1), None, [])
+        return _activity(module, "_l0", sequences, inputs, trace, gradients)
 
 
 def _replay(
