@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -51,6 +53,53 @@ def test_a_joint_is_the_or_of_its_uses(kinds, samples):
     assert torch.equal(dense(whole), expected)
     assert torch.equal(whole.count(), expected.sum(0))
     assert whole.samples == samples
+
+
+def ones(make):
+    """Masks of which some are on everywhere."""
+
+    def made(samples):
+        use = make(samples)
+        if isinstance(use, Elements):
+            return Elements(SHAPE, pack(torch.ones(samples, 12)))
+        which = "outputs" if torch.rand(()) < 0.5 else "inputs"
+        return replace(use, **{which: pack(torch.ones_like(getattr(use, which).mask()))})
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("make", "sizes", "one"),
+    [
+        (elements, (3, 64, 70), True),
+        (outer, (3, 64, 70), True),
+        (ones(elements), (3, 64, 70), True),
+        (ones(outer), (3, 64, 1), True),
+        (lambda samples: outer(samples, 5), (64, 128, 3), True),
+        (lambda samples: outer(samples, 16), (4, 12, 8, 3), True),
+        (lambda samples: outer(samples, 5), (3, 64), False),
+    ],
+)
+@pytest.mark.parametrize("repeat", range(4))
+def test_batches_are_counted_in_one_pass(make, sizes, one, repeat):
+    torch.manual_seed(repeat)
+    parts = [make(samples) for samples in sizes]
+    whole = parts[0]
+    for part in parts[1:]:
+        whole = Total((*getattr(whole, "parts", (whole,)), part))
+    assert (whole.as_one is not None) == one
+    expected = sum(dense(part).sum(0) for part in parts)
+    assert torch.equal(whole.count(), expected)
+    assert whole.samples == sum(sizes)
+    if one:
+        assert torch.equal(whole.as_one.count(), expected)
+        assert torch.equal(whole.as_one.count_masks(), expected)
+
+
+def test_totals_of_totals_are_flat(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "nbytes", 0)
+    parts = [outer(samples) for samples in (3, 4, 5)]
+    assert total([total(parts[:2]), parts[2]]).parts == tuple(parts)
 
 
 @given(st.lists(st.tuples(st.sampled_from(KINDS), st.integers(1, 70)), min_size=1, max_size=3))

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -71,7 +72,31 @@ class Total(Activity):
             first += part.samples
         return torch.cat(pieces)
 
+    @cached_property
+    def as_one(self) -> Activity | None:
+        """The same as one batch, with gaps between its samples that reach nothing; None if there is none."""
+        first = self.parts[0]
+        if all(isinstance(part, Elements) for part in self.parts):
+            bits = _on_end([part.bits for part in self.parts])  # type: ignore[attr-defined]
+            return None if bits is None else Elements(first.shape, *bits)
+        if not isinstance(first, Outer):
+            return None
+        alike = [
+            part
+            for part in self.parts
+            if isinstance(part, Outer)
+            and (part.window, part.transposed) == (first.window, first.transposed)
+        ]
+        outputs, inputs = [part.outputs for part in alike], [part.inputs for part in alike]
+        masks = _on_end(outputs, inputs) if len(alike) == len(self.parts) else None
+        return None if masks is None else replace(first, outputs=masks[0], inputs=masks[1])
+
+    def entries(self, device: torch.device | None = None) -> list[Entry] | None:  # noqa: D102
+        return None if self.as_one is None else self.as_one.entries(device)
+
     def count(self) -> Tensor:  # noqa: D102
+        if self.as_one is not None:
+            return self.as_one.count()
         counts = self.parts[0].count()
         for part in self.parts[1:]:
             counts = counts + part.count()
@@ -207,11 +232,40 @@ def total(parts: Sequence[Activity]) -> Activity:
             offsets.append(samples)
             samples += part.samples
         return _append([part.spread() for part in parts], offsets, samples)  # type: ignore[attr-defined]
-    whole = Total(tuple(parts))
+    whole = Total(tuple(flat for part in parts for flat in _parts(part)))
     counts_bytes = 8 * whole.shape.numel()
     if sum(tensor.nbytes for tensor in whole.tensors()) <= counts_bytes:
         return whole
     return Counts(whole.count(), whole.samples)
+
+
+def _parts(activity: Activity) -> tuple[Activity, ...]:
+    return activity.parts if isinstance(activity, Total) else (activity,)
+
+
+def _on_end(*masks: Sequence[Bits]) -> list[Bits] | None:
+    """Masks of one batch after the other, each as one mask; None where words cannot just follow each other.
+
+    Args:
+        masks: of all batches each, of the same samples. Samples without positions may end within a word: the
+            rest of it is taken for samples that are off in each mask that has words.
+    """
+    if any((b.positions, b.units) != (m[0].positions, m[0].units) for m in masks for b in m):
+        return None
+    samples = sum(bits.samples for bits in masks[0])
+    if any(bits.words is not None for mask in masks for bits in mask):
+        whole = all(bits.length % WORD == 0 for mask in masks for bits in mask[:-1])
+        if not whole:
+            if any(mask[0].positions != 1 for mask in masks):
+                return None
+            samples += sum(-bits.samples % WORD for bits in masks[0][:-1])
+    found = []
+    for mask in masks:
+        words = [bits.words for bits in mask]
+        device = next((each.device for each in words if each is not None), None)
+        joined = None if device is None else torch.cat([b.dense().to(device) for b in mask])
+        found.append(Bits(joined, samples, mask[0].positions, mask[0].units))
+    return found
 
 
 def _as_outer(use: Activity) -> Outer | None:
