@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from truestep.combine import Counts
+from truestep.fused import Pass
 from truestep.update import adaptive_factor, boosted, booster, scale_
 
 
@@ -28,6 +29,32 @@ def test_scale_keeps_the_gradients_dtype_and_place(dtype):
     assert scaled is gradient
     assert gradient.dtype == dtype
     assert gradient.tolist() == [3.0, 6.0]
+
+
+@pytest.mark.parametrize("limit", [None, 2.0])
+@pytest.mark.parametrize(
+    "gradient",
+    [
+        torch.randn(40, 30).half(),
+        torch.randn(40, 30).bfloat16(),
+        torch.randn(30, 40).T,
+        torch.randn(30, 40).double().T,
+        torch.randn(40, 3, 5, 2).permute(0, 3, 1, 2),
+        torch.randn(40, 3, 5, 2).permute(0, 3, 1, 2).bfloat16(),
+    ],
+)
+def test_other_gradients_are_scaled_as_in_torch_operations(gradient, limit, monkeypatch):
+    torch.manual_seed(0)
+    wide = gradient.dtype == torch.float64
+    counts = torch.randint(0, 9, gradient.shape)
+    factor = 8 / (counts.double() if wide else counts.float()).add(0.5)
+    factor = factor.clamp(max=limit or torch.inf).masked_fill(counts == 0, 1)
+    expected = gradient.clone().mul_(factor)
+    scaled = scale_(gradient.clone(), Counts(counts, 8), 8, 0.5, limit)
+    assert torch.equal(scaled, expected)
+    assert scaled.stride() == expected.stride()
+    monkeypatch.setattr(Pass, "takes", lambda *_: False)
+    assert torch.equal(scale_(gradient.clone(), Counts(counts, 8), 8, 0.5, limit), expected)
 
 
 def test_scale_takes_complex_gradients():

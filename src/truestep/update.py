@@ -8,7 +8,7 @@ Method In Mini-Batch Gradient Descent", equation 1.
 import torch
 from torch import Tensor
 
-from truestep.activity import Activity
+from truestep.activity import Activity, Rows
 from truestep.distributed import local
 from truestep.fused import Pass
 from truestep.kernels.stepping import Options
@@ -79,6 +79,11 @@ def scale_(
         factor = adaptive_factor(counts, batch_size, *options)
         gradient._values().mul_(factor)  # noqa: SLF001
         return gradient
+    if gradient.is_floating_point() and not isinstance(activity, Rows):
+        # As loops or kernels can go over it; the product is rounded once, as torch rounds it.
+        wide = gradient.to(dtype, memory_format=torch.contiguous_format, copy=True)
+        if Pass.takes(wide):
+            return gradient.copy_(scale_(wide, activity, batch_size, eps, factor_limit))
     used, counts = activity.count_rows()
     factor = adaptive_factor(counts, batch_size, *options)
     if used is None:
