@@ -505,6 +505,26 @@ def test_evaluation_and_steps_leave_nothing():
     assert len(gc.get_objects()) - objects < 20
 
 
+@pytest.mark.parametrize("looks", [False, True])
+def test_another_compiled_model_without_a_counter_has_a_way_out(looks):
+    one, other = mlp(), mlp()
+    counter = truestep.SampleCounter(one)
+    optimizer = truestep.AdaptiveBatchSGD(one.parameters(), lr=0.1, counter=counter)
+    models = [torch.compile(model, backend=BACKEND) for model in (one, other)]
+    options = {"error_on_recompile": False, "skip_nnmodule_hook_guards": not looks}
+    with torch._dynamo.config.patch(**options):
+        for number in range(3):
+            optimizer.zero_grad()
+            for model in models:
+                loss_of(model(sparse_inputs(5, 4))).backward()
+            if number and not looks:
+                with pytest.raises(TruestepError, match="skip_nnmodule_hook_guards = False"):
+                    optimizer.step()
+                return
+            optimizer.step()
+    assert counter.batch_size == 5
+
+
 def test_a_model_compiled_and_run_before_is_an_error_with_a_way_out():
     model, inputs = mlp(), sparse_inputs(8, 4)
     compiled = torch.compile(model, backend=BACKEND)

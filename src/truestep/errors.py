@@ -19,8 +19,10 @@ def without_record(name: str) -> TruestepError:
         f"{name!r} has a gradient, but no sample was counted for it. Either "
         "the forward pass ran before the SampleCounter was made, or torch.compile did (make the "
         "counter before the compiled model's first call, or call torch.compiler.reset() after "
-        "making it), or the parameter was used without calling its module, or .grad was set by "
-        "hand. Call the module, or leave it out with SampleCounter(model, unsupported='mean') "
+        "making it; where other models of the same classes are compiled, set "
+        "torch._dynamo.config.skip_nnmodule_hook_guards = False before), or the parameter was used "
+        "without calling its module, or .grad was set by hand. Call the module, or "
+        "leave it out with SampleCounter(model, unsupported='mean') "
         "and rules without its class"
     )
 
