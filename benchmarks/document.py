@@ -16,6 +16,7 @@ import ensemble
 import floor
 import scaling
 import step
+import survey
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -23,6 +24,7 @@ DOCS = ROOT / "docs"
 PAGES: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
     "performance.md": {
         "step": step.markdown,
+        "survey": survey.markdown,
         "step-cuda": step.markdown,
         "floor": floor.markdown,
         "scaling": scaling.markdown,

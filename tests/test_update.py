@@ -4,7 +4,7 @@ import torch
 
 from truestep.combine import Counts
 from truestep.fused import Pass
-from truestep.update import adaptive_factor, boosted, booster, scale_
+from truestep.update import adaptive_factor, boosted, booster, mean_effective, scale_
 
 
 def test_factor_is_n_over_m_plus_eps_and_one_where_no_sample_contributed():
@@ -52,7 +52,10 @@ def test_other_gradients_are_scaled_as_in_torch_operations(gradient, limit, monk
     expected = gradient.clone().mul_(factor)
     scaled = scale_(gradient.clone(), Counts(counts, 8), 8, 0.5, limit)
     assert torch.equal(scaled, expected)
-    assert scaled.stride() == expected.stride()
+    corrected = mean_effective(gradient, (Counts(counts, 8), 8), 0.5, limit)
+    for found in (scaled, corrected):
+        assert (found.dtype, found.stride()) == (expected.dtype, expected.stride())
+    assert torch.equal(corrected, expected)
     monkeypatch.setattr(Pass, "takes", lambda *_: False)
     assert torch.equal(scale_(gradient.clone(), Counts(counts, 8), 8, 0.5, limit), expected)
 

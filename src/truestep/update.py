@@ -11,6 +11,7 @@ from torch import Tensor
 from truestep.activity import Activity, Rows
 from truestep.distributed import local
 from truestep.fused import Pass
+from truestep.kernels.dispatch import compiled_loops
 from truestep.kernels.stepping import Options
 
 __all__ = ["adaptive_factor", "boosted", "booster", "mean_effective", "scale_"]
@@ -71,19 +72,16 @@ def scale_(
         whole.add(gradient, (activity, batch_size))
         whole.run()
         return gradient
-    dtype = torch.promote_types(gradient.dtype, torch.float32).to_real()
-    options = (eps, factor_limit, dtype)
+    wide = _wide(gradient, activity)
+    if wide is not None:
+        return gradient.copy_(scale_(wide, activity, batch_size, eps, factor_limit))
+    options = (eps, factor_limit, _real(gradient))
     if gradient.is_sparse:
         # Each stored value is scaled by its row's factor; coalescing or not makes no difference.
         counts = activity.count()[gradient._indices()[0]]  # noqa: SLF001
         factor = adaptive_factor(counts, batch_size, *options)
         gradient._values().mul_(factor)  # noqa: SLF001
         return gradient
-    if gradient.is_floating_point() and not isinstance(activity, Rows):
-        # As loops or kernels can go over it; the product is rounded once, as torch rounds it.
-        wide = gradient.to(dtype, memory_format=torch.contiguous_format, copy=True)
-        if Pass.takes(wide):
-            return gradient.copy_(scale_(wide, activity, batch_size, eps, factor_limit))
     used, counts = activity.count_rows()
     factor = adaptive_factor(counts, batch_size, *options)
     if used is None:
@@ -107,9 +105,28 @@ def mean_effective(
     """
     if found is None:
         return gradient
+    wide = _wide(gradient, found[0])
+    if wide is not None:
+        return torch.empty_like(gradient).copy_(scale_(wide, *found, eps, factor_limit))
     corrected = gradient.clone()
     scale_(local(corrected), *found, eps, factor_limit)
     return corrected
+
+
+def _wide(gradient: Tensor, activity: Activity) -> Tensor | None:
+    """A copy of at least 32 bits that loops or kernels go over where they do not go over the gradient.
+
+    The product is rounded once, as torch rounds it. Of an embedding only the rows in use are looked at.
+    """
+    if isinstance(activity, Rows) or not compiled_loops(gradient) or Pass.takes(gradient):
+        return None
+    wide = gradient.to(_real(gradient), memory_format=torch.contiguous_format, copy=True)
+    return wide if Pass.takes(wide) else None
+
+
+def _real(gradient: Tensor) -> torch.dtype:
+    """What factors are computed in."""
+    return torch.promote_types(gradient.dtype, torch.float32).to_real()
 
 
 def booster(gradient: Tensor, previous: Tensor) -> Tensor:
