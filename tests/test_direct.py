@@ -1,5 +1,6 @@
 """The short ways: the same records as the long one, and who has to take the long one."""
 
+import copy
 import gc
 import weakref
 
@@ -160,6 +161,51 @@ def test_both_ways_of_norms_lead_to_the_same(held, unit, training, order, monkey
     assert all(torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True))
 
 
+# Layers, shapes of inputs, and the dimension of their outputs' positions.
+AGAIN = {
+    "linear": (lambda: nn.Linear(6, 3), (4, 5, 6), 1),
+    "layer norm": (lambda: nn.LayerNorm(6), (4, 5, 6), 1),
+    "linear behind an activation in place": (
+        lambda: nn.Sequential(nn.Linear(6, 6), nn.ReLU(inplace=True), nn.Linear(6, 3)),
+        (4, 5, 6),
+        1,
+    ),
+    "large layer norm": (lambda: nn.LayerNorm(8), (64, 1000, 8), 1),
+    "group norm": (lambda: nn.GroupNorm(1, 3), (4, 3, 6), 2),
+    "batch norm": (lambda: nn.BatchNorm1d(3).eval(), (4, 3, 6), 2),
+    "convolution": (lambda: nn.Conv1d(3, 2, 2), (4, 3, 6), 2),
+}
+
+
+@pytest.mark.parametrize("kind", AGAIN)
+@pytest.mark.parametrize("inner", [False, True])
+def test_another_gradient_of_the_same_call_is_counted_as_the_first_would_be(kind, inner, uses):
+    make, shape, positions = AGAIN[kind]
+    model = nn.Sequential(nn.ReLU() if inner else nn.Identity(), make())
+    rules = truestep.RULES | truestep.rules.BATCH_NORM
+    counter = truestep.SampleCounter(model, rules=rules)
+    inputs = torch.randn(shape)
+    inputs[: shape[0] // 2] = 0
+    model(inputs).sum().backward()
+    model.zero_grad()
+    out = model(inputs)
+    every, few = torch.ones_like(out), torch.zeros_like(out)
+    every[-1] = 0
+    few.select(positions, 0).fill_(1)
+    found = []
+    for retained, delta in ((True, every), (True, few), (True, few), (False, few)):
+        model.zero_grad()
+        out.backward(delta, retain_graph=retained)
+        found.append(counter.counts())
+    assert uses
+    for delta, counts in zip((every, few, few, few), found, strict=True):
+        another = copy.deepcopy(model)
+        other = truestep.SampleCounter(another, rules=rules)
+        another.zero_grad()
+        another(inputs).backward(delta)  # a first call goes the long way
+        assert all(torch.equal(counts[name], values) for name, values in other.counts().items())
+
+
 def stepped(model, call, uses):
     """Which layers go the short way in a later call."""
     counter = truestep.SampleCounter(model)
@@ -261,6 +307,19 @@ def test_a_call_without_a_backward_pass_leaves_nothing(layer):
     gc.collect()
     assert reference() is None
     assert counter.batch_size == 5
+
+
+def test_both_ways_refuse_a_penalty_through_a_batch_norm():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    rules = truestep.RULES | truestep.rules.BATCH_NORM
+    counter = truestep.SampleCounter(model, rules=rules)
+    for _ in range(2):
+        model.zero_grad()
+        inputs = torch.randn(5, 3, requires_grad=True)
+        (gradient,) = torch.autograd.grad(model(inputs).sum(), inputs, create_graph=True)
+        with pytest.raises(TruestepError, match="gradient penalty"):
+            gradient.square().sum().backward()
+    assert counter.nbytes == 0
 
 
 @pytest.mark.parametrize("inputs", [torch.randn(5, 3), torch.randn(5, 4, 3)])

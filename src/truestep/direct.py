@@ -7,6 +7,7 @@ guards it against changes. A small model's step is made of such calls and feels 
 until the backward pass ends is done there, for all layers at once.
 """
 
+import weakref
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,16 @@ from truestep.kernels.dispatch import (
     device_of,
     finds_addresses,
 )
-from truestep.kernels.packing import PACK_FIELDS, SIZES, Lines, filled, pack_table, without_full
+from truestep.kernels.packing import (
+    ALONE,
+    PACK_FIELDS,
+    REACHED,
+    SIZES,
+    Lines,
+    filled,
+    pack_table,
+    without_full,
+)
 
 if TYPE_CHECKING:
     from truestep.ways import Sizes
@@ -70,6 +80,9 @@ class ShortHook(Hook):
 class Use:
     """Waits at the node of a layer's output for its gradient; what it holds of the input is bits after that.
 
+    Bits that one gradient made needless to find are not there for another, which comes where the graph is
+    retained: then the input is packed once more. Autograd holds it as long.
+
     Args:
         watch: gives who is told, or None once it is gone.
         layer: the layer.
@@ -82,7 +95,7 @@ class Use:
         weight: the layer's in this call.
         bias: the same.
         given: the layer's input, until it is packed.
-        means: its means, if the layer needs them, as long.
+        means: its means, if the layer needs them, as long as they may be.
         delta: the gradient of the node's output, from its arrival until it is packed.
         rows: how many rows of that are one sample's.
         reached: whether `inputs` and `outputs` are the samples that reach a norm's weight and bias.
@@ -92,6 +105,7 @@ class Use:
     """
 
     __slots__ = (
+        "_again",
         "_call",
         "_followed",
         "_layer",
@@ -115,7 +129,8 @@ class Use:
     ) -> None:
         self._watch, self._layer, self._call = watch, layer, call
         self.given: Tensor | None = given
-        self._followed: Tensor | None = given
+        self._again: Callable[[], Tensor | None] | None = None
+        self._followed: Tensor | None = given if layer.followed else None
         self.sizes: Sizes
         self.delta: Tensor | None = None
         direct = self.direct = layer.direct
@@ -145,6 +160,21 @@ class Use:
         return passed
 
     uncompiled(__call__, inside=False)
+
+    def take(self, delta: Tensor) -> None:
+        """Takes the output's gradient; where an earlier one left out bits, the input is packed once more.
+
+        Raises:
+            TruestepError: it is gone.
+        """
+        self.delta = delta
+        if self._again is not None:
+            self.given = self._again()
+            if self.given is None:
+                raise TruestepError(
+                    f"the output of {self._layer.name!r} gets another gradient, but its input is gone; "
+                    "call the model again"
+                )
 
     def begins(self) -> bool:
         """Whether the parameters have no gradient yet, and the input no bits."""
@@ -196,8 +226,17 @@ class Use:
         if given is not None:
             self.inputs = pack_rows(given, direct.of_input(given.shape, rows), self.means)
             self.sizes = given.shape, delta.shape
-        self.given = self.delta = self.means = None
+        self.given = self.delta = self.means = self._again = None
         self.reached = False
+
+    def packed(self, pair: int) -> None:
+        """Notes that both are packed, see `truestep.kernels.packing.Lines`."""
+        self.reached = pair == REACHED
+        if pair == ALONE:
+            self.means = None
+        elif self._again is None and self.given is not None:
+            self._again = _weakly(self.given)
+        self.given = self.delta = None
 
     def masks(self) -> list[tuple[Bits, Bits | None]]:
         """The masks that `deliver` needs with their positions joined."""
@@ -207,6 +246,20 @@ class Use:
     def deliver(self, joined: Iterator[Bits]) -> tuple[Call, list[tuple[Tensor, Activity]]]:
         """The call of the model, and the parameters with their activity."""
         return self._call, self.direct.found(self, joined)
+
+
+def _weakly(tensor: Tensor) -> Callable[[], Tensor | None]:
+    """Gives a tensor for as long as autograd holds it, which may hold another view of the same memory."""
+    base = tensor._base  # noqa: SLF001
+    if base is None:
+        return weakref.ref(tensor)
+    reference, place = weakref.ref(base), (tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    def again() -> Tensor | None:
+        living = reference()
+        return None if living is None else living.detach().as_strided(*place)
+
+    return again
 
 
 def pack_all(uses: Sequence[Use], *, whole: bool) -> None:
@@ -253,6 +306,5 @@ def pack_all(uses: Sequence[Use], *, whole: bool) -> None:
     for use, lines in together:
         use.inputs = packed_in(words, start, table, first, lines.first, device)
         use.outputs = packed_in(words, start, table, first + PACK_FIELDS, lines.second, device)
-        use.reached = lines.reached
-        use.given = use.delta = use.means = None
+        use.packed(lines.pair)
         first += 2 * PACK_FIELDS

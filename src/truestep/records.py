@@ -163,7 +163,7 @@ class Records:
         task = backward_id()
         if task not in self._pending:
             self._pending_of(task)  # where the same use may still wait, with another gradient
-        use.delta = delta
+        use.take(delta)
         if self.follows or not use.begins():
             pack_all([use], whole=self.whole)
             self.receive(*use.deliver(iter(join(use.masks()))))

@@ -355,7 +355,7 @@ class DirectBatchNorm(DirectGroupNorm):
         """The same for each sample."""
         of_batch = node._saved_training  # noqa: SLF001
         kept = node._saved_result1 if of_batch else node._saved_running_mean  # noqa: SLF001
-        found: Tensor = kept.detach().expand(given.shape[0], -1).contiguous()
+        found: Tensor = kept.detach().repeat(given.shape[0], 1)
         return found
 
 

@@ -174,13 +174,13 @@ class Lines:
         table: the lines, int64.
     """
 
-    __slots__ = ("dtype", "first", "means", "reached", "read", "second", "table", "words")
+    __slots__ = ("dtype", "first", "means", "pair", "read", "second", "table", "words")
 
     def __init__(self, first: Rows, second: Rows, dtype: torch.dtype, pair: int = ALONE) -> None:
-        self.dtype, self.words, self.reached = dtype, 0, pair == REACHED
+        self.dtype, self.words, self.pair = dtype, 0, pair
         self.table, size, both = array("q"), SIZES[dtype], (first, second)
         self.first, self.second = both
-        if self.reached:
+        if pair == REACHED:
             self.first, self.second = (rows._replace(positions=1) for rows in both)
         made = self.first, self.second
         for number, ((samples, positions, units, by_unit, groups), packed) in enumerate(
@@ -191,7 +191,7 @@ class Lines:
             self.table.extend((positions * units * size, *strides, by_unit, 0, groups))
             self.table.extend((self.words, 1, pair and pair + number))
             self.words += (samples * packed.positions + WORD - 1) // WORD * units
-        self.read = self.words * WORD * size * (min(FEW, first.positions) if self.reached else 1)
+        self.read = self.words * WORD * size * (min(FEW, first.positions) if pair == REACHED else 1)
         self.means = first.samples * (first.positions if first.groups == EACH_ROW else first.groups)
 
 
