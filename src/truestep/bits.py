@@ -260,7 +260,8 @@ def appended(parts: Sequence[Bits]) -> Bits:
     """Masks ``[samples, units]`` one after the other.
 
     Args:
-        parts: of the same units; all but the last hold a multiple of 64 samples.
+        parts: of the same units; all but the last hold a multiple of 64 samples, or words that are not full
+            are taken for gaps.
 
     Example:
         >>> import torch
@@ -271,6 +272,7 @@ def appended(parts: Sequence[Bits]) -> Bits:
     if len(parts) == 1:
         return parts[0]
     length, units = sum(part.length for part in parts), parts[0].units
-    if all(part.words is None for part in parts):
+    device = next((part.words.device for part in parts if part.words is not None), None)
+    if device is None:
         return Bits(None, length, 1, units)
-    return Bits(torch.cat([part.dense() for part in parts]), length, 1, units)
+    return Bits(torch.cat([part.dense().to(device) for part in parts]), length, 1, units)

@@ -14,7 +14,7 @@ from truestep.blocks import Blocks
 from truestep.kernels.packing import WORD
 from truestep.kernels.stepping import Entry
 
-__all__ = ["Counts", "Joint", "Shared", "Total", "joint", "total"]
+__all__ = ["Counts", "Joint", "Shared", "Total", "joint", "one_batch", "total"]
 
 
 @dataclass(frozen=True)
@@ -74,22 +74,8 @@ class Total(Activity):
 
     @cached_property
     def as_one(self) -> Activity | None:
-        """The same as one batch, with gaps between its samples that reach nothing; None if there is none."""
-        first = self.parts[0]
-        if all(isinstance(part, Elements) for part in self.parts):
-            bits = _on_end([part.bits for part in self.parts])  # type: ignore[attr-defined]
-            return None if bits is None else Elements(first.shape, *bits)
-        if not isinstance(first, Outer):
-            return None
-        alike = [
-            part
-            for part in self.parts
-            if isinstance(part, Outer)
-            and (part.window, part.transposed) == (first.window, first.transposed)
-        ]
-        outputs, inputs = [part.outputs for part in alike], [part.inputs for part in alike]
-        masks = _on_end(outputs, inputs) if len(alike) == len(self.parts) else None
-        return None if masks is None else replace(first, outputs=masks[0], inputs=masks[1])
+        """See `one_batch`."""
+        return one_batch(self.parts)
 
     def entries(self, device: torch.device | None = None) -> list[Entry] | None:  # noqa: D102
         return None if self.as_one is None else self.as_one.entries(device)
@@ -243,6 +229,29 @@ def _parts(activity: Activity) -> tuple[Activity, ...]:
     return activity.parts if isinstance(activity, Total) else (activity,)
 
 
+def one_batch(parts: Sequence[Activity]) -> Activity | None:
+    """Separate batches as one, for counting: there may be gaps between its samples, which reach nothing.
+
+    Words of bits are put one after the other, which compiled loops count in one go.
+
+    Args:
+        parts: at least two, of the same parameter.
+
+    Returns:
+        None where there is no such activity.
+    """
+    shape = parts[0].shape
+    elements = [part for part in parts if isinstance(part, Elements)]
+    if len(elements) == len(parts):
+        bits = _on_end([part.bits for part in elements])
+        return None if bits is None else Elements(shape, *bits)
+    maps = [part for part in parts if isinstance(part, Outer)]
+    if len(maps) != len(parts) or len({(part.window, part.transposed) for part in maps}) > 1:
+        return None
+    masks = _on_end([part.outputs for part in maps], [part.inputs for part in maps])
+    return None if masks is None else replace(maps[0], outputs=masks[0], inputs=masks[1])
+
+
 def _on_end(*masks: Sequence[Bits]) -> list[Bits] | None:
     """Masks of one batch after the other, each as one mask; None where words cannot just follow each other.
 
@@ -259,13 +268,7 @@ def _on_end(*masks: Sequence[Bits]) -> list[Bits] | None:
             if any(mask[0].positions != 1 for mask in masks):
                 return None
             samples += sum(-bits.samples % WORD for bits in masks[0][:-1])
-    found = []
-    for mask in masks:
-        words = [bits.words for bits in mask]
-        device = next((each.device for each in words if each is not None), None)
-        joined = None if device is None else torch.cat([b.dense().to(device) for b in mask])
-        found.append(Bits(joined, samples, mask[0].positions, mask[0].units))
-    return found
+    return [replace(appended(mask), samples=samples, positions=mask[0].positions) for mask in masks]
 
 
 def _as_outer(use: Activity) -> Outer | None:

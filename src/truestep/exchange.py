@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from truestep.activity import Activity, Elements, Outer
-from truestep.bits import Bits
-from truestep.combine import Counts, total
+from truestep.activity import Activity
+from truestep.combine import Counts, one_batch, total
 from truestep.distributed import Ranks, is_sharded, local
 from truestep.errors import TruestepError
-from truestep.kernels.packing import WORD
 from truestep.wire import Message, message, of_rows, read
 
 __all__ = ["Exchange", "Share"]
@@ -294,27 +292,9 @@ def _filled(parts: list[Activity]) -> list[Activity]:
 
 
 def _added(parts: list[Activity]) -> Activity:
-    """The parts' total, for counting alone.
-
-    Words of bits that run along samples are put one after the other, which compiled loops count in one
-    go; bits that a part leaves unused are off and count for nothing, though `samples` has them.
-    """
-    if len(parts) > 1 and all(isinstance(part, Elements) for part in parts):
-        return Elements(parts[0].shape, _appended([part.bits for part in parts]))  # type: ignore[attr-defined]
-    if len(parts) > 1 and all(isinstance(part, Outer) and _is_flat(part) for part in parts):
-        outputs = _appended([part.outputs for part in parts])  # type: ignore[attr-defined]
-        inputs = _appended([part.inputs for part in parts])  # type: ignore[attr-defined]
-        return Outer(parts[0].shape, outputs, inputs)
-    return total(parts)
-
-
-def _is_flat(part: Outer) -> bool:
-    return part.window is None and not part.outputs.has_positions
-
-
-def _appended(bits: list[Bits]) -> Bits:
-    words = torch.cat([part.dense() for part in bits])
-    return Bits(words, WORD * len(words), 1, bits[0].units)
+    """The parts' total, for counting alone."""
+    whole = one_batch(parts) if len(parts) > 1 else None
+    return total(parts) if whole is None else whole
 
 
 def _where(flags: list[bool]) -> list[int]:
