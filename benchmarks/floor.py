@@ -30,7 +30,7 @@ from torch.autograd import Variable
 import truestep
 from candidates import LR
 from tasks import TASKS, Task
-from timing import WARM_UP, machine, machine_line
+from timing import WARM_UP, chosen, machine, machine_line
 from truestep.kernels.dispatch import loops
 from truestep.kernels.stepping import FIELDS, LINEAR, Entry, Table
 
@@ -304,8 +304,7 @@ def main() -> None:
     if arguments.read:
         results = json.loads(arguments.read.read_text())
     else:
-        wanted = arguments.tasks.split(",")
-        names = [name for name in TASKS if any(part in name for part in wanted)]
+        names = chosen(TASKS, arguments.tasks)
         rows = []
         for threads in arguments.threads.split(","):
             rows += measure(names, int(threads), arguments.rounds)

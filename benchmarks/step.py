@@ -13,7 +13,6 @@ import argparse
 import json
 from collections.abc import Iterator
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ import peak
 import truestep
 from candidates import CANDIDATES, LR, PAIRS, PEERS, refusal
 from tasks import TASKS, task_on
-from timing import compare, machine, machine_line
+from timing import chosen, compare, machine, machine_line, run
 
 PEER_ROUNDS = 3
 # Sizes of the parameters whose optimizer's step is measured alone.
@@ -171,13 +170,12 @@ def shown(rows: Iterator[Row]) -> list[Row]:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    wanted = arguments.tasks.split(",")
-    tasks = [task for task in TASKS if any(part in task for part in wanted)]
+    tasks = chosen(TASKS, arguments.tasks)
     device = arguments.device
     results: dict[str, Any] = {"machine": machine(device), "threads": {}, "memory": []}
     print(machine_line(results["machine"]))
 
-    def run(title: str, rows: Iterator[Row], into: dict[str, list[Row]]) -> None:
+    def show(title: str, rows: Iterator[Row], into: dict[str, list[Row]]) -> None:
         into[title] = shown(rows)
         if arguments.json:  # after each block: a long run that is interrupted keeps what it has
             arguments.json.write_text(json.dumps(results, indent=1) + "\n")
@@ -188,13 +186,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         blocks = results["threads"][threads] = {}
         rounds = arguments.rounds
         alone = chain(of_steps_alone(rounds, device), of_many_counted(rounds, device))
-        run("Step alone", alone, blocks)
-        run("Training step", of_training(tasks, rounds, device), blocks)
+        show("Step alone", alone, blocks)
+        show("Training step", of_training(tasks, rounds, device), blocks)
         if arguments.peers:
-            run("aSGD by other libraries", of_peers(tasks, device), blocks)
+            show("aSGD by other libraries", of_peers(tasks, device), blocks)
     if arguments.memory:
         print("\npeak memory")
-        run("memory", of_memory(tasks, device, peers=arguments.peers), results)
+        show("memory", of_memory(tasks, device, peers=arguments.peers), results)
     return results
 
 
@@ -206,13 +204,7 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="other libraries too, much slower")
     parser.add_argument("--memory", action="store_true", help="peak memory too")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--json", type=Path, help="file for all figures")
-    parser.add_argument("--read", type=Path, help="figures of an earlier run instead of a new one")
-    parser.add_argument("--markdown", action="store_true", help="print the tables as markdown")
-    arguments = parser.parse_args()
-    results = json.loads(arguments.read.read_text()) if arguments.read else measure(arguments)
-    if arguments.markdown:
-        print("\n" + markdown(results))
+    run(parser, measure, markdown)
 
 
 if __name__ == "__main__":

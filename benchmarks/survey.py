@@ -13,7 +13,6 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ import torch._dynamo
 import truestep
 from models import MODELS
 from tasks import TASKS, Task
-from timing import compare, machine, machine_line
+from timing import chosen, compare, machine, machine_line, run
 
 WIDE = "784-1024-1024-10 b256"
 LR, MICRO_BATCHES, LONGEST, FEWEST = 0.005, 4, 30.0, 8
@@ -113,8 +112,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    wanted = arguments.cases.split(",")
-    names = [name for name in CASES if any(part in name for part in wanted)]
+    names = chosen(CASES, arguments.cases)
     # Else torch.compile takes the graph of the model without a counter for the other: see docs/reference.md.
     torch._dynamo.config.skip_nnmodule_hook_guards = False  # noqa: SLF001
     results: dict[str, Any] = {"machine": machine(), "threads": {}}
@@ -140,13 +138,7 @@ def main() -> None:
     parser.add_argument("--threads", default="1", help="numbers of threads, by commas")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--cases", default=",".join(CASES), help="parts of names, by commas")
-    parser.add_argument("--json", type=Path, help="file for all figures")
-    parser.add_argument("--read", type=Path, help="figures of an earlier run instead of a new one")
-    parser.add_argument("--markdown", action="store_true", help="print the table as markdown")
-    arguments = parser.parse_args()
-    results = json.loads(arguments.read.read_text()) if arguments.read else measure(arguments)
-    if arguments.markdown:
-        print("\n" + markdown(results))
+    run(parser, measure, markdown)
 
 
 if __name__ == "__main__":

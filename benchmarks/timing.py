@@ -1,6 +1,8 @@
 """Taking turns: how two steps are compared on a machine whose speed drifts."""
 
+import argparse
 import importlib.metadata
+import json
 import os
 import platform
 import shlex
@@ -8,6 +10,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,6 +59,26 @@ def compare(
         "baseline_seconds": statistics.median(base),
         "ratio": statistics.quantiles(ratios, n=4),
     }
+
+
+def chosen(names: Iterable[str], parts: str) -> list[str]:
+    """The names that hold any of some parts, given by commas."""
+    return [name for name in names if any(part in name for part in parts.split(","))]
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    measure: Callable[[argparse.Namespace], dict[str, Any]],
+    markdown: Callable[[dict[str, Any]], str],
+) -> None:
+    """Measures, or reads earlier figures; prints the tables where asked."""
+    parser.add_argument("--json", type=Path, help="file for all figures")
+    parser.add_argument("--read", type=Path, help="figures of an earlier run instead of a new one")
+    parser.add_argument("--markdown", action="store_true", help="print the tables as markdown")
+    arguments = parser.parse_args()
+    results = json.loads(arguments.read.read_text()) if arguments.read else measure(arguments)
+    if arguments.markdown:
+        print("\n" + markdown(results))
 
 
 def machine(device: str = "cpu") -> dict[str, str | int]:
