@@ -105,6 +105,14 @@ def trained(
     return found, [parameter.detach() for parameter in model.parameters()]
 
 
+def assert_same(one, other):
+    """What `trained` found on both ways."""
+    for (size, counts), (same_size, same_counts) in zip(one[0], other[0], strict=True):
+        assert size == same_size
+        assert all(torch.equal(counts[name], same_counts[name]) for name in same_counts)
+    assert all(torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True))
+
+
 @pytest.mark.parametrize("held", [0, waiting.MOST_OF_ALL])
 @pytest.mark.parametrize("penalty", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -116,10 +124,7 @@ def test_both_ways_lead_to_the_same(held, penalty, accumulate, unit, positions, 
     one, other = (trained(short, held, monkeypatch, batches, **options) for short in (True, False))
     # All calls but the first, which is compared with the autograd graph.
     assert len(uses) == 4 * (len(batches) - 1)
-    for (size, counts), (same_size, same_counts) in zip(one[0], other[0], strict=True):
-        assert size == same_size
-        assert all(torch.equal(counts[name], same_counts[name]) for name in same_counts)
-    assert all(torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True))
+    assert_same(one, other)
 
 
 @pytest.mark.parametrize("held", [0, waiting.MOST_OF_ALL])
@@ -135,10 +140,7 @@ def test_both_ways_of_other_layers_lead_to_the_same(
     }  # fmt: skip
     one, other = (trained(short, held, monkeypatch, batches, **options) for short in (True, False))
     assert uses == ["0", "1", "3", "6", "7", "9"] * (len(batches) - 1)
-    for (size, counts), (same_size, same_counts) in zip(one[0], other[0], strict=True):
-        assert size == same_size
-        assert all(torch.equal(counts[name], same_counts[name]) for name in same_counts)
-    assert all(torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True))
+    assert_same(one, other)
 
 
 @pytest.mark.parametrize("held", [0, waiting.MOST_OF_ALL])
@@ -154,11 +156,9 @@ def test_both_ways_of_norms_lead_to_the_same(held, unit, training, order, monkey
     options = {"make": make, "unit": unit}
     one, other = (trained(short, held, monkeypatch, batches, **options) for short in (True, False))
     assert uses == ["0", "2", "3", "4", "5", "8", "9", "10", "11"] * (len(batches) - 1)
-    for (size, counts), (same_size, same_counts) in zip(one[0], other[0], strict=True):
-        assert size == same_size
+    assert_same(one, other)
+    for _, counts in one[0]:
         assert counts["2.weight"][3] == 0 < counts["2.bias"][3]
-        assert all(torch.equal(counts[name], same_counts[name]) for name in same_counts)
-    assert all(torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True))
 
 
 # Layers, shapes of inputs, and the dimension of their outputs' positions.

@@ -103,19 +103,23 @@ def recurrent(
     given = [hx] if isinstance(hx, Tensor) else list(hx or [])
     states = [state.detach() for state in given]
     rest = module, sequences, data.detach(), states
-    drops = module.training and module.dropout > 0 and module.num_layers > 1
+    replay = partial(_replay, *rest, [])
+    if module.training and module.dropout > 0 and module.num_layers > 1:
+
+        def see_dropout(outputs: list[Tensor]) -> tuple[Given, list[tuple[Node, Given]]]:
+            return partial(_replay, *rest, _dropout(module, sequences, outputs, [data, *given])), []
+
+        return Inside(see_dropout)
     single = module.num_layers == 1 and not (module.bidirectional or module.proj_size)
-    single = single and layout.unit == "sample"
-    if not (drops or single):
-        return partial(_replay, *rest, [])
+    if not single or layout.unit != "sample":
+        return replay
 
-    def see(outputs: list[Tensor]) -> tuple[Given, list[tuple[Node, Given]]]:
-        if single:
-            ends = outputs[0].detach(), outputs[-1].detach()
-            return partial(_replay_single, *rest, ends, [end._version for end in ends]), []  # noqa: SLF001
-        return partial(_replay, *rest, _dropout(module, sequences, outputs, [data, *given])), []
+    def see_ends(outputs: list[Tensor]) -> tuple[Given, list[tuple[Node, Given]]]:
+        ends = outputs[0].detach(), outputs[-1].detach()
+        versions = [end._version for end in ends]  # noqa: SLF001
+        return partial(_first_of, partial(_last_step, *rest, ends, versions), replay), []
 
-    return Inside(see)
+    return Inside(see_ends)
 
 
 def cell(
@@ -159,29 +163,12 @@ def _replay_cell(
         return _activity(module, "", sequences, source, trace, gradients)
 
 
-def _replay_single(
-    module: nn.RNN | nn.LSTM | nn.GRU,
-    sequences: Sequences,
-    data: Tensor,
-    states: list[Tensor],
-    ends: tuple[Tensor, Tensor],
-    versions: list[int],
-    *deltas: Tensor | None,
+def _first_of(
+    last_step: Callable[..., dict[str, Activity] | None], replay: Given, *deltas: Tensor | None
 ) -> dict[str, Activity]:
-    """`_replay` of one layer in one direction, of the last step alone if that is enough.
-
-    Args:
-        module: the layer.
-        sequences: how its tensors lie.
-        data: its input.
-        states: its initial states.
-        ends: its output and its last state, c of an LSTM.
-        versions: theirs, when it returned.
-        deltas: the gradients of output, h and c.
-    """
-    unchanged = [end._version for end in ends] == versions  # noqa: SLF001
-    found = _last_step(module, sequences, data, states, ends, deltas) if unchanged else None
-    return _replay(module, sequences, data, states, [], *deltas) if found is None else found
+    """What the last step says if that is enough, else what the replay says."""
+    found = last_step(*deltas)
+    return replay(*deltas) if found is None else found
 
 
 def _last_step(
@@ -190,11 +177,24 @@ def _last_step(
     data: Tensor,
     states: list[Tensor],
     ends: tuple[Tensor, Tensor],
-    deltas: tuple[Tensor | None, ...],
+    versions: list[int],
+    *deltas: Tensor | None,
 ) -> dict[str, Activity] | None:
-    """The activity of each sample's last step; None if anything is zero there: earlier ones may add to it."""
+    """The activity of each sample's last step; None if anything is zero there: earlier ones may add to it.
+
+    Args:
+        module: the layer, one layer in one direction.
+        sequences: how its tensors lie.
+        data: its input.
+        states: its initial states.
+        ends: its output and its last state, c of an LSTM.
+        versions: theirs, when it returned; None is returned if they have changed.
+        deltas: the gradients of output, h and c.
+    """
     mode: str = module.mode
     lstm = mode == "LSTM"
+    if [end._version for end in ends] != versions:  # noqa: SLF001
+        return None
     with _plainly(data.device):
         weights = _weights(module, "_l0")
         source = sequences.time_first(data).to(weights.weight_ih)

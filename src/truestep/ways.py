@@ -263,6 +263,12 @@ class DirectNorm(Direct):
     def keeps(self, given: Tensor) -> bool:
         """Whether autograd keeps an input itself."""
 
+    def means(self, node: Any, given: Tensor) -> Tensor:
+        """Detached: they would keep the node alive that this is hung on."""
+        del given
+        found: Tensor = node._saved_result1.detach()  # noqa: SLF001
+        return found
+
     def pair(self, first: Rows, *, whole: bool) -> int | None:
         """A few positions tell which samples reach the weights."""
         if not (whole or (self.apart and first.positions > 1)):
@@ -300,12 +306,6 @@ class DirectLayerNorm(DirectNorm):
         """What lies in order, and has samples."""
         return len(given.shape) > self._dims and given.is_contiguous()
 
-    def means(self, node: Any, given: Tensor) -> Tensor:
-        """One for each row."""
-        del given
-        found: Tensor = node._saved_result1.detach()  # noqa: SLF001
-        return found
-
     def arranged(self, shape: torch.Size, rows: int) -> Rows:
         """Rows of all normalised numbers."""
         del rows
@@ -319,21 +319,16 @@ class DirectGroupNorm(DirectNorm):
     """`nn.GroupNorm`."""
 
     NODES = frozenset({"NativeGroupNormBackward0"})
+    GROUPS = "num_groups"  # the module's attribute
     images = True
 
     def __init__(self, module: Any, layout: Layout) -> None:
         super().__init__(module, layout)
-        self.groups = module.num_groups
+        self.groups = getattr(module, self.GROUPS)
 
     def keeps(self, given: Tensor) -> bool:
         """With channels last only a CPU's operation does."""
         return given.is_contiguous() or (given.is_cpu and channels_last(given))
-
-    def means(self, node: Any, given: Tensor) -> Tensor:
-        """Detached: they would keep the node alive that this is hung on."""
-        del given
-        found: Tensor = node._saved_result1.detach()  # noqa: SLF001
-        return found
 
     def arranged(self, shape: torch.Size, rows: int) -> Rows:
         """Channels come first."""
@@ -346,10 +341,7 @@ class DirectBatchNorm(DirectGroupNorm):
     """Batch norms: each channel has one mean, of the batch or of earlier ones."""
 
     NODES = frozenset({"NativeBatchNormBackward0"})
-
-    def __init__(self, module: Any, layout: Layout) -> None:
-        Direct.__init__(self, module, layout)
-        self.groups = module.num_features
+    GROUPS = "num_features"
 
     def means(self, node: Any, given: Tensor) -> Tensor:
         """The same for each sample."""

@@ -179,19 +179,16 @@ class Lines:
     def __init__(self, first: Rows, second: Rows, dtype: torch.dtype, pair: int = ALONE) -> None:
         self.dtype, self.words, self.pair = dtype, 0, pair
         self.table, size, both = array("q"), SIZES[dtype], (first, second)
-        self.first, self.second = both
-        if pair == REACHED:
-            self.first, self.second = (rows._replace(positions=1) for rows in both)
-        made = self.first, self.second
-        for number, ((samples, positions, units, by_unit, groups), packed) in enumerate(
-            zip(both, made, strict=True)
-        ):
+        reached = pair == REACHED
+        self.first, self.second = (rows._replace(positions=1) if reached else rows for rows in both)
+        for number, (samples, positions, units, by_unit, groups) in enumerate(both):
             strides = (size, positions * size) if by_unit else (units * size, size)
             self.table.extend((0, size, MAGNITUDE[size], samples, positions, units))
             self.table.extend((positions * units * size, *strides, by_unit, 0, groups))
             self.table.extend((self.words, 1, pair and pair + number))
-            self.words += (samples * packed.positions + WORD - 1) // WORD * units
-        self.read = self.words * WORD * size * (min(FEW, first.positions) if pair == REACHED else 1)
+            kept = 1 if reached else positions
+            self.words += (samples * kept + WORD - 1) // WORD * units
+        self.read = self.words * WORD * size * (min(FEW, first.positions) if reached else 1)
         self.means = first.samples * (first.positions if first.groups == EACH_ROW else first.groups)
 
 
