@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 import truestep
 from properties import count, own_counts, upstream
 from truestep import rules_recurrent
+from truestep.recurrence import last_step, output_of
+from truestep.sequences import weights_of
 from zoo import sparse_inputs
 
 LAYERS = {
@@ -134,44 +136,58 @@ def replays(monkeypatch):
 
 
 @pytest.mark.parametrize("lengths", [None, [3, 1, 5, 2], [5, 3, 2, 2]])
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("started", [False, True])
 @pytest.mark.parametrize("used", [(True, False, False), (False, True, False), (True,) * 3])
+@pytest.mark.parametrize(
+    "switches", [{}, {"num_layers": 3, "bias": False}, {"bidirectional": True}]
+)
 @pytest.mark.parametrize("kind", ["tanh", "lstm", "gru"])
-def test_steps_without_zeros_are_not_replayed(kind, used, started, lengths, replays):
+def test_steps_without_zeros_are_not_replayed(
+    kind, switches, used, started, packed, lengths, replays
+):
     torch.manual_seed(0)
-    layer = LAYERS[kind](3, 4, batch_first=True, dtype=torch.float64)
+    layer = LAYERS[kind](3, 4, batch_first=True, dtype=torch.float64, **switches)
     inputs = torch.randn(4, 5, 3).double()
-    shape = 1, 4, 4
+    shape = layer.num_layers * (1 + layer.bidirectional), 4, 4
     h, c = torch.randn(shape).double(), torch.randn(shape).double()
     model = nn.ModuleDict({"layer": layer})
     counter = truestep.SampleCounter(model)
     given = inputs
-    if lengths is not None:
+    if lengths is not None and packed:
         given = pack_padded_sequence(inputs, lengths, batch_first=True, enforce_sorted=False)
     hx = ((h, c) if kind == "lstm" else h) if started else None
     returned = layer(given, hx)
     tensors, deltas = samples_first(layer, returned, used)
     for delta in deltas:
         delta[delta == 0] = 1
+    if lengths is not None and not packed and used[0]:
+        for sample, length in enumerate(lengths):
+            deltas[0][sample, length:] = 0
     expected = own_counts(model, tensors, deltas, 4)
     replays.clear()
     torch.autograd.backward(tensors, deltas)
     counts = counter.counts()
     assert all(torch.equal(counts[name], values) for name, values in expected.items())
-    first = lengths is not None and 1 in lengths
-    # A sample of one step without a given state has h = 0 before; an LSTM's given c may be 0.
-    assert bool(replays) == (first and (kind == "lstm" or not started))
+    # A sample's first step starts from h = 0 where no state is given.
+    short = lengths is not None and 1 in lengths and (packed or used == (True, False, False))
+    assert bool(replays) == (short and not started)
 
 
-@pytest.mark.parametrize("change", ["an input", "a gradient", "a state", "a given c", "the output"])
-def test_zeros_in_the_last_step_are_replayed(change, replays):
-    layer = nn.LSTM(3, 4, dtype=torch.float64)
-    inputs, h, c = torch.randn(1, 6, 3), torch.randn(1, 6, 4), torch.randn(1, 6, 4)
+@pytest.mark.parametrize(
+    "change",
+    ["an input", "a gradient", "a state", "a given c", "a saturated c", "the output"],
+)
+@pytest.mark.parametrize("switches", [{}, {"num_layers": 2}, {"bidirectional": True}])
+def test_zeros_in_the_last_step_are_replayed(change, switches, replays):
+    layer = nn.LSTM(3, 4, dtype=torch.float64, **switches)
+    shape = layer.num_layers * (1 + layer.bidirectional), 6, 4
+    inputs, h, c = torch.randn(1, 6, 3), torch.randn(shape), torch.randn(shape)
     if change != "a given c":
         inputs = torch.cat([inputs, inputs.flip(1)])
     if change == "an input":
-        inputs[-1, 2, 1] = 0
-    c[0, 3, 2] = 0
+        inputs[:, 2, 1] = 0
+    c[0, 3, 2] = 1000 if change == "a saturated c" else 0
     counter = truestep.SampleCounter(layer, batch_dim=1)
     for parameter in layer.parameters():
         if change == "a state":
@@ -179,7 +195,9 @@ def test_zeros_in_the_last_step_are_replayed(change, replays):
     output, _ = layer(inputs.double(), (h.double(), c.double()))
     delta = torch.randn_like(output)
     if change == "a gradient":
-        delta[-1, 4, 3] = 0
+        delta[:, 4, 3] = 0
+    if change == "a saturated c":  # where no state says what tanh(c) was
+        delta[-1] = 0
     tensors, deltas = [output.transpose(0, 1)], [delta.transpose(0, 1)]
     expected = own_counts(layer, tensors, deltas, 6)
     if change == "the output":
@@ -190,8 +208,33 @@ def test_zeros_in_the_last_step_are_replayed(change, replays):
     counts = counter.counts()
     assert all(torch.equal(counts[name], values) for name, values in expected.items())
     assert replays
-    if change == "a given c":
+    if change in ("a given c", "a saturated c"):
         assert counts["weight_hh_l0"].min() < 6
+
+
+@pytest.mark.parametrize("kind", ["tanh", "relu", "lstm", "gru"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_outputs_by_torch_are_those_of_the_textbook(kind, bias):
+    layer = LAYERS[kind](3, 4, bias=bias, dtype=torch.float64)
+    weights = weights_of(layer, "_l0")
+    inputs, h, c = (torch.randn(shape).double() for shape in ((5, 6, 3), (6, 4), (6, 4)))
+    with torch.no_grad():
+        found = output_of(layer.mode, weights, inputs, (h, c))
+    expected = rules_recurrent.forward(layer.mode, weights, inputs, (h, c)).output
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_rounded_tanh_that_may_be_one_is_taken_for_one():
+    layer = nn.LSTM(3, 4, bias=False)
+    weights = weights_of(layer, "_l0")
+    x, h, c = torch.randn(6, 3), torch.randn(6, 4), torch.randn(6, 4)
+    gates = x @ weights.weight_ih.T + h @ weights.weight_hh.T
+    after = torch.sigmoid(gates[:, 12:]) * (1 - torch.finfo(torch.float32).eps)
+    ended = torch.tensor([[False]] * 3 + [[True]] * 3)
+    deltas = torch.randn(6, 4), torch.zeros(6, 4)
+    found, _ = last_step("LSTM", weights, x, (h, c), (after, c, ended), deltas)
+    assert not found[:3, :12].any()
+    assert found[3:].all()
 
 
 class PackedAndPlain(nn.Module):

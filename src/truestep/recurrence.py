@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["CELLS", "Deltas", "Trace", "Weights", "backward", "forward", "last_step"]
+__all__ = ["CELLS", "Deltas", "Trace", "Weights", "backward", "forward", "last_step", "output_of"]
 
 
 @dataclass(frozen=True)
@@ -150,39 +150,60 @@ def backward(
     )
 
 
+def output_of(mode: str, weights: Weights, input: Tensor, state: tuple[Tensor, Tensor]) -> Tensor:
+    """The output of `forward`, by torch's own operation where that takes a layer's weights by themselves.
+
+    Args:
+        mode: as of the run.
+        weights: as of the run, without a projection.
+        input: ``[time, samples, inputs]``.
+        state: h and c to start from, ``[samples, hidden]``.
+    """
+    if not input.is_cpu:  # cuDNN wants the weights of all layers in one piece
+        return forward(mode, weights, input, state).output
+    h, c = (each.unsqueeze(0) for each in state)
+    every = weights.weight_ih, weights.weight_hh, weights.bias_ih, weights.bias_hh
+    flat = [each for each in every if each is not None]
+    # (layers=1, dropout=0, training=False, bidirectional=False, batch_first=False)
+    rest = flat, len(flat) == len(every), 1, 0.0, False, False, False
+    output: Tensor = getattr(torch, mode.lower())(input, (h, c) if mode == "LSTM" else h, *rest)[0]
+    return output
+
+
 def last_step(
     mode: str,
     weights: Weights,
     input: Tensor,
-    before: Tensor,
-    cell: Tensor,
-    dh: Tensor,
-    dc: Tensor,
+    before: tuple[Tensor, Tensor],
+    after: tuple[Tensor, Tensor, Tensor],
+    deltas: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Where the gradients of the last step's gates are not zero, from what is known after the run.
-
-    An LSTM's c before that step is not known, but h = o tanh(c) is, which stands for it: where h is not zero,
-    neither is c, which is the larger of the two.
+    """Where the gradients of a step's gates are not zero, from what is known after the run.
 
     Args:
         mode: as of the run.
         weights: as of the run, without a projection.
         input: ``[samples, inputs]``.
-        before: h before the step, ``[samples, hidden]``.
-        cell: an LSTM's c after it.
-        dh: the gradient of h after it.
-        dc: the same of c.
+        before: h and an LSTM's c before the step, ``[samples, hidden]``; of c it matters where it is zero.
+        after: h after it; an LSTM's c after the run; bool ``[samples, 1]``: whether this was its last step.
+        deltas: the gradients of h and c after it.
 
     Returns:
-        Numbers that are zero where the gradients are: of the input gates and of the hidden gates.
+        Numbers that are zero where the gradients are, of the input gates and of the hidden gates; or where
+        it cannot be told.
     """
     step, back = CELLS[mode]
     gates = torch.nn.functional.linear(input, weights.weight_ih, weights.bias_ih)
-    hidden = torch.nn.functional.linear(before, weights.weight_hh, weights.bias_hh)
-    _, _, kept = step(gates, hidden, before, before)
+    hidden = torch.nn.functional.linear(before[0], weights.weight_hh, weights.bias_hh)
+    _, _, kept = step(gates, hidden, *before)
     if mode == "LSTM":
-        kept = *kept[:-1], torch.tanh(cell)
-    from_input, from_hidden, _, _ = back(dh, dc, kept)
+        h, c, ended = after
+        # h = o tanh(c), rounded: that tanh(c) is not 1 has to be beyond doubt.
+        squashed = h / kept[3]
+        sure = squashed.abs() < 1 - 16 * torch.finfo(h.dtype).eps
+        squashed = torch.where(ended, torch.tanh(c), squashed.masked_fill(~sure, 1.0))
+        kept = *kept[:-1], squashed
+    from_input, from_hidden, _, _ = back(*deltas, kept)
     return from_input, from_hidden
 
 
