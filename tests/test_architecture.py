@@ -11,7 +11,7 @@ ROOT = Path(truestep.__file__).parent
 
 # Lower layers first; a module may import modules of lower layers and of its own.
 LAYERS = [
-    {"errors", "kernels"},
+    {"errors", "checks", "kernels"},
     {
         "bits",
         "activity",
@@ -21,6 +21,8 @@ LAYERS = [
         "layout",
         "per_sample",
         "recurrence",
+        "sequences",
+        "last_steps",
         "placed",
         "derived",
         "meetings",
@@ -119,7 +121,17 @@ def test_imports_point_down(path):
 def test_the_core_knows_torch_alone(name):
     allowed = {"torch", "numpy", "truestep"}
     known = {"abc", "array", "ast", "collections", "contextlib", "copy", "dataclasses", "functools"}
-    known |= {"io", "itertools", "math", "operator", "statistics", "sys", "time", "typing"}
+    known |= {
+        "io",
+        "itertools",
+        "math",
+        "numbers",
+        "operator",
+        "statistics",
+        "sys",
+        "time",
+        "typing",
+    }
     known |= {"warnings", "weakref"}
     roots = {imported.split(".")[0] for imported in imports(ROOT / f"{name}.py")}
     assert roots <= allowed | known

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from truestep.checks import check_kind
 from truestep.compression_report import CompressionReport
 from truestep.errors import TruestepError
 from truestep.layers import uncompiled_model
@@ -64,6 +65,7 @@ def compress(
         >>> small[0], report.removed[0].how
         (Linear(in_features=2, out_features=2, bias=True), 'removed')
     """
+    check_kind(model, nn.Module, "model", "a torch.nn.Module")
     model = uncompiled_model(model)
     if optimizer is not None:
         check_optimizer(model, optimizer)

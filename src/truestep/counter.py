@@ -4,12 +4,14 @@ The hooks are `Watch`'s, the records' life is `Records`', the ranks are `Batch`'
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from truestep.activity import Activity
 from truestep.batch import Batch
+from truestep.checks import check_factor
 from truestep.distributed import local
 from truestep.errors import TruestepError
 from truestep.fused import Pass
@@ -52,7 +54,8 @@ class SampleCounter:
 
     Raises:
         TruestepError: a module with parameters has no rule and cannot be run sample by sample (all
-            such modules are named), or another counter watches the model already.
+            such modules are named), another counter watches the model already, or an argument is of a
+            wrong kind, or names a module that is not there.
 
     Example:
         >>> import torch, truestep
@@ -80,7 +83,7 @@ class SampleCounter:
             "unsupported": unsupported,
             "process_group": process_group,
         }
-        check_options(model, unit, unsupported)
+        check_options(model, unit, unsupported, rules, batch_dim)
         model = uncompiled_model(model)
         self._records = Records(parameter_names(model), unit)
         self._batch = Batch(model, self._records, process_group)
@@ -105,8 +108,8 @@ class SampleCounter:
 
     @batch_size.setter
     def batch_size(self, value: int | None) -> None:
-        if value is not None and value < 1:
-            raise TruestepError(f"batch_size is {value}; set a positive number, or None to count")
+        if value is not None and not (isinstance(value, Integral) and value > 0):
+            raise TruestepError(f"batch_size is {value!r}; set a positive number, or None to count")
         self._batch.override = value
 
     @property
@@ -147,6 +150,7 @@ class SampleCounter:
             >>> counter.statistics()["weight"]["unreached"]
             0.5
         """
+        check_factor(eps, None)
         return self._batch.statistics(eps)
 
     def nonfinite(self) -> list[str]:
@@ -176,8 +180,9 @@ class SampleCounter:
             factor_limit: the largest N / (m + eps) allowed.
 
         Raises:
-            TruestepError: a parameter has a gradient but no record.
+            TruestepError: a parameter has a gradient but no record, or a number makes no factor.
         """
+        check_factor(eps, factor_limit)
         chosen = list(self._records.names if parameters is None else parameters)
         self.prepare(chosen)
         corrected: list[Tensor] = []
@@ -211,8 +216,9 @@ class SampleCounter:
             A new tensor; `.grad` itself where it is corrected already or stays plain.
 
         Raises:
-            TruestepError: the parameter has no gradient or no record.
+            TruestepError: the parameter has no gradient or no record, or a number makes no factor.
         """
+        check_factor(eps, factor_limit)
         if parameter.grad is None:
             raise TruestepError("the parameter has no gradient; call backward() first")
         alone = not self._batch.covers(parameter)
@@ -295,7 +301,11 @@ class SampleCounter:
             model: the model that is called from now on.
         """
         self.close()
-        return SampleCounter(model, **self._options)
+        options, dims = self._options, self._options["batch_dim"]
+        if isinstance(dims, Mapping):
+            names = {name for name, _ in model.named_modules()}
+            options = options | {"batch_dim": {n: dim for n, dim in dims.items() if n in names}}
+        return SampleCounter(model, **options)
 
     def close(self) -> None:
         """Takes the hooks off the model and forgets the records."""

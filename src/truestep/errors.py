@@ -13,8 +13,18 @@ class TruestepError(Exception):
     """
 
 
-def without_record(name: str) -> TruestepError:
-    """For a parameter with a gradient that no record describes."""
+def without_record(name: str, *, closed: bool = False) -> TruestepError:
+    """For a parameter with a gradient that no record describes.
+
+    Args:
+        name: the parameter's.
+        closed: whether its counter is.
+    """
+    if closed:
+        return TruestepError(
+            f"{name!r} has a gradient, but its SampleCounter was closed; make a new one and give it to the "
+            "optimizer"
+        )
     return TruestepError(
         f"{name!r} has a gradient, but no sample was counted for it. Either "
         "the forward pass ran before the SampleCounter was made, or torch.compile did (make the "

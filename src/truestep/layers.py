@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from truestep.calls import Call
+from truestep.checks import check_batch_dim, check_kind, check_rules
 from truestep.distributed import is_sharded
 from truestep.errors import TruestepError
 from truestep.graph import Recording
@@ -258,8 +259,14 @@ def uncompiled_model(model: nn.Module) -> nn.Module:
     return model._orig_mod if wrapped else model  # type: ignore[return-value]  # noqa: SLF001
 
 
-def check_options(model: nn.Module, unit: str, unsupported: str) -> None:
+def check_options(
+    model: nn.Module, unit: str, unsupported: str, rules: Any, batch_dim: Any
+) -> None:
     """Raises `TruestepError` for what a counter cannot be made of."""
+    check_kind(model, nn.Module, "model", "a torch.nn.Module")
+    check_rules(rules)
+    names = (name for name, _ in _wrapped(uncompiled_model(model)).named_modules())
+    check_batch_dim(batch_dim, names)
     if unit not in {"sample", "position"}:
         raise TruestepError(f"unit is {unit!r}; use 'sample' or 'position'")
     if unsupported not in {"error", "mean"}:

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+from truestep.checks import check_kind
+
 __all__ = ["scalars", "table"]
 
 Statistics = Mapping[str, Mapping[str, float]]
@@ -27,6 +29,7 @@ def scalars(statistics: Statistics) -> dict[str, float]:
         >>> truestep.monitor.scalars(counter.statistics())["largest_factor/weight"]
         1.0
     """
+    check_kind(statistics, Mapping, "statistics", "counter.statistics()")
     return {
         f"{quantity}/{parameter}": value
         for parameter, quantities in statistics.items()
@@ -54,6 +57,7 @@ def table(statistics: Statistics, rows: int = 20) -> str:
         weight                1.5           3         1     2        3          0
         bias                 0.75           3         3     3        3          0
     """
+    check_kind(statistics, Mapping, "statistics", "counter.statistics()")
     ranked = sorted(statistics.items(), key=lambda item: -item[1]["largest_factor"])[:rows]
     quantities = ("largest_factor", "batch_size", "smallest", "mean", "largest", "unreached")
     head = ("parameter", *quantities)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from truestep.checks import check_kind
 from truestep.errors import TruestepError
 from truestep.flow import Flow
 from truestep.layer_nodes import KINDS, LayerNodes, Statistics
@@ -69,6 +70,7 @@ def find_dummy_nodes(
         >>> nodes["0"].true.tolist(), nodes["0"].pseudo.tolist()
         ([False, False, True], [False, True, False])
     """
+    check_kind(model, nn.Module, "model", "a torch.nn.Module")
     model = uncompiled_model(model)
     found = Statistics(tolerance)
     flow = Flow(model, found)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.sgd import sgd
 
+from truestep.checks import check_factor, check_kind, require_at_least_zero
 from truestep.counter import SampleCounter
 from truestep.distributed import local
 from truestep.errors import TruestepError
@@ -73,7 +74,7 @@ class DASGD(Optimizer):
         foreach: bool | None = None,
         differentiable: bool = False,
     ) -> None:
-        _require_at_least_zero(lr=lr, weight_decay=weight_decay)
+        require_at_least_zero(lr=lr, weight_decay=weight_decay)
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -219,15 +220,11 @@ class AdaptiveBatchSGD(Optimizer):
         maximize: bool = False,
         foreach: bool = False,
     ) -> None:
-        _require_at_least_zero(lr=lr, momentum=momentum, weight_decay=weight_decay, eps=eps)
-        if not isinstance(counter, SampleCounter):
-            raise TruestepError(
-                f"counter is of type {type(counter).__name__}; pass truestep.SampleCounter(model)"
-            )
+        require_at_least_zero(lr=lr, momentum=momentum, weight_decay=weight_decay)
+        check_factor(eps, factor_limit)
+        check_kind(counter, SampleCounter, "counter", "truestep.SampleCounter(model)")
         if nesterov and (momentum <= 0 or dampening != 0):
             raise TruestepError("nesterov=True needs momentum > 0 and dampening = 0; set them")
-        if factor_limit is not None and factor_limit <= 0:
-            raise TruestepError(f"factor_limit is {factor_limit}; set a positive number or None")
         self.counter = counter
         defaults = {
             "lr": lr,
@@ -373,12 +370,6 @@ def refuse_sparse(parameter: Tensor, what: str) -> None:
             f"{what} compares two steps' gradients element by element, and the parameter of shape "
             f"{tuple(parameter.shape)} has a sparse gradient; build its embedding with sparse=False"
         )
-
-
-def _require_at_least_zero(**values: float | Tensor) -> None:
-    for name, value in values.items():
-        if not value >= 0:
-            raise TruestepError(f"{name} is {value}; use a number that is at least 0")
 
 
 def _call(closure: Callable[[], Any] | None) -> Any:

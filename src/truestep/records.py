@@ -37,6 +37,7 @@ class Records:
         known: the identities of the parameters.
         follows: whether a record follows its gradient when a backward pass puts another tensor in its
             place, as DistributedDataParallel does with gradient_as_bucket_view=True.
+        closed: whether nobody watches the model any more.
         whole: whether somebody looks at the bits of inputs or outputs alone, not at the weights' counts.
         current: the call that the running backward pass is going through.
         landed: the gradients that have reached `.grad` and are not settled yet: their parameters, the
@@ -48,7 +49,7 @@ class Records:
         self.known = {id(parameter) for parameter in names}
         # By the identity of their parameters: tensors are slow keys.
         self._committed: dict[int, Record] = {}
-        self.follows = self.whole = False
+        self.follows = self.whole = self.closed = False
         self._unit = unit
         # By backward pass and parameter.
         self._pending: dict[int, dict[int, Pending]] = {}
@@ -74,7 +75,8 @@ class Records:
         return self._committed
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Forgets everything, for good."""
+        self.closed = True
         self._committed.clear()
         self._pending.clear()
         self._living.clear()
@@ -116,7 +118,7 @@ class Records:
         """
         record = self.committed.get(id(parameter))
         if record is None or record.gradient() is not parameter.grad:
-            raise without_record(self.names[parameter])
+            raise without_record(self.names[parameter], closed=self.closed)
         if record.mixed:
             raise corrected_already(self.names[parameter])
         if parameter.is_meta:

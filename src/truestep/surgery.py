@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from truestep.checks import check_kind
 from truestep.errors import TruestepError
 from truestep.hooks import inert
 from truestep.plan import Plan
@@ -260,6 +261,8 @@ def shrink_to(model: nn.Module, saved: Mapping[str, Any]) -> nn.Module:
         >>> same[0], bool((same(x) == small(x)).all())
         (Linear(in_features=2, out_features=2, bias=True), True)
     """
+    check_kind(model, nn.Module, "model", "a torch.nn.Module")
+    check_kind(saved, Mapping, "saved", "report.checkpoint(small), or what torch.load gives of it")
     state = saved.get("state_dict", saved)
     structure = saved.get("structure", {}) if "state_dict" in saved else {}
     try:

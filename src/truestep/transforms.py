@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from truestep.checks import check_factor, check_kind
 from truestep.counter import SampleCounter
 from truestep.errors import TruestepError
 from truestep.hooks import uncompiled
@@ -44,13 +45,15 @@ def attach(optimizer: Optimizer, *transforms: Transform) -> "Handle":
 
     Args:
         optimizer: any `torch.optim.Optimizer` except LBFGS.
-        transforms: for example `mean_effective_gradient(counter)`, `directional_boost()`.
+        transforms: for example `mean_effective_gradient(counter)`, `directional_boost()`. What a booster
+            compares is what comes before it: behind aSGD two mean effective gradients, in front of it two
+            gradients, to whose sum with the booster aSGD's factors then apply.
 
     Returns:
         A handle whose `remove()` undoes it.
 
     Raises:
-        TruestepError: LBFGS, no transform, or the optimizer has transforms already.
+        TruestepError: no optimizer, LBFGS, no transform, or the optimizer has transforms already.
 
     Example:
         >>> import torch, truestep
@@ -62,6 +65,7 @@ def attach(optimizer: Optimizer, *transforms: Transform) -> "Handle":
         >>> model(torch.ones(4, 2)).mean().backward()
         >>> optimizer.step()
     """
+    check_kind(optimizer, Optimizer, "optimizer", "a torch.optim.Optimizer")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise TruestepError(
             "LBFGS compares losses and gradients along a line, which transformed gradients do not fit; "
@@ -163,6 +167,9 @@ def mean_effective_gradient(
         eps: added to the adaptive batch size m; the paper's non-zero natural number.
         factor_limit: the largest N / (m + eps) allowed; None for no limit.
 
+    Raises:
+        TruestepError: no counter, or a number that makes no factor.
+
     Example:
         >>> import torch, truestep
         >>> model = torch.nn.Linear(2, 1)
@@ -170,6 +177,8 @@ def mean_effective_gradient(
         >>> transform = truestep.mean_effective_gradient(truestep.SampleCounter(model))
         >>> handle = truestep.attach(optimizer, transform)
     """
+    check_kind(counter, SampleCounter, "counter", "truestep.SampleCounter(model)")
+    check_factor(eps, factor_limit)
 
     def mean_effective_gradient(optimizer: Optimizer) -> Callable[[], None]:
         params = _with_gradient(optimizer)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from truestep.checks import check_kind
 from truestep.ensemble.compiled import Compiled
 from truestep.ensemble.data import Data
 from truestep.ensemble.job import Job, Order
@@ -193,6 +194,8 @@ def _job(
     record: Record | None,
     stop: Stop | None,
 ) -> Job:
+    check_kind(network, Network, "network", "truestep.ensemble.Network")
+    check_kind(data, Data, "data", "truestep.ensemble.Data")
     data.check(network)
     samples = data.train.samples
     replicas = whole("train", "replicas", replicas, 1)

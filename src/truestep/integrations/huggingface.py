@@ -43,6 +43,7 @@ class MeanEffectiveGradient:
         log_statistics: bool = False,
         **kwargs: Any,
     ) -> None:
+        truestep.mean_effective_gradient(counter, eps=eps, factor_limit=factor_limit)  # checks them
         super().__init__(*args, **kwargs)
         self._counter = counter
         self._eps, self._factor_limit = eps, factor_limit

@@ -53,6 +53,7 @@ class MeanEffectiveGradient(Callback):
         factor_limit: float | None = None,
         log_statistics: bool = False,
     ) -> None:
+        truestep.mean_effective_gradient(counter, eps=eps, factor_limit=factor_limit)  # checks them
         self._counter = counter
         self._eps, self._factor_limit = eps, factor_limit
         self._log_statistics = log_statistics
