@@ -182,3 +182,16 @@ def test_hooks_of_ours_and_of_others_run_in_turn():
     handle.remove()
     y.sum().backward()
     assert seen == [2.0]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_earlier_hook_may_put_another_output_in_a_layers_place(compiled):
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
+    handle = model[0].register_forward_hook(lambda _module, _args, output: output.relu())
+    counter = truestep.SampleCounter(model)
+    inputs = torch.randn(7, 6)
+    run = torch.compile(model, backend="aot_eager") if compiled else model
+    run(inputs).sum().backward()
+    handle.remove()
+    expected = (model[0](inputs) > 0).sum(0)
+    assert counter.counts()["0.bias"].equal(expected)

@@ -9,9 +9,13 @@ from properties import (
     assert_counts_equal_oracle,
     assert_resuming_is_bit_exact,
     assert_step_equals_oracle,
+    batch_dim_of,
+    called,
     count,
+    each,
 )
 from truestep import TruestepError
+from truestep.layout import tensors_in
 from zoo import ZOO, classify, frozen_first, sparse_inputs
 from zoo_layers import LAYERS
 from zoo_wiring import OPTIONS, WIRING, Checkpointed, MaskedExperts, RoutedExperts
@@ -125,3 +129,18 @@ def test_experts_count_the_same_with_their_samples_or_with_all_of_them():
     for name, values in counts[0].items():
         assert torch.equal(values, counts[1][name]), name
         assert values.max() > 0, name
+
+
+# Whose instance norm torch refuses without samples.
+NOT_EMPTY = {"instance norm"}
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if name not in NOT_EMPTY])
+def test_an_empty_batch_is_counted(name):
+    model, _, inputs, _ = EVERY[name]()
+    dim = batch_dim_of(options_of(name))
+    counter = truestep.SampleCounter(model, **options_of(name))
+    outputs = called(model, each(inputs, lambda tensor: tensor.narrow(dim, 0, 0)))
+    sum(output.sum() for output in tensors_in(outputs)).backward()
+    assert counter.batch_size == 0
+    assert not any(values.any() for values in counter.counts().values())

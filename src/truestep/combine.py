@@ -303,6 +303,8 @@ def _side_by_side(parts: Sequence[Bits]) -> Bits:
     """The positions of each sample one after the other."""
     samples, units = parts[0].samples, parts[0].units
     positions = sum(part.positions for part in parts)
+    if samples == 0:
+        return parts[0].shaped(0, positions)
     # So many samples at once fill whole words.
     step = WORD // math.gcd(WORD, positions)
     found = []

@@ -61,7 +61,7 @@ def elements(
         return lambda delta: _joined(part, pack(_apart(region(delta), units)), passing)
     passed = None
     if factor is not None:
-        passed = factor.shape, pack((factor != 0).reshape(len(factor), -1))
+        passed = factor.shape, pack((factor != 0).reshape(len(factor), factor.shape[1:].numel()))
 
     def activity(delta: Tensor) -> Activity:
         mask = region(delta) != 0

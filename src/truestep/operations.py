@@ -52,7 +52,7 @@ def lead(
     """
     if set(sizes) == {1}:
         return (rows, 1) if dim == 1 else (1, rows)
-    if user is not None and user.name() in VIEWS:
+    if rows > 0 and user is not None and user.name() in VIEWS:
         viewed = torch.Size(user._input_metadata[0].shape)
         total = torch.Size(node._input_metadata[0].shape).numel()
         for end in range(1, len(viewed) + 1):

@@ -69,7 +69,7 @@ def scatter(mask: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
     samples, elements = (mask & (places >= 0)).nonzero(as_tuple=True)
     found = mask.new_zeros(len(mask), shape.numel())
     found[samples, places.expand_as(mask)[samples, elements]] = True
-    return found.reshape(-1, *shape)
+    return found.reshape(len(mask), *shape)
 
 
 def everything(shape: torch.Size, reached: Tensor) -> Activity:

@@ -118,7 +118,8 @@ class Place:
 
     def pack(self, name: str, values: Tensor) -> Bits:
         """The bits of a parameter's inputs or output gradients, ``[positions * samples, units]``."""
-        values = values.reshape(-1, self.samples, values.shape[-1])
+        positions = values[..., 0].numel() // max(self.samples, 1)
+        values = values.reshape(positions, self.samples, values.shape[-1])
         if self.layout.unit == "position" and name in PACKED:
             # Queries and keys meet in one parameter: their positions have to be as many.
             values = functional.pad(values, (0, 0, 0, 0, 0, self.longest - len(values)))

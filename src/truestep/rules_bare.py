@@ -305,7 +305,7 @@ class _Reader:
                 return self._made(node, part, matrix(self._layout, part, inputs, arrange))
             inputs = inputs.squeeze(0)
         rows = (len(inputs),) if index == left else self._rows(node, len(inputs))
-        inputs = inputs.reshape(*rows, -1)
+        inputs = inputs.reshape(*rows, inputs.shape[-1])
         product = matrix(
             self._layout, part, inputs, lambda delta: arrange(delta).reshape(*rows, part.shape[-1])
         )

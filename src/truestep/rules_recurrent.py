@@ -80,7 +80,7 @@ def cell(
     sequences = Sequences(layout, swapped=False, unbatched=False, packed=None)
     rows = input.detach().reshape(1, -1, input.shape[-1])
     given = [hx] if isinstance(hx, Tensor) else list(hx or [])
-    states = [state.detach().reshape(1, rows.shape[1], -1) for state in given]
+    states = [state.detach().reshape(1, rows.shape[1], state.shape[-1]) for state in given]
     return partial(_replay_cell, module, sequences, rows, states)
 
 
@@ -104,7 +104,9 @@ def _replay_cell(
         shape = (1, source.shape[1])
         (h,), (c,) = states_of(module, states, *shape)
         trace = forward(mode, weights, source, (h, c))
-        ends = [None if delta is None else delta.reshape(*shape, -1) for delta in deltas]
+        ends = [
+            None if delta is None else delta.reshape(*shape, delta.shape[-1]) for delta in deltas
+        ]
         (dh,), (dc,) = states_of(module, ends, *shape)
         gradients = backward(mode, weights, trace, torch.zeros_like(trace.output), (dh, dc))
         return activity_of(module, "", sequences, source, trace, gradients)

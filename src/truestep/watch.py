@@ -125,8 +125,9 @@ class Watch:
                 layer.module.register_forward_hook,
                 on_layer,
                 with_kwargs=True,
-                # fully_shard's own hook takes the gathered parameters away after the call: go before it.
-                prepend=bool(layer.sharded),
+                # A user's hook may put another output in its place, and fully_shard's takes the gathered
+                # parameters away.
+                prepend=True,
                 always_call=layer.bare,
             )
         )
