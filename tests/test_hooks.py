@@ -184,6 +184,9 @@ def test_hooks_of_ours_and_of_others_run_in_turn():
     assert seen == [2.0]
 
 
+@pytest.mark.filterwarnings(
+    "ignore:<class .torch.autograd.function.Function.> should not be instantiated"
+)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_an_earlier_hook_may_put_another_output_in_a_layers_place(compiled):
     model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
