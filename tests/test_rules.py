@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, prune
 
 import truestep
 from properties import assert_counts_equal_oracle, count
@@ -396,3 +396,28 @@ def test_a_rule_of_the_wrong_shape_is_named():
     with pytest.raises(truestep.TruestepError, match=r"the rule for '0' gives 'weight'"):
         model(sparse(5, 3)).sum().backward()
     truestep_counter.close()
+
+
+@pytest.mark.parametrize(
+    ("layer", "inputs", "change"),
+    [
+        (nn.Linear(4, 4), torch.ones(6, 4), prune.random_unstructured),
+        (nn.Linear(4, 4), torch.ones(6, 4), parametrizations.spectral_norm),
+        (nn.Conv1d(4, 4, 1), torch.ones(6, 4, 3), parametrizations.orthogonal),
+        (nn.Embedding(9, 4), torch.arange(6), prune.random_unstructured),
+    ],
+)
+def test_a_weight_that_becomes_computed_is_refused_until_it_is_permanent(layer, inputs, change):
+    model = nn.Sequential(layer)
+    counter = truestep.SampleCounter(model)
+    pruned = change is prune.random_unstructured
+    change(layer, "weight", *([0.5] if pruned else []))
+    for _ in range(2):
+        with pytest.raises(
+            truestep.TruestepError, match=r"'weight' of '0' is computed from others"
+        ):
+            model(inputs)
+    if pruned:
+        prune.remove(layer, "weight")
+        model(inputs).sum().backward()
+        assert counter.batch_size == 6

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -167,12 +167,20 @@ class Layer:
         """The layer's present parameters that get a gradient, each after its `owner`.
 
         Raises:
-            TruestepError: an owner is not among the `known` ones, the counter's.
+            TruestepError: an owner is not among the `known` ones, the counter's, or a parameter has become
+                something that is computed.
         """
         if self._seen.holds():
             return self._seen.trained
         found: list[tuple[Tensor, Tensor]] = []
         names = dict(self._own())
+        for name in self._seen.names.keys() - names.keys():
+            if isinstance(reduce(_attribute, name.split("."), self.module), Tensor):
+                raise TruestepError(
+                    f"{name!r} of {self.name!r} is computed from others since the SampleCounter was made "
+                    "(pruning, spectral_norm, a parametrization); make that permanent, with "
+                    "prune.remove() and the like, or make the counter afterwards"
+                )
         for name, parameter in names.items():
             if parameter.requires_grad and parameter.is_leaf:
                 owner = self.owner(name, parameter)
@@ -190,6 +198,10 @@ class Layer:
         """The module's present parameter of that name."""
         parameter = self._seen.names.get(name)
         return self.module.get_parameter(name) if parameter is None else parameter
+
+
+def _attribute(owner: Any, name: str) -> Any:
+    return getattr(owner, name, None)
 
 
 def make_layer(
