@@ -9,6 +9,8 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 import truestep
 from properties import own_counts
@@ -564,3 +566,59 @@ def test_the_boost_keeps_nan_and_inf_and_gets_over_them(value):
         parameter.grad = torch.tensor([-1.0 if value > 0 else 1.0, 1.0])
         optimizer.step()
     assert parameter.isfinite().all()
+
+
+class Inside(nn.Module):
+    """A table whose weight is used past it, in a function under activation checkpointing."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.layer = nn.Embedding(9, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        def head(hidden):
+            return functional.linear(hidden, self.table.weight)
+
+        return checkpoint(head, self.layer(self.table(x)).relu(), use_reentrant=True)
+
+
+@both_forms
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_use_that_reentrant_checkpointing_hides_is_an_error(make, set_to_none):
+    model = Inside()
+    optimizer = make(model)
+    for _ in range(2):
+        optimizer.zero_grad(set_to_none=set_to_none)
+        sum_loss(model, torch.randint(0, 9, (5, 4))).backward()
+        assert "table.weight" not in optimizer.counter.counts()
+        with pytest.raises(truestep.TruestepError, match=r"'table\.weight' got a gradient"):
+            optimizer.step()
+
+
+@both_forms
+def test_a_batch_without_a_gradient_counts_when_it_is_clipped_before_the_next(make, model):
+    optimizer = make(model)
+    (model(batch(5)) * 0).sum().backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    sum_loss(model, batch(6)).backward()
+    assert optimizer.counter.batch_size == 11
+
+
+@both_forms
+def test_a_gradient_from_elsewhere_gets_no_factor_of_a_batch_that_was_dropped(make, model):
+    optimizer = make(model)
+    sum_loss(model, batch(6)).backward()
+    optimizer.zero_grad(set_to_none=False)
+    sum(p.square().sum() for p in model.parameters()).backward()
+    with pytest.raises(truestep.TruestepError, match="no sample was counted"):
+        optimizer.step()
+
+
+@both_forms
+def test_gradients_from_elsewhere_join_those_of_a_batch(make, model):
+    optimizer = make(model)
+    sum_loss(model, batch(6)).backward()
+    for _ in range(2):
+        sum(p.square().sum() for p in model.parameters()).backward()
+    optimizer.step()
+    assert optimizer.counter.batch_size == 6

@@ -1,6 +1,6 @@
 """The one base error: every message says what is wrong, where, why, and what to do."""
 
-__all__ = ["TruestepError", "corrected_already", "without_numbers", "without_record"]
+__all__ = ["TruestepError", "corrected_already", "hidden_use", "without_numbers", "without_record"]
 
 
 class TruestepError(Exception):
@@ -51,4 +51,13 @@ def without_numbers(name: str) -> TruestepError:
     return TruestepError(
         f"{name!r} is on the meta device, where gradients have shapes but no numbers to count; give "
         "the model memory with model.to_empty(device=...) and make the counter then"
+    )
+
+
+def hidden_use(name: str) -> TruestepError:
+    """For a parameter that a nested backward pass has reached past its module."""
+    return TruestepError(
+        f"{name!r} got a gradient from a backward pass inside another, as reentrant activation checkpointing "
+        "runs them, without its module being called there, so the samples would go uncounted; pass "
+        "use_reentrant=False, or call the module that owns the parameter"
     )

@@ -17,7 +17,13 @@ from truestep.calls import Call, at_end, backward_id
 from truestep.combine import joint, total
 from truestep.direct import Use, pack_all
 from truestep.distributed import is_sharded, local, nobody
-from truestep.errors import TruestepError, corrected_already, without_numbers, without_record
+from truestep.errors import (
+    TruestepError,
+    corrected_already,
+    hidden_use,
+    without_numbers,
+    without_record,
+)
 from truestep.hooks import uncompiled
 from truestep.layout import Unit
 from truestep.record import Pending, Record
@@ -57,6 +63,8 @@ class Records:
         self.landed: list[tuple[Tensor, Callable[[], Tensor | None], int, int]] = []
         # Sharded parameters' pending activity whose gradient has not been handed to them yet.
         self._held: dict[int, list[Pending]] = {}
+        # Weakly, gradients to which a nested backward pass added what no layer's hooks have seen.
+        self._hidden: dict[int, Callable[[], Tensor | None]] = {}
         # Where gradients are followed: the parameters whose gradient the running backward passes found or
         # left with a record, and whether it was as the record had left it. Views of one bucket share
         # their version, so that this is known only before the first of them changes.
@@ -81,6 +89,7 @@ class Records:
         self._pending.clear()
         self._living.clear()
         self._held.clear()
+        self._hidden.clear()
         self._waiting.clear()
         self.landed.clear()
 
@@ -92,6 +101,8 @@ class Records:
 
     def of(self, parameter: Tensor) -> Record | None:
         """The record of the parameter's present gradient, or, without one, of its last."""
+        if self._is_hidden(parameter):
+            return None
         record = self.committed.get(id(parameter))
         if record is None or parameter.grad is None or record.gradient() is parameter.grad:
             if record is not None and parameter.is_meta:
@@ -117,6 +128,8 @@ class Records:
             TruestepError: there is none.
         """
         record = self.committed.get(id(parameter))
+        if self._is_hidden(parameter):
+            raise hidden_use(self.names[parameter])
         if record is None or record.gradient() is not parameter.grad:
             raise without_record(self.names[parameter], closed=self.closed)
         if record.mixed:
@@ -128,6 +141,8 @@ class Records:
     def find_all(self, parameters: Sequence[Tensor]) -> list[Record]:
         """`find` of each of several parameters."""
         committed = self.committed
+        if self._hidden:
+            return [self.find(parameter) for parameter in parameters]
         records = [committed.get(id(parameter)) for parameter in parameters]
         return [
             record
@@ -185,6 +200,26 @@ class Records:
             at_end(self, Records.forget)
             self.watch(task)
         return pending
+
+    def look_for_hidden(self, parameter: Tensor, gradient: Tensor, task: int) -> None:
+        """Notes a gradient from a nested backward pass in which no layer has used the parameter.
+
+        Reentrant activation checkpointing runs such passes: what it computes is not in the graph that is held
+        against the uses of layers (`truestep.consumers`).
+
+        Args:
+            parameter: whose gradient has just reached `.grad`.
+            gradient: there.
+            task: the backward pass.
+        """
+        key = id(parameter)
+        nested = self._outermost is not None and self._outermost != task
+        if nested and key not in self._pending.get(task, {}) and key not in self._held:
+            self._hidden[key] = weakref.ref(gradient)
+
+    def _is_hidden(self, parameter: Tensor) -> bool:
+        gradient = self._hidden.get(id(parameter))
+        return gradient is not None and parameter.grad is not None and gradient() is parameter.grad
 
     def settle(self, ending: int | None = None) -> None:
         """Brings the records up to date with what has landed.
@@ -256,9 +291,12 @@ class Records:
         entry = None if pending is None else pending.pop(key, None)
         entries = self._held.pop(key, []) if entry is None else [entry]
         if not entries:
-            # A gradient from elsewhere. If more than it changed .grad since a step, it was zeroed.
-            if record is not None and record.stepped and version > record.version + 1:
-                del self._committed[key]
+            # A gradient from elsewhere. If more than it changed .grad, which parts of one bucket do for one
+            # another, that was zeroed, or nobody can tell.
+            if record is not None and not self.follows:
+                if version > record.version + 1:
+                    del self._committed[key]
+                record.version = version
             return
         sharded = gradient is not None and is_sharded(gradient)
         replaced = sharded and record is not None and record.gradient() is not gradient
@@ -389,8 +427,9 @@ def landing(records: Records) -> Callable[[Tensor], None]:
     def land(parameter: Tensor) -> None:
         living, gradient = reference(), parameter.grad
         if living is not None and gradient is not None:
-            version = gradient._version  # noqa: SLF001
-            living.landed.append((parameter, weakref.ref(gradient), version, backward_id()))
+            version, task = gradient._version, backward_id()  # noqa: SLF001
+            living.landed.append((parameter, weakref.ref(gradient), version, task))
+            living.look_for_hidden(parameter, gradient, task)
             if living.follows:
                 living.settle()
 
@@ -408,12 +447,16 @@ MOST_BACKWARDS = 64
 
 
 def _zeroed(gradient: Tensor, record: Record) -> bool:
-    """Whether a gradient was zeroed in place since its record was made."""
+    """Whether a gradient was zeroed in place since its record was made: before a step, if it was not zero."""
     values = gradient._values() if gradient.is_sparse else local(gradient)  # noqa: SLF001
     if values.any():
         return False
+    if record.stepped:
+        return True
+    if record.nonzero is None:
+        return bool(record.activity.reached().any())
     # A rank's few rows may hold nothing but zeros, or be none at all, where the others' do not.
-    return record.nonzero is None or record.stepped or bool(record.nonzero)
+    return bool(record.nonzero)
 
 
 def _nothing() -> None:
