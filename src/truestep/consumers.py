@@ -88,18 +88,28 @@ def _walk(outputs: Iterable[Tensor], uses: Iterable[Used], names: Mapping[Tensor
 
 
 class Uses:
-    """The uses of layers in the first call of a model that has a gradient, to hold against the graph.
+    """The uses of layers in a model's call that has a gradient, to hold against the graph.
+
+    That is done with the first such call in training and the first in evaluation, and again when a
+    parameter that was frozen then is trained: the way through the model may be another.
 
     Attributes:
         hooked: the numbers of the layers whose hooks have run in that call.
-        checked: whether it was held against the graph.
     """
 
     def __init__(self) -> None:
         self.hooked: set[int] = set()
-        self.checked = False
+        self._modes: set[bool] = set()
+        self._frozen: list[Tensor] = []
         self._uses: dict[Any, list[Used]] = {}
         self._refused: list[TruestepError] = []
+
+    def checked(self, *, training: bool) -> bool:
+        """Whether a call of the model in this mode was held against the graph, with what is trained now."""
+        if self._frozen and any(parameter.requires_grad for parameter in self._frozen):
+            self._modes.clear()
+            self._frozen.clear()
+        return training in self._modes
 
     def begin(self, call: Any) -> None:
         """Notes that a call of the model begins, of those before one is checked."""
@@ -144,6 +154,8 @@ class Uses:
         names: Mapping[Tensor, str],
         plain: Container[Tensor],
         present: Mapping[Tensor, Tensor],
+        *,
+        training: bool,
     ) -> bool:
         """Notes that a call of the model has returned; says whether compiled graphs hid a part of it.
 
@@ -153,25 +165,35 @@ class Uses:
             names: the model's parameters.
             plain: those that need no count.
             present: those that stand for others during the call, each with the other.
+            training: the model's mode.
 
         Raises:
             TruestepError: there are parameters that `bypassed` finds, or rules have refused modules.
         """
         uses = self._uses.pop(call, None)
-        if uses is None or not outputs or self.checked:
+        if uses is None or not outputs or self.checked(training=training):
             return False
         refused, self._refused = self._refused, []
         if refused:
             raise refused[0] if len(refused) == 1 else TruestepError("\n".join(map(str, refused)))
-        self.checked = True
         known = {p: name for p, name in names.items() if p not in plain}
         gathered = {p: known[owner] for p, owner in present.items() if owner in known}
-        return self.check(outputs, uses, known | gathered)
+        hidden = self.check(outputs, uses, known | gathered)
+        self.begin_check(names, training=training)
+        return hidden
 
-    def begin_check(self) -> bool:
-        """Whether no call was checked yet; it is taken to be checked now."""
-        checked, self.checked = self.checked, True
-        return not checked
+    def begin_check(self, names: Iterable[Tensor], *, training: bool) -> bool:
+        """Whether no such call was checked yet; it is taken to be checked now.
+
+        Args:
+            names: the model's parameters.
+            training: the model's mode.
+        """
+        if self.checked(training=training):
+            return False
+        self._modes.add(training)
+        self._frozen = [parameter for parameter in names if not parameter.requires_grad]
+        return True
 
     @staticmethod
     def check(outputs: Iterable[Tensor], uses: Iterable[Used], names: Mapping[Tensor, str]) -> bool:

@@ -142,7 +142,7 @@ class Watch:
 
     # A call of the model begins.
 
-    def _on_call(self, _begins: Receiver, _module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _on_call(self, _begins: Receiver, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.usual = None
         if self._probed is not None:
             return
@@ -164,7 +164,7 @@ class Watch:
         if self._traced:
             compiled.give_key(call)
         self._calls.append(call)
-        if self._uses.checked:
+        if self._uses.checked(training=module.training):
             self.usual = call
         else:
             self._uses.begin(call)
@@ -306,7 +306,7 @@ class Watch:
         return bool(trained)
 
     def _on_return(
-        self, taps: Receiver, _module: nn.Module, args: Any, kwargs: Any, output: Any
+        self, taps: Receiver, module: nn.Module, args: Any, kwargs: Any, output: Any
     ) -> Any:
         self.usual = None
         if self._probed is not None:
@@ -329,8 +329,10 @@ class Watch:
         for tensor in outputs:
             hang(tensor, Hook(self._reference, Watch._on_output_gradient, call))
         known = self._records.names, self._plain, self._hooked
-        if self._uses.counts(call) and self._uses.end(call, outputs, *known):
-            self._check_by_shapes(args, kwargs, outputs)
+        if self._uses.counts(call):
+            hidden = self._uses.end(call, outputs, *known, training=module.training)
+            if hidden:
+                self._check_by_shapes(args, kwargs, outputs)
         return None
 
     def _check_by_shapes(
@@ -429,8 +431,11 @@ class Watch:
     def _on_delivered_output(
         self, call: Call, deltas: list[Tensor | None], args: Any, kwargs: Any
     ) -> None:
-        if args is not None and self._uses.begin_check():
-            self._check_by_shapes(args, kwargs)
+        model = self._model()
+        if args is not None and model is not None:
+            new = self._uses.begin_check(self._records.names, training=model.training)
+            if new:
+                self._check_by_shapes(args, kwargs)
         call.sizes.extend(sizes_of(tensors_in(deltas), self._batch_dim))
         for delta in deltas:
             # A compiled graph gives zeros to outputs that the loss does not depend on.
