@@ -53,6 +53,7 @@ LAYERS = [
     {"distributed", "exchange", "fused", "update"},
     {
         "record",
+        "nested",
         "records",
         "waiting",
         "batch",

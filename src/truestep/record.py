@@ -7,6 +7,7 @@ from torch import Tensor
 
 from truestep.activity import Activity
 from truestep.calls import Call
+from truestep.distributed import local
 
 __all__ = ["Pending", "Record"]
 
@@ -40,6 +41,18 @@ class Record:
     stepped: bool = False
     mixed: bool = False
     nonzero: Tensor | None = None
+
+    def zeroed(self, gradient: Tensor) -> bool:
+        """Whether its gradient, changed since or used by a step, was zeroed in place."""
+        values = gradient._values() if gradient.is_sparse else local(gradient)  # noqa: SLF001
+        if values.any():
+            return False
+        if self.stepped:
+            return True
+        if self.nonzero is None:  # what no sample reaches was zero before
+            return bool(self.activity.reached().any())
+        # A rank's few rows may hold nothing but zeros, or be none at all, where the others' do not.
+        return bool(self.nonzero)
 
 
 @dataclass(slots=True)

@@ -26,6 +26,7 @@ from truestep.errors import (
 )
 from truestep.hooks import uncompiled
 from truestep.layout import Unit
+from truestep.nested import Unseen
 from truestep.record import Pending, Record
 from truestep.waiting import Waiting
 
@@ -63,8 +64,7 @@ class Records:
         self.landed: list[tuple[Tensor, Callable[[], Tensor | None], int, int]] = []
         # Sharded parameters' pending activity whose gradient has not been handed to them yet.
         self._held: dict[int, list[Pending]] = {}
-        # Weakly, gradients to which a nested backward pass added what no layer's hooks have seen.
-        self._hidden: dict[int, Callable[[], Tensor | None]] = {}
+        self._unseen = Unseen()
         # Where gradients are followed: the parameters whose gradient the running backward passes found or
         # left with a record, and whether it was as the record had left it. Views of one bucket share
         # their version, so that this is known only before the first of them changes.
@@ -89,7 +89,7 @@ class Records:
         self._pending.clear()
         self._living.clear()
         self._held.clear()
-        self._hidden.clear()
+        self._unseen.clear()
         self._waiting.clear()
         self.landed.clear()
 
@@ -101,7 +101,7 @@ class Records:
 
     def of(self, parameter: Tensor) -> Record | None:
         """The record of the parameter's present gradient, or, without one, of its last."""
-        if self._is_hidden(parameter):
+        if parameter in self._unseen:
             return None
         record = self.committed.get(id(parameter))
         if record is None or parameter.grad is None or record.gradient() is parameter.grad:
@@ -128,7 +128,7 @@ class Records:
             TruestepError: there is none.
         """
         record = self.committed.get(id(parameter))
-        if self._is_hidden(parameter):
+        if parameter in self._unseen:
             raise hidden_use(self.names[parameter])
         if record is None or record.gradient() is not parameter.grad:
             raise without_record(self.names[parameter], closed=self.closed)
@@ -141,7 +141,7 @@ class Records:
     def find_all(self, parameters: Sequence[Tensor]) -> list[Record]:
         """`find` of each of several parameters."""
         committed = self.committed
-        if self._hidden:
+        if self._unseen:
             return [self.find(parameter) for parameter in parameters]
         records = [committed.get(id(parameter)) for parameter in parameters]
         return [
@@ -201,25 +201,15 @@ class Records:
             self.watch(task)
         return pending
 
-    def look_for_hidden(self, parameter: Tensor, gradient: Tensor, task: int) -> None:
-        """Notes a gradient from a nested backward pass in which no layer has used the parameter.
-
-        Reentrant activation checkpointing runs such passes: what it computes is not in the graph that is held
-        against the uses of layers (`truestep.consumers`).
-
-        Args:
-            parameter: whose gradient has just reached `.grad`.
-            gradient: there.
-            task: the backward pass.
-        """
-        key = id(parameter)
+    def land(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Notes that a parameter's gradient has reached `.grad`."""
+        key, version, task = id(parameter), gradient._version, backward_id()  # noqa: SLF001
+        self.landed.append((parameter, weakref.ref(gradient), version, task))
         nested = self._outermost is not None and self._outermost != task
         if nested and key not in self._pending.get(task, {}) and key not in self._held:
-            self._hidden[key] = weakref.ref(gradient)
-
-    def _is_hidden(self, parameter: Tensor) -> bool:
-        gradient = self._hidden.get(id(parameter))
-        return gradient is not None and parameter.grad is not None and gradient() is parameter.grad
+            self._unseen.add(parameter)
+        if self.follows:
+            self.settle()
 
     def settle(self, ending: int | None = None) -> None:
         """Brings the records up to date with what has landed.
@@ -397,7 +387,7 @@ class Records:
         unchanged = _version(gradient) == record.version and not record.stepped
         if self._living.get(task, {}).get(parameter, unchanged) and not record.corrected:
             return False
-        if _zeroed(gradient, record):
+        if record.zeroed(gradient):
             return True
         if record.corrected and not record.stepped:
             raise corrected_already(self.names[parameter])
@@ -427,11 +417,7 @@ def landing(records: Records) -> Callable[[Tensor], None]:
     def land(parameter: Tensor) -> None:
         living, gradient = reference(), parameter.grad
         if living is not None and gradient is not None:
-            version, task = gradient._version, backward_id()  # noqa: SLF001
-            living.landed.append((parameter, weakref.ref(gradient), version, task))
-            living.look_for_hidden(parameter, gradient, task)
-            if living.follows:
-                living.settle()
+            living.land(parameter, gradient)
 
     return uncompiled(land, inside=False)
 
@@ -444,19 +430,6 @@ FORWARD = -1
 
 # Backward passes can nest (activation checkpointing), though not this deep.
 MOST_BACKWARDS = 64
-
-
-def _zeroed(gradient: Tensor, record: Record) -> bool:
-    """Whether a gradient was zeroed in place since its record was made: before a step, if it was not zero."""
-    values = gradient._values() if gradient.is_sparse else local(gradient)  # noqa: SLF001
-    if values.any():
-        return False
-    if record.stepped:
-        return True
-    if record.nonzero is None:
-        return bool(record.activity.reached().any())
-    # A rank's few rows may hold nothing but zeros, or be none at all, where the others' do not.
-    return bool(record.nonzero)
 
 
 def _nothing() -> None:

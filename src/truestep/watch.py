@@ -329,10 +329,9 @@ class Watch:
         for tensor in outputs:
             hang(tensor, Hook(self._reference, Watch._on_output_gradient, call))
         known = self._records.names, self._plain, self._hooked
-        if self._uses.counts(call):
-            hidden = self._uses.end(call, outputs, *known, training=module.training)
-            if hidden:
-                self._check_by_shapes(args, kwargs, outputs)
+        mode = module.training
+        if self._uses.counts(call) and self._uses.end(call, outputs, *known, training=mode):
+            self._check_by_shapes(args, kwargs, outputs)
         return None
 
     def _check_by_shapes(
@@ -431,11 +430,10 @@ class Watch:
     def _on_delivered_output(
         self, call: Call, deltas: list[Tensor | None], args: Any, kwargs: Any
     ) -> None:
-        model = self._model()
-        if args is not None and model is not None:
-            new = self._uses.begin_check(self._records.names, training=model.training)
-            if new:
-                self._check_by_shapes(args, kwargs)
+        model, names = self._model(), self._records.names
+        training = model is not None and model.training
+        if args is not None and self._uses.begin_check(names, training=training):
+            self._check_by_shapes(args, kwargs)
         call.sizes.extend(sizes_of(tensors_in(deltas), self._batch_dim))
         for delta in deltas:
             # A compiled graph gives zeros to outputs that the loss does not depend on.
