@@ -5,7 +5,7 @@ Run it from anywhere:
     truestep race examples/my_task.py --seeds 3
 
 Here: which wine is it, by 13 chemical measurements of 178 wines (part of scikit-learn). Replace the
-four functions with yours; `load` may read whatever files you like from `data_dir`, the folder given
+functions with yours; `load` may read whatever files you like from `data_dir`, the folder given
 with --data-dir.
 """
 
@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 from sklearn.datasets import load_wine
-from torch import Tensor, nn
+from torch import nn
 
-from truestep.lab.tasks import Split, Splits, Task
+from truestep.lab.tasks import Split, Splits, Task, accuracy
 
 
 def load(data_dir: Path | None) -> Splits:
@@ -42,17 +42,13 @@ def model() -> nn.Module:
     return nn.Sequential(nn.Linear(13, 16), nn.ReLU(), nn.Linear(16, 3))
 
 
-def accuracy(output: Tensor, targets: Tensor) -> Tensor:
-    """Mean over the samples; higher is better."""
-    return (output.argmax(dim=1) == targets).float().mean()
-
-
 task = Task(
     name="wine",
     title="Which grower is a wine from",
     load=load,
     model=model,
     loss=nn.functional.cross_entropy,
+    # or functions of your own, (output, targets) to a number; the ensemble engine knows this one
     metrics={"accuracy": accuracy},
     batch_size=10,
     epochs=15,

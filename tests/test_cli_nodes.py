@@ -101,6 +101,18 @@ def test_an_exported_program_comes_back_as_one(call, tmp_path, dynamic, suffix):
         (("nodes", "bare.py"), 1, "bare.py has no `loader`; add a module-level"),
         (("nodes", "bare.py", "--data", "text.npy"), 1, "text.npy holds no tensor"),
         (("nodes", "text.pt2"), 1, "text.pt2 is no exported program"),
+        (
+            ("nodes", "bare.py", "--data", "wide.npy"),
+            1,
+            "first batch of wide.npy, [4, 3] of float32",
+        ),
+        (("nodes", "bare.py", "--data", "int.npy"), 1, "first batch of int.npy, [4, 2] of int64"),
+        (("nodes", "bare.py", "--data", "x.npy", "--figure", "x.gif"), 2, "end in .png or .svg"),
+        (
+            ("compress", "bare.py", "--data", "x.npy", "--out", "no/x.pt"),
+            2,
+            "there is no folder no",
+        ),
         (("compress", "bare.py", "--data", "x.npy", "--out", "small.pt2"), 2, "should end in .pt"),
         (("compress", "bare.py"), 2, "--out"),
     ],
@@ -112,6 +124,8 @@ def test_what_is_wrong_is_said_with_the_way_out(call, tmp_path, arguments, code,
     (tmp_path / "text.npy").write_text("text")
     (tmp_path / "text.pt2").write_text("text")
     np.save(tmp_path / "x.npy", np.zeros((4, 2), np.float32))
+    np.save(tmp_path / "wide.npy", np.zeros((4, 3), np.float32))
+    np.save(tmp_path / "int.npy", np.zeros((4, 2), np.int64))
     found, out, err = call(*arguments)
     assert (found, out) == (code, "")
     assert message in " ".join(err.split())
@@ -125,3 +139,20 @@ def test_rows_that_do_not_fill_the_batches_of_an_exported_program_are_an_error(c
     code, _, err = call("nodes", "model.pt2", "--data", "x.npy")
     assert code == 1
     assert "has 6 rows, and the exported program takes batches of 4 only" in err
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+def test_numpys_own_doubles_are_taken_in_the_models_precision(call, tmp_path):  # noqa: F811
+    (tmp_path / "bare.py").write_text(
+        "from torch import nn\nmodel = nn.Sequential(nn.Linear(2, 2), nn.ReLU())"
+    )
+    np.save(tmp_path / "doubles.npy", np.zeros((4, 2)))
+    code, out, _ = call("nodes", "bare.py", "--data", "doubles.npy")
+    assert code == 0
+    assert "4 samples" in out
+    program = torch.export.export(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), (torch.ones(4, 2),))
+    torch.export.save(program, tmp_path / "model.pt2")
+    assert call("nodes", "model.pt2", "--data", "doubles.npy")[0] == 0
+    code, _, err = call("nodes", "model.pt2")
+    assert code == 1
+    assert "model.pt2 holds no data; give the inputs as --data FILE" in err

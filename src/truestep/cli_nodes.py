@@ -67,6 +67,8 @@ def add_commands(app: typer.Typer) -> None:
         with lab_installed():
             from truestep.lab import node_report  # noqa: PLC0415 - torch takes seconds
 
+            if figure is not None:
+                _check_file(figure, ("png", "svg"), "--figure")
             saved = _load(model, data, batch_size, as_json=as_json)
             found = _find(saved, quiet=quiet)
             if figure is not None:
@@ -102,6 +104,7 @@ def add_commands(app: typer.Typer) -> None:
         with lab_installed():
             from truestep.lab.node_report import compression_tables  # noqa: PLC0415
 
+            _check_file(out, ("pt", "pt2"), "--out")
             saved = _load(model, data, batch_size, as_json=as_json)
             if (out.suffix == ".pt2") != saved.exported:
                 wanted = ".pt2" if saved.exported else ".pt"
@@ -123,14 +126,23 @@ def add_commands(app: typer.Typer) -> None:
             )
 
 
+def _check_file(path: Path, kinds: tuple[str, ...], option: str) -> None:
+    """Raises a usage error for a file that could not be written when the work is done."""
+    if path.suffix.removeprefix(".") not in kinds:
+        raise typer.BadParameter(
+            f"{path} should end in {' or '.join(f'.{kind}' for kind in kinds)}", param_hint=option
+        )
+    if not path.parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {path.parent}; make it", param_hint=option)
+
+
 def _load(model: Path, data: Path | None, batch_size: int | None, *, as_json: bool) -> Any:
-    from truestep.lab.saved_models import load_saved  # noqa: PLC0415
+    from truestep.lab.saved_models import check_first_batch, load_saved  # noqa: PLC0415
 
     # What a user's own code prints must not end up in the JSON.
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         saved = load_saved(model, data, batch_size)
-    if not saved.exported:
-        saved.model.eval()
+        check_first_batch(saved, model if data is None else data)
     return saved
 
 

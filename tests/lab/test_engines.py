@@ -99,8 +99,8 @@ def test_a_task_that_the_ensemble_cannot_train_says_why(tiny, console):
     race(settings, console)
     assert engines_of(tiny.out)[0]["sgd"] == {"torch loop"}
     assert (
-        "The torch loop trains all runs: with this loss it measures truestep.lab.tasks.accuracy, not "
-        "accuracy (accuracy).\n"
+        "The torch loop trains all runs: with this loss an ensemble knows truestep.lab.tasks.accuracy "
+        "alone, and the task measures 'accuracy' in another way.\n"
     ) in console.file.getvalue()
     with pytest.raises(
         UsageError, match="--engine ensemble can't train sgd, adam, asgd: with this"

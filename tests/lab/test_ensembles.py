@@ -220,8 +220,8 @@ def sequence(*layers):
         ({"model": twice}, "stands twice"),
         (sequence(nn.Linear(4, 1)), "1 outputs don't go with"),
         ({"loss": nn.functional.nll_loss}, "the loss nll_loss is none of cross_entropy"),
-        ({"metrics": {"mine": max}, "target": ("mine", 1)}, "not max .mine."),
-        ({"loss": nn.functional.mse_loss}, "it measures no metric"),
+        ({"metrics": {"mine": max}, "target": ("mine", 1)}, "measures .mine. in another way"),
+        ({"loss": nn.functional.mse_loss}, "knows no metric"),
     ],
 )
 def test_what_the_ensemble_cannot_train_has_a_reason(change, reason):

@@ -306,9 +306,9 @@ def network_of(task: Task, splits: Splits) -> ensemble.Network:
     output, loss, known = LOSSES[task.loss]
     for name, metric in task.metrics.items():
         if metric is not known:
-            wanted = "no metric" if known is None else f"truestep.lab.tasks.{_name(known)}"
+            wanted = "no metric" if known is None else f"truestep.lab.tasks.{_name(known)} alone"
             raise TruestepError(
-                f"with this loss it measures {wanted}, not {_name(metric)} ({name})"
+                f"with this loss an ensemble knows {wanted}, and the task measures {name!r} in another way"
             )
     torch.manual_seed(0)
     model = task.model()

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from truestep.errors import TruestepError
+from truestep.nodes import call_model
 from truestep.units import tensors_in
 
-__all__ = ["SavedModel", "load_saved"]
+__all__ = ["SavedModel", "check_first_batch", "load_saved"]
 
 BATCH_SIZE = 256
 
@@ -24,7 +25,7 @@ class SavedModel:
     """A model and its data.
 
     Attributes:
-        model: in the mode that it was saved in.
+        model: in evaluation mode; an exported program in the mode that it was saved in.
         loader: batches, which can be gone through again.
         forward: how the model is called on a batch, None for the usual way.
         exported: whether it came as an exported program.
@@ -64,7 +65,42 @@ def load_saved(path: Path, data: Path | None = None, batch_size: int | None = No
     if own is not None and batch_size not in {None, own}:
         raise TruestepError(f"{path} takes batches of {own} only; leave --batch-size out.")
     loader = _loader(path, names, data, own or batch_size or BATCH_SIZE, whole=own is not None)
+    if data is not None and data.suffix != ".py":
+        loader = [_like(batch, model) for batch in loader]
+    if not exported:
+        model.eval()
     return SavedModel(model, loader, names.get("forward"), exported, own is None)
+
+
+def check_first_batch(saved: SavedModel, source: Path) -> None:
+    """Raises `TruestepError` for a model that does not run on its data.
+
+    Args:
+        saved: both.
+        source: the file that the data came from.
+    """
+    for batch in saved.loader:
+        try:
+            with torch.no_grad():
+                call_model(saved.model, batch, saved.forward)
+        except TruestepError:
+            raise
+        except Exception as error:
+            tensors = [f"{list(t.shape)} of {str(t.dtype)[6:]}" for t in tensors_in(batch)]
+            said = " and ".join(tensors) or repr(batch)
+            message = str(error).strip().splitlines()[:1] or [""]
+            raise TruestepError(
+                f"the model fails on the first batch of {source}, {said}: "
+                f"{type(error).__name__}: {message[0]}; give inputs of the shape and type that it was "
+                "trained on"
+            ) from error
+        return
+
+
+def _like(batch: Tensor, model: nn.Module) -> Tensor:
+    """A batch of floats in the precision of the model's."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), batch.dtype)
+    return batch.to(dtype) if batch.is_floating_point() else batch
 
 
 def _run(path: Path) -> dict[str, Any]:
@@ -120,6 +156,8 @@ def _loader(
         return _cut(data, batch_size, whole=whole)
     place, names = (data, _run(data)) if data is not None else (path, names)
     loader = names.get("loader")
+    if loader is None and place.suffix == ".pt2":
+        raise TruestepError(f"{place} holds no data; give the inputs as --data FILE, .npy or .pt.")
     if loader is None:
         raise TruestepError(
             f"{place} has no `loader`; add a module-level `loader = ...` (batches of inputs), or give the "

@@ -140,8 +140,9 @@ def table(summary: pd.DataFrame) -> Table:
         name = row["optimizer"].rsplit(":", 1)[-1]
         cells = [name, _learning_rate(row), _tested(row, "loss", before_count="\n")]
         if compared:
-            strong = "bold" if _verdict(row, "loss") else ""
-            cells.append(Text(_difference(row, "loss", baseline), style=strong))
+            strong = bool(_verdict(row, "loss"))
+            text = _difference(row, "loss", baseline) + ("†" if strong else "")
+            cells.append(Text(text, style="bold" if strong else ""))
         cells += [_tested(row, metric, interval=False) for metric in metrics[:1]]
         if "epoch_to_target" in row:
             cells.append(_reached(row, "epoch", count_all=False))
@@ -271,7 +272,7 @@ def _caption(summary: pd.DataFrame, *, compared: bool) -> str:
     seeds = int(summary["seeds"].max())
     if seeds > 1:
         parts = [f"± half of the 95 % interval over {seeds} seeds"]
-        parts += ["bold: without 0"] if compared else []
+        parts += ["† the interval leaves out 0"] if compared else []
     else:
         parts = ["one seed: no intervals"]
     if "at_edge" in summary.columns and summary["at_edge"].any():
