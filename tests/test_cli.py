@@ -262,7 +262,9 @@ def test_without_the_command_lines_packages_there_is_one_line():
         check=False,
     )
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "truestep: typer is not installed. Run: pip install 'truestep[lab]'\n"
+    assert (
+        done.stderr == "truestep: typer is not installed. Run in the clone: pip install '.[lab]'\n"
+    )
 
 
 def test_without_the_labs_packages_there_is_one_line(call, monkeypatch):
@@ -270,7 +272,7 @@ def test_without_the_labs_packages_there_is_one_line(call, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     code, out, err = call("race", TINY)
     assert (code, out) == (1, "")
-    assert err == "truestep: jinja2 is not installed. Run: pip install 'truestep[lab]'\n"
+    assert err == "truestep: jinja2 is not installed. Run in the clone: pip install '.[lab]'\n"
 
 
 def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path):

@@ -31,7 +31,7 @@ def test_the_self_check_leaves_the_generator_alone():
 def test_what_an_extra_lacks_is_named_with_the_command(monkeypatch):
     monkeypatch.setitem(doctor.EXTRAS, "fast", ("numba", "no_such_module"))
     packages = doctor.installed_packages()
-    assert packages["extra fast"] == "lacks no_such_module: pip install 'truestep[fast]'"
+    assert packages["extra fast"] == "lacks no_such_module: pip install '.[fast]'"
     assert packages["torch"] == torch.__version__
 
 

@@ -376,3 +376,12 @@ def test_memory_does_not_grow_with_the_data():
         total = found.totals["0", "relu"]
         sizes.append(sum(t.numel() for t in tensors(total)))
     assert sizes[0] >= sizes[1] > 0
+
+
+def test_units_that_were_not_finite_are_shown():
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    nodes = truestep.find_dummy_nodes(model, [torch.full((4, 2), torch.nan)])
+    head, row = str(nodes).splitlines()
+    assert "not finite" in head
+    assert row.split() == ["0", "relu", "3", "3", "0", "0", "0", "0", "0.000"]
+    assert "not finite" not in str(truestep.find_dummy_nodes(model, [torch.ones(4, 2)]))

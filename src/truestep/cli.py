@@ -16,7 +16,7 @@ try:
     from rich.console import Console
 except ModuleNotFoundError as missing:
     # The entry point imports this module, so this is the only place that can still say it.
-    sys.exit(f"truestep: {missing.name} is not installed. Run: pip install 'truestep[lab]'")
+    sys.exit(f"truestep: {missing.name} is not installed. Run in the clone: pip install '.[lab]'")
 
 from truestep.cli_nodes import add_commands
 from truestep.cli_paper import paper_app

@@ -66,7 +66,7 @@ def installed_packages() -> dict[str, str]:
     }
     for extra, modules in EXTRAS.items():
         missing = [name for name in modules if importlib.util.find_spec(name) is None]
-        advice = f"lacks {', '.join(missing)}: pip install 'truestep[{extra}]'"
+        advice = f"lacks {', '.join(missing)}: pip install '.[{extra}]'"
         found[f"extra {extra}"] = advice if missing else "complete"
     return found
 

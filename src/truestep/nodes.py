@@ -165,11 +165,11 @@ class DummyNodes:
         }
 
     def __str__(self) -> str:
-        columns = ("layer", "activation", "units", *KINDS[1:], "rate")
-        lines: list[tuple[str, ...]] = [columns]
-        for layer in self.layers:
-            row = layer.summary()
-            lines.append((*(str(row[name]) for name in columns[:-1]), f"{row['rate']:.3f}"))
+        rows = [layer.summary() for layer in self.layers]
+        kinds = KINDS if any(row[KINDS[0]] for row in rows) else KINDS[1:]
+        columns = ("layer", "activation", "units", *kinds, "rate")
+        cells = [[*(str(row[name]) for name in columns[:-1]), f"{row['rate']:.3f}"] for row in rows]
+        lines = [list(columns), *cells]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join(
             "  ".join(

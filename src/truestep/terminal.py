@@ -34,7 +34,7 @@ def lab_installed() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise TruestepError(
-            f"{error.name} is not installed. Run: pip install 'truestep[lab]'"
+            f"{error.name} is not installed. Run in the clone: pip install '.[lab]'"
         ) from error
 
 

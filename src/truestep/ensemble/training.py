@@ -284,7 +284,7 @@ def _engine(job: Job, backend: str | None) -> Compiled | Stacked:
         raise TruestepError(f"train(backend={backend!r}): choose one of {', '.join(BACKENDS)}.")
     if backend == "compiled" and not installed():
         raise TruestepError(
-            "train(backend='compiled') needs numba. Run: pip install 'truestep[fast]', or take "
+            "train(backend='compiled') needs numba. Run in the clone: pip install '.[fast]', or take "
             "backend='torch', which gives the same results more slowly."
         )
     return Compiled(job) if installed() and backend != "torch" else Stacked(job)

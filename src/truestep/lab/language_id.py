@@ -116,7 +116,7 @@ def _labelled_words() -> tuple[list[str], list[int]]:
     except ImportError as error:
         raise TruestepError(
             "The task language-id needs the word lists of the package wordfreq, which is not "
-            'installed; run: python -m pip install "truestep[lab]".'
+            "installed; run in the clone: pip install '.[lab]'."
         ) from error
     most_frequent: dict[str, tuple[float, int]] = {}
     for target, (code, _) in enumerate(LANGUAGES):

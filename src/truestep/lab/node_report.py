@@ -70,12 +70,15 @@ def history_frame(rows: list[dict[str, object]]) -> pd.DataFrame:
 def node_table(nodes: DummyNodes) -> Table:
     """`node_frame` for a terminal, 80 columns wide."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for name in COLUMNS:
+    rows = [layer.summary() for layer in nodes.layers]
+    columns = list(COLUMNS)
+    if any(row[KINDS[0]] for row in rows):
+        columns.insert(columns.index(KINDS[1]), KINDS[0])
+    for name in columns:
         right = name not in {"layer", "activation"}
         table.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=right)
-    for layer in nodes.layers:
-        row = layer.summary()
-        cells = [str(row[name]) for name in COLUMNS[:-1]]
+    for row in rows:
+        cells = [str(row[name]) for name in columns[:-1]]
         table.add_row(*cells, f"{row['rate']:.3f}")
     return table
 
