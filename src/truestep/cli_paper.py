@@ -161,7 +161,8 @@ def paper_report(
         return
     console = Console()
     for row in data["ledger"]:
-        console.print(f"{row['claim']}  {row['verdict']}", highlight=False)
+        scale = f" (scale {row['scale']})" if row["scale"] else ""
+        console.print(f"{row['claim']}  {row['verdict']}{scale}", highlight=False)
     console.print(f"Report: {data['files'][0]}", highlight=False, soft_wrap=True)
     if evidence.unknown:
         complain(

@@ -28,7 +28,8 @@ def images(unit, gain):
         arrays[f"{split}_accuracy"] = (1 - loss / 2).astype(np.float32)
     arrays["gradients"] = np.full(len(epochs), 1e-3, np.float32)
     arrays["signs"] = np.full(len(epochs), 0.7, np.float32)
-    summary = {"status": "done", "source": f"{unit.data} <made up>", "fingerprint": "f00"}
+    read = {"quickdraw10": "quickdraw10-other"}.get(unit.data, unit.data)
+    summary = {"status": "done", "source": f"{read}: {unit.data} <made up>", "fingerprint": "f00"}
     summary |= {"train": 50, "validation": 10, "test": 10}
     return Outcome(summary, arrays, "ensemble, compiled", 1000, 1.0 + 0.01 * unit.seed)
 

@@ -12,7 +12,7 @@ from papers_made_up import COMMAND, VERSIONS, fill
 from papers_made_up import record as made_up_record
 
 from truestep import TruestepError, cli
-from truestep.lab.paper import figures_more, figures_small
+from truestep.lab.paper import figures_curves, figures_more, figures_small
 from truestep.lab.paper import page as page_module
 from truestep.lab.paper.claims import CLAIMS
 from truestep.lab.paper.evidence import gather
@@ -101,7 +101,8 @@ def test_every_figure_is_there_in_colours_of_the_page(written):
 def test_markdown_says_the_same_and_its_pictures_are_there(written):
     data, text, markdown, out = written
     for finding in data["ledger"]:
-        assert f"| {finding['claim']} | **{finding['verdict']}** |" in markdown
+        row = f"| {finding['claim']} | **{finding['verdict']}** | {finding['scale']} |"
+        assert row in markdown
     pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", markdown)
     assert {Path(picture).stem for picture in pictures} >= FIGURES
     for picture in pictures:
@@ -149,7 +150,7 @@ def test_figures_of_stand_ins_say_what_they_are(written):
     }
     said = {letter: "compared with published figures" in c for letter, c in captions.items()}
     assert said == {"4": True, "5a": False, "5b": True, "5c": True}
-    assert "quickdraw10 (other classes)" in captions["5c"]
+    assert "Figure 5c: quickdraw10-other\n" in captions["5c"]
 
 
 def test_intervals_of_what_helps_stay_in_their_panels():
@@ -173,6 +174,26 @@ def test_intervals_of_what_helps_stay_in_their_panels():
         assert ends
         assert low < min(ends) <= max(ends) < high
         assert axes.get_xlabel()
+
+
+def test_bands_of_accuracy_stay_between_0_and_1():
+    # Two seeds this far apart have an interval of several units.
+    curves = pd.DataFrame(
+        [
+            (name, "fashion-mnist", "fashion-mnist", 1, seed, epoch, 0.3 + 0.6 * seed)
+            for name in ("sgd", "dasgd")
+            for seed in range(2)
+            for epoch in range(3)
+        ],
+        columns=["optimizer", "data", "data_read", "batch_size", "seed", "epoch", "test_accuracy"],
+    ).assign(unit=lambda table: table.groupby(["optimizer", "seed"]).ngroup(), epochs=2)
+    (bands, *_) = figures_curves.accuracy_by_epoch(curves).axes
+    for band in bands.collections:
+        heights = band.get_paths()[0].vertices[:, 1]
+        assert (heights.min(), heights.max()) == (0, 1)
+    (bars, *_) = figures_curves.error_by_batch(curves).axes
+    ends = [end for bar in bars.collections for part in bar.get_segments() for end in part[:, 1]]
+    assert (min(ends), max(ends)) == pytest.approx((0, 1))
 
 
 @pytest.mark.parametrize("dummy", [None, 0, 1])
@@ -280,7 +301,7 @@ def test_run_and_report_from_the_command_line(call, tmp_path):
     code, out, _ = call("report", "--store", "p.db")
     assert code == 0
     assert "Report: report.html" in out
-    assert "A8 " in out
+    assert "A8  no verdict (scale smoke)\n" in out
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from truestep.lab.paper.tables import last
 
 __all__ = [
     "COLOURS",
+    "EARLY",
     "NAMES",
     "accuracy_by_epoch",
     "contestants",
@@ -40,35 +41,36 @@ SHADES = {
     "asgd": ("#f7b77e", "#f08a3c", "#d55e00", "#8f3f00"),
     "sgd": ("#b3dced", "#7cc4e4", "#3fa3d6", "#1f7ab8", "#3a4fa8", "#3b2a85", "#1c0f4a"),
 }
+# The share of the epochs that learning curves' axes do not fit.
+EARLY = 0.15
 # Beside a shade, for those that lie close together.
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 
 
 def learning_curves(curves: pd.DataFrame, cells: Sequence[tuple[str, float]]) -> Figure:
-    """Figure 8: accuracy and loss over the epochs, train and test, with mean and 95 % interval.
+    """Figure 8: accuracy and loss over the epochs, aSGD beside SGD, with mean and 95 % interval.
 
     Args:
         curves: Of the main protocol.
         cells: Optimizers and learning rates to draw.
     """
-    figure = Figure(figsize=(8.0, 5.4), layout="constrained", facecolor=PAPER)
-    grid = figure.subplots(2, 2, sharex=True)
+    figure = Figure(figsize=(8.0, 9.0), layout="constrained", facecolor=PAPER)
+    grid = figure.subplots(len(TITLES), 2, sharex=True, sharey="row")
     marks = {}
-    for axes, column in zip(grid.flat, TITLES, strict=True):
-        plain_axes(axes)
-        axes.set_title(TITLES[column], loc="left", fontsize=9, color=INK)
-        tops = []
-        for name in ("asgd", "sgd"):
+    for row, column in zip(grid, TITLES, strict=True):
+        lines = []
+        for axes, name in zip(row, ("asgd", "sgd"), strict=True):
+            plain_axes(axes)
+            axes.set_title(f"{NAMES[name]}, {TITLES[column]}", loc="left", fontsize=9, color=INK)
             own = [lr for optimizer, lr in cells if optimizer == name]
             shades = _spread(SHADES[name], len(own))
             for lr, colour, style in zip(own, shades, cycle(DASHES), strict=False):
                 part = curves[(curves["optimizer"] == name) & np.isclose(curves["lr"], lr)]
                 if not len(part):
                     continue
-                line = _mean_and_band(axes, part, column, colour, style)
-                tops.append(line)
+                lines.append(_mean_and_band(axes, part, column, colour, style))
                 marks[f"{NAMES[name]} {lr:g}"] = Line2D([], [], color=colour, linestyle=style)
-        _limit(axes, tops, column)
+        _limit(row[0], lines)
     figure.supxlabel("epoch", fontsize=9, color=INK)
     _explain(figure, marks, 6)
     return figure
@@ -106,9 +108,11 @@ def error_by_batch(curves: pd.DataFrame) -> Figure:
     rows = last(curves)
     for axes, data in zip(grid, DASGD_DATA, strict=True):
         plain_axes(axes)
-        axes.set_title(data, loc="left", fontsize=9, color=INK)
+        own = rows[rows["data"] == data]
+        title = own["data_read"].iloc[0] if len(own) else data
+        axes.set_title(title, loc="left", fontsize=9, color=INK)
         for name in ("sgd", "dasgd"):
-            part = rows[(rows["data"] == data) & (rows["optimizer"] == name)]
+            part = own[own["optimizer"] == name]
             _points(axes, part.assign(error=1 - part["test_accuracy"]), "error", name)
         axes.set_xticks(range(len(BATCHES)), [str(size) for size in BATCHES])
     grid[0].set_ylabel("test error", fontsize=9, color=INK)
@@ -117,21 +121,19 @@ def error_by_batch(curves: pd.DataFrame) -> Figure:
     return figure
 
 
-def accuracy_by_epoch(curves: pd.DataFrame, data: str) -> Figure:
+def accuracy_by_epoch(curves: pd.DataFrame) -> Figure:
     """DA-SGD Figure 5: test accuracy by epoch, a panel per batch size.
 
     Args:
-        curves: Of dasgd-batch, the main protocol.
-        data: Which data set.
+        curves: Of dasgd-batch, the main protocol, one data set.
     """
     figure = Figure(figsize=(8.0, 5.6), layout="constrained", facecolor=PAPER)
     grid = figure.subplots(3, 3, sharex=True)
-    part = curves[curves["data"] == data]
     for axes, (size, lr) in zip(grid.flat, BATCHES.items(), strict=True):
         plain_axes(axes)
         axes.set_title(f"batch {size}, lr {lr:g}", loc="left", fontsize=8, color=INK)
         for name in ("sgd", "dasgd"):
-            rows = part[(part["batch_size"] == size) & (part["optimizer"] == name)]
+            rows = curves[(curves["batch_size"] == size) & (curves["optimizer"] == name)]
             if len(rows):
                 _mean_and_band(axes, rows, "test_accuracy", COLOURS[name])
     figure.supxlabel("epoch", fontsize=9, color=INK)
@@ -191,20 +193,21 @@ def contestants(curves: pd.DataFrame, size: int) -> Iterable[tuple[str, str, Any
 def _mean_and_band(
     axes: Axes, rows: pd.DataFrame, column: str, colour: str, style: Any = "-"
 ) -> pd.DataFrame:
-    """The mean over seeds at each epoch, with its 95 % interval as a band."""
+    """The mean over seeds at each epoch, with its 95 % interval as a band, of accuracies within 0 to 1."""
     effects = {epoch: mean(column, part.dropna()) for epoch, part in rows.groupby("epoch")[column]}
     line = pd.DataFrame(
         [(effect.mean, effect.low, effect.high) for effect in effects.values()],
         index=list(effects),
         columns=["mean", "low", "high"],
     )
-    axes.fill_between(line.index, line["low"], line["high"], color=colour, alpha=BAND, linewidth=0)
+    band = line[["low", "high"]].clip(0, 1 if column.endswith("accuracy") else None)
+    axes.fill_between(line.index, band["low"], band["high"], color=colour, alpha=BAND, linewidth=0)
     axes.plot(line.index, line["mean"], color=colour, linewidth=1.3, linestyle=style)
     return line
 
 
 def _points(axes: Axes, rows: pd.DataFrame, column: str, name: str) -> None:
-    """Means with 95 % intervals at the batch sizes, evenly spaced."""
+    """Mean shares with 95 % intervals, within 0 to 1, at the batch sizes, evenly spaced."""
     places, effects = [], []
     for place, size in enumerate(BATCHES):
         values = rows[rows["batch_size"] == size][column].dropna()
@@ -213,7 +216,10 @@ def _points(axes: Axes, rows: pd.DataFrame, column: str, name: str) -> None:
             effects.append(mean(column, values))
     means = [effect.mean for effect in effects]
     spread = np.nan_to_num(
-        [[effect.mean - effect.low, effect.high - effect.mean] for effect in effects]
+        [
+            [effect.mean - max(effect.low, 0), min(effect.high, 1) - effect.mean]
+            for effect in effects
+        ]
     ).T
     if effects:
         axes.errorbar(
@@ -222,17 +228,13 @@ def _points(axes: Axes, rows: pd.DataFrame, column: str, name: str) -> None:
         )  # fmt: skip
 
 
-def _limit(axes: Axes, lines: Sequence[pd.DataFrame], column: str) -> None:
+def _limit(axes: Axes, lines: Sequence[pd.DataFrame]) -> None:
     """Leaves the first steep epochs out of view, in which nothing is to be told apart."""
     if not lines:
         return
-    after = [line.loc[line.index > 0.01 * line.index.max(), "mean"] for line in lines]
-    low, high = min(part.min() for part in after), max(part.max() for part in after)
-    pad = 0.05 * (high - low) or 0.01
-    if column.endswith("accuracy"):
-        axes.set_ylim(max(low, high - 0.25) - pad, high + pad)
-    else:
-        axes.set_ylim(max(0.0, low - pad), min(high, low + 0.8) + pad)
+    late = pd.concat([line.loc[line.index >= EARLY * line.index.max(), "mean"] for line in lines])
+    pad = 0.05 * (late.max() - late.min()) or 0.01
+    axes.set_ylim(late.min() - pad, late.max() + pad)
 
 
 def _two() -> dict[str, Line2D]:

@@ -9,7 +9,7 @@ from truestep.lab.paper import ledger_asgd as asgd
 from truestep.lab.paper import ledger_dasgd as dasgd
 from truestep.lab.paper.evidence import Evidence
 from truestep.lab.paper.ledger_paths import a8
-from truestep.lab.paper.planned import LEARNING_RATE, Planned
+from truestep.lab.paper.planned import LEARNING_RATE, SMOKE, Planned
 from truestep.lab.paper.points import ENDINGS
 from truestep.lab.paper.tables import main_only
 from truestep.lab.paper.verdict import Finding, Verdict, settled
@@ -73,23 +73,30 @@ def ledger(evidence: Evidence) -> list[Finding]:
         dasgd.d4(evidence.rates),
         dasgd.d5(curves, evidence.rivals),
     ]
-    return [settled(finding) for finding in findings]
+    return [settled(finding, evidence.scales) for finding in findings]
 
 
 def sensitivity(evidence: Evidence) -> list[Sensitivity]:
     """Each choice that was run, with each claim that it bears on.
 
-    The usual verdict is looked at in the cells that the choice was run in, and nothing else.
+    The usual verdict is looked at in the cells that the choice was run in, and nothing else. Scale
+    smoke, which gives no verdict, has no row.
 
     Args:
         evidence: What there is.
     """
+    choices = {
+        "asgd-synthetic": (_of_endings, _of_points),
+        "asgd-mnist": (_of_mnist,),
+        "asgd-trajectories": (_of_trajectories,),
+        "dasgd-batch": (_of_dasgd,),
+    }
     return [
-        *_of_endings(evidence),
-        *_of_points(evidence),
-        *_of_mnist(evidence),
-        *_of_trajectories(evidence),
-        *_of_dasgd(evidence),
+        row
+        for name, own in choices.items()
+        if evidence.scales[name] != SMOKE
+        for rows in own
+        for row in rows(evidence)
     ]
 
 

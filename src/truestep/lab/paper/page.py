@@ -24,7 +24,7 @@ from truestep.lab.pictures import inline_svg, png, write_file
 
 __all__ = ["write_report"]
 
-VERDICTS = ("reproduced", "only under ...", "not reproduced", "not run")
+VERDICTS = ("reproduced", "partly", "not reproduced", "no verdict", "not run")
 MARKDOWN_DOTS_PER_INCH = 110
 # A grey has nothing of a hue; on a dark page it is mirrored, while colours are made lighter.
 GREY_BELOW = 0.08
@@ -81,8 +81,10 @@ def write_report(evidence: Evidence, out: Path) -> dict[str, Any]:
         "ledger": [
             {
                 "claim": finding.claim.name,
-                "verdict": finding.verdict,
-                **{name: getattr(finding, name) for name in ("reason", "ours", "matched")},
+                **{
+                    name: getattr(finding, name)
+                    for name in ("verdict", "scale", "reason", "ours", "matched")
+                },
                 "paper": finding.claim.paper,
                 "conditions": [
                     {

@@ -5,11 +5,13 @@ from typing import TypeVar
 
 from truestep.lab.paper.unit import Unit
 
-__all__ = ["LEARNING_RATE", "SCALES", "Planned", "at"]
+__all__ = ["LEARNING_RATE", "SCALES", "SMOKE", "Planned", "at"]
 
 Value = TypeVar("Value")
 
-SCALES = ("smoke", "small", "paper")
+# The scale that only shows that everything works.
+SMOKE = "smoke"
+SCALES = (SMOKE, "small", "paper")
 # The variant of units that have another learning rate and are there to be chosen from.
 LEARNING_RATE = "learning rate"
 

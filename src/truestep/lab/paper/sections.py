@@ -18,16 +18,17 @@ from truestep.lab.paper.evidence import Evidence
 from truestep.lab.paper.experiments import EXPERIMENTS
 from truestep.lab.paper.ledger_asgd import ENDING
 from truestep.lab.paper.levels import distances
+from truestep.lab.paper.planned import SMOKE
 from truestep.lab.paper.plans_asgd import ASGD_LRS, SGD_LRS
 from truestep.lab.paper.plans_dasgd import DASGD_DATA
 from truestep.lab.paper.tables import main_only
 
 __all__ = ["Drawing", "Section", "sections"]
 
-# What stands where the paper's data are not at hand.
+# What is read where the paper's data are not at hand.
 STAND_INS = {
     "kmnist10k": "8,000 and 2,000 of KMNIST's test images",
-    "quickdraw10": "other classes and fewer images than the paper's",
+    "quickdraw10-other": "other classes and fewer images than the paper's",
 }
 
 
@@ -101,7 +102,7 @@ def _note(evidence: Evidence, name: str) -> str:
             f" {evidence.missing[name]} units of this scale are not run yet: truestep paper run "
             f"{name} --scale {scale}"
         )
-    if scale == "smoke":
+    if scale == SMOKE:
         note += " This scale only shows that everything works."
     return note
 
@@ -186,8 +187,7 @@ def _mnist(evidence: Evidence) -> Iterator[Drawing]:
     protocol = (
         f"MNIST, 784-30-20-10, batch 64, {row['epochs']} epochs, start {row['start']}; mean and 95 % "
         f"interval, {_seeds(table)}. Validation images are not trained on. Axes fit the means after the "
-        "first 1 % of the epochs, down to 0.25 under the highest accuracy and up to 0.8 over the lowest "
-        "loss; lines and bands beyond are cut off."
+        f"first {curves.EARLY:.0%} of the epochs; lines and bands beyond are cut off."
     )
     equal = [(name, lr) for name in ("asgd", "sgd") for lr in (0.001, 0.003, 0.01)]
     suitable = [("asgd", lr) for lr in ASGD_LRS]
@@ -271,25 +271,26 @@ def _batch(evidence: Evidence) -> Iterator[Drawing]:
     yield Drawing(
         "dasgd-figure-4",
         "DA-SGD Figure 4",
-        f"Test error at the last epoch: {_dasgd_protocol(table)}. kmnist10k is "
-        f"{STAND_INS['kmnist10k']}, quickdraw10 {STAND_INS['quickdraw10']}: neither can be compared "
-        "with published figures.",
+        f"Test error at the last epoch: {_dasgd_protocol(table)}.{_stand_ins(table)}",
         curves.error_by_batch(table),
     )
     for letter, data in zip("abc", DASGD_DATA, strict=True):
-        if (table["data"] == data).any():
-            caption = f"{_dasgd_protocol(table[table['data'] == data])}."
-            if data in STAND_INS:
-                caption += (
-                    f" {data} is {STAND_INS[data]}: it cannot be compared with published figures."
-                )
-            other = " (other classes)" if data == "quickdraw10" else ""
+        part = table[table["data"] == data]
+        if len(part):
             yield Drawing(
                 f"dasgd-figure-5{letter}",
-                f"DA-SGD Figure 5{letter}: {data}{other}",
-                caption,
-                curves.accuracy_by_epoch(table, data),
+                f"DA-SGD Figure 5{letter}: {part['data_read'].iloc[0]}",
+                f"{_dasgd_protocol(part)}.{_stand_ins(part)}",
+                curves.accuracy_by_epoch(part),
             )
+
+
+def _stand_ins(table: pd.DataFrame) -> str:
+    return "".join(
+        f" {name} is {STAND_INS[name]}: it cannot be compared with published figures."
+        for name in table["data_read"].unique()
+        if name in STAND_INS
+    )
 
 
 def _premise(evidence: Evidence) -> Iterator[Drawing]:

@@ -55,8 +55,8 @@ def of_curves(found: Iterable[Found]) -> pd.DataFrame:
     """A row per training of kind images and measured epoch.
 
     Returns:
-        Columns: ``variant``, ``unit`` (a number per training), the unit's settings, ``status``,
-        ``epoch``, and what was measured.
+        Columns: ``variant``, ``unit`` (a number per training), the unit's settings, ``data_read``
+        (a stand-in by its own name), ``status``, ``epoch``, and what was measured.
     """
     tables = []
     for number, (planned, record) in enumerate(found):
@@ -74,6 +74,7 @@ def of_curves(found: Iterable[Found]) -> pd.DataFrame:
                     "variant": planned.variant,
                     "unit": number,
                     **settings,
+                    "data_read": record.outcome.summary["source"].partition(":")[0],
                     "status": record.outcome.summary["status"],
                     "epoch": arrays["epochs"],
                     **columns,

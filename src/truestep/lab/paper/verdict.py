@@ -1,15 +1,16 @@
 """Verdicts by rule: what a claim predicts, as conditions, and what the data says of each."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from truestep.lab.paper.effects import Effect, holm
+from truestep.lab.paper.planned import SMOKE
 
 __all__ = ["Claim", "Condition", "Finding", "Verdict", "corrected", "judged", "settled"]
 
-Verdict = Literal["reproduced", "not reproduced", "only under ...", "not run"]
+Verdict = Literal["reproduced", "partly", "not reproduced", "no verdict", "not run"]
 # More conditions than this are counted rather than named.
 NAMED = 5
 
@@ -21,7 +22,7 @@ class Condition:
     """A part of a claim that holds or doesn't.
 
     Attributes:
-        under: What it is about, in a few words: ``"spirals"``; it ends "only under ...".
+        under: What it is about, in a few words: ``"spirals"``.
         effect: Signed so that the claim predicts a number above `threshold`.
         threshold: As above; the interval must lie above it. The p-value is against 0, and is
             asked for only where the threshold is 0.
@@ -50,6 +51,7 @@ class Claim:
 
     Attributes:
         name: ``"A1"`` to ``"A8"``, ``"D1"`` to ``"D5"``.
+        experiments: Those that its verdict rests on.
         text: The claim.
         paper: The paper's figure.
         protocol: How it is looked at here.
@@ -57,6 +59,7 @@ class Claim:
     """
 
     name: str
+    experiments: tuple[str, ...]
     text: str
     paper: str
     protocol: str
@@ -74,6 +77,7 @@ class Finding:
         ours: Our figure, with interval and n.
         conditions: With p-values corrected by Holm's method within the claim, see `corrected`.
         matched: The same with each optimizer at its own best learning rate, in words.
+        scale: Of the claim's experiments; ``""`` where none was run.
     """
 
     claim: Claim
@@ -82,6 +86,7 @@ class Finding:
     ours: str
     conditions: Sequence[Condition]
     matched: str
+    scale: str = ""
 
     @property
     def holding(self) -> list[str]:
@@ -103,8 +108,8 @@ def judged(
 ) -> Finding:
     """The verdict that follows from a claim's conditions.
 
-    All hold: reproduced. None holds: not reproduced. Some: only under those that do. A condition
-    that has no interval is left out and told; without any there is nothing to say.
+    All hold: reproduced. None holds: not reproduced. Some: partly. A condition that has no interval is
+    left out and told; without any there is nothing to say.
 
     Args:
         claim: The claim.
@@ -123,7 +128,7 @@ def judged(
     elif len(groups["holds"]) == known:
         verdict = "reproduced"
     elif groups["holds"]:
-        verdict = "only under ..."
+        verdict = "partly"
     else:
         verdict = "not reproduced"
     words = {
@@ -140,14 +145,23 @@ def judged(
     return Finding(claim, verdict, reason, ours, conditions, matched)
 
 
-def settled(finding: Finding) -> Finding:
-    """The same, without a verdict where fewer than half of the conditions have two seeds.
+def settled(finding: Finding, scales: Mapping[str, str]) -> Finding:
+    """The same with its scale, and without a verdict where there is too little to judge.
 
-    What is true of a few cells of a table says nothing of the claim about all of them.
+    Scale smoke only shows that everything works, and what is true of a few cells of a table says nothing
+    of the claim about all of them: half of the conditions or more need two seeds.
+
+    Args:
+        finding: Of a claim.
+        scales: By experiment; ``""`` for what was not run.
     """
+    own = [scales[name] for name in finding.claim.experiments if scales[name]]
+    finding = replace(finding, scale=", ".join(dict.fromkeys(own)))
     known = sum(condition.state != "not run" for condition in finding.conditions)
     if 2 * known < len(finding.conditions):
         return replace(finding, verdict="not run")
+    if SMOKE in own and finding.verdict != "not run":
+        return replace(finding, verdict="no verdict")
     return finding
 
 
