@@ -24,7 +24,7 @@ from truestep.lab.pictures import inline_svg, png, write_file
 
 __all__ = ["write_report"]
 
-VERDICTS = ("reproduced", "partly", "not reproduced", "no verdict", "not run")
+VERDICTS = ("reproduced", "only under ...", "not reproduced", "no verdict", "not run")
 MARKDOWN_DOTS_PER_INCH = 110
 # A grey has nothing of a hue; on a dark page it is mirrored, while colours are made lighter.
 GREY_BELOW = 0.08

@@ -10,7 +10,7 @@ from truestep.lab.paper.planned import SMOKE
 
 __all__ = ["Claim", "Condition", "Finding", "Verdict", "corrected", "judged", "settled"]
 
-Verdict = Literal["reproduced", "partly", "not reproduced", "no verdict", "not run"]
+Verdict = Literal["reproduced", "only under ...", "not reproduced", "no verdict", "not run"]
 # More conditions than this are counted rather than named.
 NAMED = 5
 
@@ -108,8 +108,8 @@ def judged(
 ) -> Finding:
     """The verdict that follows from a claim's conditions.
 
-    All hold: reproduced. None holds: not reproduced. Some: partly. A condition that has no interval is
-    left out and told; without any there is nothing to say.
+    All hold: reproduced. None holds: not reproduced. Some: only under those. A condition that has no
+    interval is left out and told; without any there is nothing to say.
 
     Args:
         claim: The claim.
@@ -128,7 +128,7 @@ def judged(
     elif len(groups["holds"]) == known:
         verdict = "reproduced"
     elif groups["holds"]:
-        verdict = "partly"
+        verdict = "only under ..."
     else:
         verdict = "not reproduced"
     words = {
