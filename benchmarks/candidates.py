@@ -135,7 +135,7 @@ def refusal(peer: str, task: Task) -> str | None:
     """Why a peer is not measured on a task; None if it is."""
     package, _ = PEERS[peer]
     if importlib.util.find_spec(package) is None:
-        return f"{package} is not installed"
+        return f"{package} is not installed; pip install -e '.[peers]'"
     size = len(task.inputs) * sum(p.nbytes for p in task.model.parameters())
     if size > PEERS_MEMORY:
         return f"its per-sample gradients take {size / 1e9:.0f} GB"

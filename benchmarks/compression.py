@@ -1,6 +1,7 @@
 """The same trained MNIST networks made smaller by truestep and by two peers, without training again.
 
-    PYTHONPATH=src python benchmarks/compression.py --json results/compression/peers.json
+    pip install -e '.[lab,peers]'
+    python benchmarks/compression.py --json results/compression/peers.json
 
 The networks are trained by Adam. truestep takes out what is redundant on the 50,000 training images.
 torch-pruning takes out, by magnitude, the same share of hidden units; torch.nn.utils.prune sets to zero the
@@ -9,16 +10,17 @@ same share of weights by magnitude, which leaves all sizes as they are. Accuracy
 
 import argparse
 import copy
+import importlib.util
 import io
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch_pruning
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -74,6 +76,8 @@ def by_truestep(model: nn.Module, data: Split) -> tuple[nn.Module, float]:
 
 
 def by_torch_pruning(model: nn.Module, share: float, example: Tensor) -> nn.Module:
+    import torch_pruning  # noqa: PLC0415 - a peer, where it is installed
+
     small = copy.deepcopy(model)
     last = [module for module in small.modules() if isinstance(module, nn.Linear)][-1]
     pruner = torch_pruning.pruner.BasePruner(
@@ -136,6 +140,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.005)
     parser.add_argument("--json", type=Path, help="file for all figures")
     arguments = parser.parse_args()
+    if importlib.util.find_spec("torch_pruning") is None:
+        sys.exit("torch_pruning is not installed. Run in the clone: pip install -e '.[peers]'")
     torch.set_num_threads(1)
     data = load_image_task("mnist")
     results: dict[str, Any] = {"machine": machine(), "lr": arguments.lr, "epochs": arguments.epochs}

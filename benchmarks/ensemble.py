@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from replicas import CASES, OURS, WAYS, Case, Run, Way
-from timing import machine, machine_line
+from timing import enough_rounds, machine, machine_line
 
 TURN_SECONDS = 0.4
 TRIAL_STEPS = 8
@@ -65,7 +65,7 @@ def compare(name: str, case: Case, optimizer: str, cores: int, rounds: int) -> I
         if optimizer not in build.optimizers:
             continue
         if not build.installed:
-            yield row | {"skipped": f"{build.package} is not installed"}
+            yield row | {"skipped": f"{build.package} is not installed; pip install -e '.[peers]'"}
             continue
         each, replicas, threads = best_setting(build, case, optimizer, cores)
         steps = max(TRIAL_STEPS, int(TURN_SECONDS / (each * replicas)))
@@ -184,7 +184,7 @@ def markdown(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cores", default="1,2", help="numbers of cores, by commas")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=enough_rounds, default=7)
     parser.add_argument("--cases", default="-", help="parts of names, by commas")
     parser.add_argument("--json", type=Path, help="file for all figures")
     parser.add_argument("--read", type=Path, help="figures of an earlier run instead of a new one")

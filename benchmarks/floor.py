@@ -30,7 +30,7 @@ from torch.autograd import Variable
 import truestep
 from candidates import LR
 from tasks import TASKS, Task
-from timing import WARM_UP, chosen, machine, machine_line
+from timing import WARM_UP, chosen, enough_rounds, machine, machine_line
 from truestep.kernels.dispatch import loops
 from truestep.kernels.stepping import FIELDS, LINEAR, Entry, Table
 
@@ -292,7 +292,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=400)
+    parser.add_argument("--rounds", type=enough_rounds, default=400)
     parser.add_argument("--threads", default="1", help="numbers of threads, by commas")
     parser.add_argument(
         "--tasks", default="784-,cnn,gpt b8 by sample", help="parts of names, by commas"

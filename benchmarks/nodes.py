@@ -1,6 +1,6 @@
 """What finding dummy nodes costs: one pass over MNIST's 60,000 images beside a plain inference pass.
 
-PYTHONPATH=src python benchmarks/nodes.py --rounds 7
+python benchmarks/nodes.py --rounds 7
 """
 
 import argparse

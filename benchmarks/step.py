@@ -22,7 +22,7 @@ import peak
 import truestep
 from candidates import CANDIDATES, LR, PAIRS, PEERS, refusal
 from tasks import TASKS, task_on
-from timing import chosen, compare, machine, machine_line, run
+from timing import chosen, compare, enough_rounds, machine, machine_line, run
 
 PEER_ROUNDS = 3
 # Sizes of the parameters whose optimizer's step is measured alone.
@@ -199,7 +199,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", default="1", help="numbers of threads, by commas")
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=enough_rounds, default=40)
     parser.add_argument("--tasks", default=",".join(TASKS), help="parts of names, by commas")
     parser.add_argument("--peers", action="store_true", help="other libraries too, much slower")
     parser.add_argument("--memory", action="store_true", help="peak memory too")

@@ -19,6 +19,7 @@ from truestep.lab.training import processor
 
 Step = Callable[[], None]
 WARM_UP = 3  # rounds that allocate and compile
+FEWEST = 2  # rounds with quartiles
 STEPS = 10  # of a turn, on other devices than the CPU
 
 
@@ -59,6 +60,13 @@ def compare(
         "baseline_seconds": statistics.median(base),
         "ratio": statistics.quantiles(ratios, n=4),
     }
+
+
+def enough_rounds(text: str) -> int:
+    """A number of rounds that has quartiles, for argparse."""
+    if not text.isdecimal() or int(text) < FEWEST:
+        raise argparse.ArgumentTypeError(f"{text} has no quartiles; give {FEWEST} or more")
+    return int(text)
 
 
 def chosen(names: Iterable[str], parts: str) -> list[str]:

@@ -1,5 +1,7 @@
 """Every public name and every command is documented, with an example or a help text."""
 
+import ast
+import builtins
 import importlib
 import inspect
 import pkgutil
@@ -100,6 +102,29 @@ def test_the_code_in_the_readme_runs(block, capsys):
         assert "tensor(" in capsys.readouterr().out
 
 
+# What a fragment that is no doctest may leave to its reader.
+READERS = {"args", "data", "loader", "model", "optimizer"}
+FRAGMENTS = [
+    pytest.param(block, id=f"{page.name}-{number}")
+    for page in sorted((ROOT / "docs").glob("*.md"))
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+    if not block.startswith(">>>")
+]
+
+
+@pytest.mark.parametrize("block", FRAGMENTS)
+def test_fragments_of_the_pages_import_what_they_use(block):
+    nodes = list(ast.walk(ast.parse(block)))
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    known = READERS | set(vars(builtins)) | {n.id for n in names if isinstance(n.ctx, ast.Store)}
+    for node in nodes:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            known |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.ClassDef):
+            known.add(node.name)
+    assert {node.id for node in names} <= known
+
+
 def commands(group, path=("truestep",)):
     for name, command in group.commands.items():
         if hasattr(command, "commands"):
@@ -117,6 +142,14 @@ def test_commands_and_their_options_have_help_and_a_place_in_the_reference(name)
     assert COMMANDS[name].help, name
     for parameter in COMMANDS[name].params:
         assert getattr(parameter, "help", None), f"{name} {parameter.name}"
+
+
+@pytest.mark.parametrize("name", ["step", "ensemble", "floor"])
+def test_benchmarks_ask_for_rounds_that_have_quartiles(name):
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--rounds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own script
+    assert done.returncode == 2
+    assert "argument --rounds: 1 has no quartiles; give 2 or more" in done.stderr
 
 
 def test_the_pages_show_the_figures_that_are_kept():

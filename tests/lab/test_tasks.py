@@ -216,7 +216,7 @@ def test_the_network_is_a_linear_layer_on_indicators():
 
 def test_without_wordfreq(monkeypatch):
     monkeypatch.setitem(sys.modules, "wordfreq", None)
-    with pytest.raises(TruestepError, match=r'run: python -m pip install "truestep\[lab\]"\.$'):
+    with pytest.raises(TruestepError, match=r"run in the clone: pip install '\.\[lab\]'\.$"):
         TASKS["language-id"].load(None)
 
 
