@@ -4,7 +4,7 @@ import dataclasses
 import os
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -162,13 +162,20 @@ def paper_report(
     console = Console()
     for row in data["ledger"]:
         scale = f" (scale {row['scale']})" if row["scale"] else ""
-        console.print(f"{row['claim']}  {row['verdict']}{scale}", highlight=False)
+        line = f"{row['claim']}  {_verdict(row)}{scale}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(f"Report: {data['files'][0]}", highlight=False, soft_wrap=True)
     if evidence.unknown:
         complain(
             f"{evidence.unknown} units of the store are in no experiment's plan and are left out: "
             "another version of truestep, or options of no unit that is there, made them"
         )
+
+
+def _verdict(row: dict[str, Any]) -> str:
+    """A verdict where no table stands beside it: "only under ..." says under what."""
+    holding = [c["under"] for c in row["conditions"] if c["state"] == "holds"]
+    return str(row["verdict"]).replace("...", ", ".join(holding))
 
 
 def _without_places(arguments: list[str]) -> list[str]:

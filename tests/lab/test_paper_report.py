@@ -304,6 +304,19 @@ def test_run_and_report_from_the_command_line(call, tmp_path):
     assert "A8  no verdict (scale smoke)\n" in out
 
 
+def test_a_verdict_on_the_console_says_what_it_is_under(call, tmp_path, monkeypatch):
+    with UnitStore(tmp_path / "p.db") as units:
+        fill(units, "smoke", names=["asgd-trajectories"])
+    states = {"further": "holds", "faster": "holds", "stop under aSGD only": "open"}
+    row = {"claim": "A8", "verdict": "only under ...", "scale": "small"}
+    row["conditions"] = [{"under": name, "state": state} for name, state in states.items()]
+    data = {"ledger": [row], "files": ["page.html"]}
+    monkeypatch.setattr(page_module, "write_report", lambda *_: data)
+    code, out, _ = call("report", "--store", "p.db")
+    assert code == 0
+    assert out.startswith("A8  only under further, faster (scale small)\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "complaint"),
     [
