@@ -106,10 +106,10 @@ class Uses:
 
     def checked(self, *, training: bool) -> bool:
         """Whether a call of the model in this mode was held against the graph, with what is trained now."""
-        if self._frozen and any(parameter.requires_grad for parameter in self._frozen):
-            self._modes.clear()
-            self._frozen.clear()
-        return training in self._modes
+        return training in self._modes and not self._thawed()
+
+    def _thawed(self) -> bool:
+        return any(parameter.requires_grad for parameter in self._frozen)
 
     def begin(self, call: Any) -> None:
         """Notes that a call of the model begins, of those before one is checked."""
@@ -191,6 +191,8 @@ class Uses:
         """
         if self.checked(training=training):
             return False
+        if self._thawed():
+            self._modes.clear()
         self._modes.add(training)
         self._frozen = [parameter for parameter in names if not parameter.requires_grad]
         return True

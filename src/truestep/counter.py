@@ -83,8 +83,8 @@ class SampleCounter:
             "unsupported": unsupported,
             "process_group": process_group,
         }
-        check_options(model, unit, unsupported, rules, batch_dim)
         model = uncompiled_model(model)
+        check_options(model, unit, unsupported, rules, batch_dim)
         self._records = Records(parameter_names(model), unit)
         self._batch = Batch(model, self._records, process_group)
         layers, self._plain = find_layers(model, rules, unsupported)

@@ -4,13 +4,11 @@ A step's gradients need what was before it, which the layer's output holds. Of t
 gradient reaches no later one adds to them, so one step forward and back tells where they are zero.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
-from truestep.activity import Activity, Elements, Outer
-from truestep.bits import Bits
+from truestep.activity import Activity
+from truestep.placed import everything
 from truestep.recurrence import last_step, output_of
 from truestep.sequences import Sequences, plainly, states_of, weights_of
 
@@ -20,12 +18,9 @@ __all__ = ["has_last_steps", "last_steps"]
 def has_last_steps(module: nn.RNN | nn.LSTM | nn.GRU) -> bool:
     """Whether a layer's output holds what its last steps need, or one more run of the layers below does.
 
-    Several layers in both directions go on to earlier steps, projections hide what they project, and what
-    dropout takes away leaves zeros.
+    Several layers in both directions go on to earlier steps, and projections hide what they project.
     """
-    several = module.num_layers > 1
-    drops = several and module.training and module.dropout > 0
-    return not (module.proj_size or drops or (several and module.bidirectional))
+    return not (module.proj_size or (module.num_layers > 1 and module.bidirectional))
 
 
 def last_steps(
@@ -59,16 +54,20 @@ def last_steps(
         (length, samples, _), each = source.shape, torch.arange(source.shape[1], device=data.device)
         shape = module.num_layers * directions, samples
         h, c = states_of(module, [sequences.states(state) for state in states], *shape)
-        to_states = deltas[-2:] if mode == "LSTM" else deltas[-1:]
-        given = [None if delta is None else sequences.states(delta) for delta in to_states]
+        last = deltas[-2:] if mode == "LSTM" else deltas[-1:]
+        given = [None if delta is None else sequences.states(delta) for delta in last]
         dh, dc = (list(state) for state in states_of(module, given, *shape))
         delta = torch.zeros_like(output)
         if deltas[0] is not None:
             delta = sequences.time_first(deltas[0]).to(source)
         active = sequences.active(data.device)
         final = torch.full_like(each, length - 1) if active is None else active.sum((0, 2)) - 1
-        parts = delta.chunk(directions, -1)
-        steps = _steps(parts, final, torch.cat([*dh, *dc], -1).any(-1))
+        finals, parts = [final, torch.zeros_like(final)], delta.chunk(directions, -1)
+        to_states = torch.cat([*dh, *dc], -1).any(-1)
+        steps = [
+            torch.where(to_states, finals[direction], _last_on(part.any(-1), final, direction))
+            for direction, part in enumerate(parts)
+        ]
         for direction, part in enumerate(parts):
             place = direction - directions
             dh[place] = dh[place] + part[steps[direction], each]
@@ -87,7 +86,7 @@ def last_steps(
             h_before = torch.where(begins, h[place], hidden)
             # Where h is not zero, neither is an LSTM's c: h = o tanh(c).
             c_before = torch.where(begins, c[place], hidden)
-            ended = (step == (torch.zeros_like(final) if direction else final)).unsqueeze(1)
+            ended = (step == finals[direction]).unsqueeze(1)
             x = inputs[layer][step, each]
             after = own[step, each], cells[place], ended
             met = last_step(mode, weights, x, (h_before, c_before), after, (dh[place], dc[place]))
@@ -95,35 +94,22 @@ def last_steps(
                 return None
             if layer > 0:
                 dh[place - 1] = dh[place - 1] + met[0] @ weights.weight_ih
+        every = torch.ones_like(each, dtype=torch.bool)
     return {
-        name: _everywhere(parameter, samples)
+        name: everything(parameter.shape, every)
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.requires_grad
     }
 
 
-def _steps(deltas: Sequence[Tensor], final: Tensor, to_states: Tensor) -> list[Tensor]:
-    """For each direction and sample the last step with a gradient, int64 ``[samples]`` each.
+def _last_on(on: Tensor, final: Tensor, direction: int) -> Tensor:
+    """Each sample's last step that is on, by its direction in time; int64 ``[samples]``.
 
     Args:
-        deltas: for each direction the output's gradient, ``[time, samples, units]``.
+        on: bool ``[time, samples]``.
         final: each sample's last time step.
-        to_states: the samples whose last states have a gradient.
+        direction: 0, or 1 for backwards.
     """
-    found = []
-    for direction, delta in enumerate(deltas):
-        on = delta.any(-1)
-        if direction:
-            last, end = on.int().argmax(0), torch.zeros_like(final)
-        else:
-            last, end = len(on) - 1 - on.flip(0).int().argmax(0), final
-        found.append(torch.where(to_states, end, torch.minimum(last, final)))
-    return found
-
-
-def _everywhere(parameter: Tensor, samples: int) -> Activity:
-    """The activity of samples that reach all of a parameter."""
-    bits = [Bits(None, samples, 1, units) for units in parameter.shape]
-    if len(bits) == 1:
-        return Elements(parameter.shape, bits[0])
-    return Outer(parameter.shape, bits[0], bits[1])
+    if direction:
+        return torch.minimum(on.int().argmax(0), final)
+    return torch.minimum(len(on) - 1 - on.flip(0).int().argmax(0), final)

@@ -1,6 +1,6 @@
 """What is known of the units of one layer: collected batch by batch, and what follows from it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from truestep.errors import TruestepError
 from truestep.kernels.scanning import scan
 from truestep.units import Channels, Key
 
-__all__ = ["KINDS", "LayerNodes", "Statistics"]
+__all__ = ["KINDS", "LayerNodes", "Statistics", "table_of"]
 
 # What a unit is called, in the order in which a unit of several kinds gets its name.
 KINDS = ("not finite", "true", "constant", "duplicate", "pseudo")
@@ -133,6 +133,15 @@ class LayerNodes:
             "rate": float(self.rate.mean()) if len(self) else float("nan"),
             "bound": self.bound(),
         }
+
+
+def table_of(layers: Iterable[LayerNodes]) -> list[list[str]]:
+    """A table's head, and a line for each layer; "not finite" has a column where a unit was that."""
+    rows = [layer.summary() for layer in layers]
+    kinds = KINDS if any(row[KINDS[0]] for row in rows) else KINDS[1:]
+    counted = ["layer", "activation", "units", *kinds]
+    lines = [[*(str(row[name]) for name in counted), f"{row['rate']:.3f}"] for row in rows]
+    return [[*counted, "rate"], *lines]
 
 
 class Statistics:

@@ -277,8 +277,7 @@ def check_options(
     """Raises `TruestepError` for what a counter cannot be made of."""
     check_kind(model, nn.Module, "model", "a torch.nn.Module")
     check_rules(rules)
-    names = (name for name, _ in _wrapped(uncompiled_model(model)).named_modules())
-    check_batch_dim(batch_dim, names)
+    check_batch_dim(batch_dim, (name for name, _ in _wrapped(model).named_modules()))
     if unit not in {"sample", "position"}:
         raise TruestepError(f"unit is {unit!r}; use 'sample' or 'position'")
     if unsupported not in {"error", "mean"}:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from truestep.checks import check_kind
 from truestep.errors import TruestepError
 from truestep.flow import Flow
-from truestep.layer_nodes import KINDS, LayerNodes, Statistics
+from truestep.layer_nodes import LayerNodes, Statistics, table_of
 from truestep.layers import uncompiled_model
 from truestep.units import Key, tensors_in
 
@@ -165,11 +165,7 @@ class DummyNodes:
         }
 
     def __str__(self) -> str:
-        rows = [layer.summary() for layer in self.layers]
-        kinds = KINDS if any(row[KINDS[0]] for row in rows) else KINDS[1:]
-        columns = ("layer", "activation", "units", *kinds, "rate")
-        cells = [[*(str(row[name]) for name in columns[:-1]), f"{row['rate']:.3f}"] for row in rows]
-        lines = [list(columns), *cells]
+        lines = table_of(self.layers)
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join(
             "  ".join(

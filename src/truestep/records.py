@@ -286,7 +286,8 @@ class Records:
             if record is not None and not self.follows:
                 if version > record.version + 1:
                     del self._committed[key]
-                record.version = version
+                else:
+                    record.version = version
             return
         sharded = gradient is not None and is_sharded(gradient)
         replaced = sharded and record is not None and record.gradient() is not gradient

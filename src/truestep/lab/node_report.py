@@ -9,7 +9,7 @@ from rich.table import Table
 
 from truestep.compression_report import CompressionReport
 from truestep.lab.panels import INK, NORMAL, PAPER, SMALL
-from truestep.layer_nodes import KINDS
+from truestep.layer_nodes import KINDS, table_of
 from truestep.nodes import DummyNodes
 
 __all__ = [
@@ -70,16 +70,12 @@ def history_frame(rows: list[dict[str, object]]) -> pd.DataFrame:
 def node_table(nodes: DummyNodes) -> Table:
     """`node_frame` for a terminal, 80 columns wide."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    rows = [layer.summary() for layer in nodes.layers]
-    columns = list(COLUMNS)
-    if any(row[KINDS[0]] for row in rows):
-        columns.insert(columns.index(KINDS[1]), KINDS[0])
-    for name in columns:
+    head, *lines = table_of(nodes.layers)
+    for name in head:
         right = name not in {"layer", "activation"}
         table.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=right)
-    for row in rows:
-        cells = [str(row[name]) for name in columns[:-1]]
-        table.add_row(*cells, f"{row['rate']:.3f}")
+    for line in lines:
+        table.add_row(*line)
     return table
 
 
