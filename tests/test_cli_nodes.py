@@ -96,11 +96,15 @@ def test_an_exported_program_comes_back_as_one(call, tmp_path, dynamic, suffix):
     ("arguments", "code", "message"),
     [
         (("nodes", "nothing.py"), 2, "nothing.py"),
-        (("nodes", "empty.py"), 1, "empty.py has no `model`; it needs a module-level"),
-        (("nodes", "broken.py"), 1, "broken.py: ValueError: so it is; correct the file"),
-        (("nodes", "bare.py"), 1, "bare.py has no `loader`; add a module-level"),
-        (("nodes", "bare.py", "--data", "text.npy"), 1, "text.npy holds no tensor"),
-        (("nodes", "text.pt2"), 1, "text.pt2 is no exported program"),
+        (("nodes", "empty.py"), 2, "empty.py has no `model`; it needs a module-level"),
+        (("nodes", "broken.py"), 2, "broken.py: ValueError: so it is; correct the file"),
+        (("nodes", "bare.py"), 2, "bare.py has no `loader`; add a module-level"),
+        (("nodes", "bare.py", "--data", "text.npy"), 2, "text.npy holds no tensor: ValueError"),
+        (("nodes", "bare.py", "--data", "text.pt"), 2, "text.pt holds no tensor: "),
+        (("nodes", "bare.py", "--data", "words.npy"), 2, "words.npy holds no tensor: TypeError"),
+        (("nodes", "bare.py", "--data", "single.npy"), 2, "single.npy holds a single number"),
+        (("nodes", "bare.py", "--data", "x.csv"), 2, "x.csv ends in none of .npy, .pt and .py"),
+        (("nodes", "text.pt2"), 2, "text.pt2 is no exported program"),
         (
             ("nodes", "bare.py", "--data", "wide.npy"),
             1,
@@ -121,14 +125,34 @@ def test_what_is_wrong_is_said_with_the_way_out(call, tmp_path, arguments, code,
     (tmp_path / "empty.py").write_text("")
     (tmp_path / "broken.py").write_text("raise ValueError('so it is')")
     (tmp_path / "bare.py").write_text("from torch import nn\nmodel = nn.Linear(2, 2)")
-    (tmp_path / "text.npy").write_text("text")
-    (tmp_path / "text.pt2").write_text("text")
+    for name in ("text.npy", "text.pt", "text.pt2", "x.csv"):
+        (tmp_path / name).write_text("text")
+    np.save(tmp_path / "words.npy", np.array(["a", "b"]))
+    np.save(tmp_path / "single.npy", np.float32(1))
     np.save(tmp_path / "x.npy", np.zeros((4, 2), np.float32))
     np.save(tmp_path / "wide.npy", np.zeros((4, 3), np.float32))
     np.save(tmp_path / "int.npy", np.zeros((4, 2), np.int64))
     found, out, err = call(*arguments)
     assert (found, out) == (code, "")
     assert message in " ".join(err.split())
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [("nodes", FILE, "--figure", "x.png"), ("compress", FILE, "--out", "x.pt")]
+)
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(call, monkeypatch, arguments):  # noqa: F811
+    def refused(dir):
+        raise OSError(30, "Read-only file system")
+
+    def load(*_):
+        pytest.fail("the work has begun")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refused)
+    monkeypatch.setattr("truestep.lab.saved_models.load_saved", load)
+    code, out, err = call(*arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "can't be written (Read-only file system); choose another folder" in err
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
@@ -137,7 +161,7 @@ def test_rows_that_do_not_fill_the_batches_of_an_exported_program_are_an_error(c
     torch.export.save(program, tmp_path / "model.pt2")
     np.save(tmp_path / "x.npy", np.zeros((6, 2), np.float32))
     code, _, err = call("nodes", "model.pt2", "--data", "x.npy")
-    assert code == 1
+    assert code == 2
     assert "has 6 rows, and the exported program takes batches of 4 only" in err
 
 
@@ -154,5 +178,6 @@ def test_numpys_own_doubles_are_taken_in_the_models_precision(call, tmp_path):  
     torch.export.save(program, tmp_path / "model.pt2")
     assert call("nodes", "model.pt2", "--data", "doubles.npy")[0] == 0
     code, _, err = call("nodes", "model.pt2")
-    assert code == 1
+    assert code == 2
+    assert "loader" not in err
     assert "model.pt2 holds no data; give the inputs as --data FILE" in err

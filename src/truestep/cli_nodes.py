@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from truestep.errors import TruestepError
 from truestep.terminal import Debug, Json, lab_installed, print_json
 
 __all__ = ["add_commands"]
@@ -134,6 +136,13 @@ def _check_file(path: Path, kinds: tuple[str, ...], option: str) -> None:
         )
     if not path.parent.is_dir():
         raise typer.BadParameter(f"there is no folder {path.parent}; make it", param_hint=option)
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise typer.BadParameter(
+            f"{path.parent} can't be written ({error.strerror}); choose another folder",
+            param_hint=option,
+        ) from error
 
 
 def _load(model: Path, data: Path | None, batch_size: int | None, *, as_json: bool) -> Any:
@@ -141,7 +150,10 @@ def _load(model: Path, data: Path | None, batch_size: int | None, *, as_json: bo
 
     # What a user's own code prints must not end up in the JSON.
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        saved = load_saved(model, data, batch_size)
+        try:
+            saved = load_saved(model, data, batch_size)
+        except TruestepError as error:
+            raise typer.BadParameter(str(error)) from error
         check_first_batch(saved, model if data is None else data)
     return saved
 

@@ -88,13 +88,16 @@ def check_first_batch(saved: SavedModel, source: Path) -> None:
         except Exception as error:
             tensors = [f"{list(t.shape)} of {str(t.dtype)[6:]}" for t in tensors_in(batch)]
             said = " and ".join(tensors) or repr(batch)
-            message = str(error).strip().splitlines()[:1] or [""]
             raise TruestepError(
-                f"the model fails on the first batch of {source}, {said}: "
-                f"{type(error).__name__}: {message[0]}; give inputs of the shape and type that it was "
-                "trained on"
+                f"the model fails on the first batch of {source}, {said}: {_first_line(error)}; give "
+                "inputs of the shape and type that it was trained on"
             ) from error
         return
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}".removesuffix(": ")
 
 
 def _like(batch: Tensor, model: nn.Module) -> Tensor:
@@ -154,6 +157,8 @@ def _loader(
 ) -> Iterable[Any]:
     if data is not None and data.suffix in {".npy", ".pt", ".pth"}:
         return _cut(data, batch_size, whole=whole)
+    if data is not None and data.suffix != ".py":
+        raise TruestepError(f"{data} ends in none of .npy, .pt and .py; save the inputs as .npy.")
     place, names = (data, _run(data)) if data is not None else (path, names)
     loader = names.get("loader")
     if loader is None and place.suffix == ".pt2":
@@ -175,8 +180,14 @@ def _cut(data: Path, batch_size: int, *, whole: bool) -> list[Tensor]:
             inputs = torch.from_numpy(np.load(data, allow_pickle=False))
         else:
             inputs = next(tensors_in(torch.load(data, weights_only=True)))
-    except (OSError, ValueError, RuntimeError, StopIteration) as error:
-        raise TruestepError(f"{data} holds no tensor: {error}; save the inputs as one.") from error
+    except Exception as error:
+        raise TruestepError(
+            f"{data} holds no tensor: {_first_line(error)}; save the inputs as one."
+        ) from error
+    if not inputs.dim():
+        raise TruestepError(
+            f"{data} holds a single number; save inputs whose first axis is the sample."
+        )
     if whole and len(inputs) % batch_size:
         raise TruestepError(
             f"{data} has {len(inputs)} rows, and the exported program takes batches of {batch_size} only: "
