@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shlex
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,6 +39,10 @@ def paper_list(store: StoreFile = STORE, as_json: Json = False, debug: Debug = F
         from truestep.lab.paper.overview import overview  # noqa: PLC0415
 
     rows = overview(store)
+    if not store.is_file():
+        complain(
+            f"there is no store {store}, so that nothing counts as done: name one with --store"
+        )
     if as_json:
         print_json(rows)
         return
@@ -119,13 +124,12 @@ def paper_run(
     if as_json:
         print_json({"experiment": name, "scale": scale, "units": done, "store": str(store)})
     else:
+        following = f" Next: truestep paper report --store {store}" if done else ""
         Console().print(
-            f"{name}: {done} units in {store}. Next: truestep paper report --store {store}",
-            highlight=False,
-            soft_wrap=True,
+            f"{name}: {done} units in {store}.{following}", highlight=False, soft_wrap=True
         )
-    for failure in failures:
-        complain(f"{failure.key.kind} failed ({_describe(failure)}): {failure.reason}")
+    for line in _describe(failures):
+        complain(line)
     if debug and failures:
         complain(failures[0].trace)
     return 1 if failures else 0
@@ -149,9 +153,10 @@ def paper_report(
         from truestep.lab.paper.store import UnitStore  # noqa: PLC0415
 
     if not store.is_file():
-        raise TruestepError(
-            f"There is no store {store}. Name one with --store, or make it: truestep paper run "
-            f"asgd-synthetic --scale small --store {store}"
+        raise typer.BadParameter(
+            f"there is no store {store}; name another, or make it: truestep paper run "
+            f"asgd-synthetic --scale small --store {store}",
+            param_hint="--store",
         )
     with UnitStore(store) as units:
         evidence = gather(units)
@@ -189,7 +194,15 @@ def _without_places(arguments: list[str]) -> list[str]:
     return kept
 
 
-def _describe(failure: "Failure") -> str:
-    fields = dataclasses.asdict(failure.key)
+def _describe(failures: Iterable["Failure"]) -> Iterator[str]:
+    """One line for each kind and reason: how many units, and which is the first."""
+    groups: dict[tuple[str, str], list[Any]] = {}
+    for failure in failures:
+        groups.setdefault((failure.key.kind, failure.reason), []).append(failure.key)
     shown = ("data", "optimizer", "lr", "batch_size", "seed", "first")
-    return ", ".join(f"{name} {fields[name]}" for name in shown if name in fields)
+    for (kind, reason), units in groups.items():
+        fields = dataclasses.asdict(units[0])
+        first = ", ".join(f"{name} {fields[name]}" for name in shown if name in fields)
+        more = ", ..." if len(units) > 1 else ""
+        number = f"{len(units)} unit{'s' * (len(units) > 1)} of {kind}"
+        yield f"{number} failed ({first}{more}): {reason}"

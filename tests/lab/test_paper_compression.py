@@ -33,7 +33,7 @@ def test_the_engine_counts_the_dummy_nodes_that_find_dummy_nodes_finds(data, lr,
     unit = dataclasses.replace(POINTS, data=data, optimizer=name, lr=lr, epochs=1000)
     splits, _ = compression.splits_at(unit, None)
     result = compression.trained(unit, splits)
-    network = compression.network_of(unit, splits)
+    network = compression.network_of(unit)
     for parameters, counted in zip(result.final, result.end_nodes, strict=True):
         model = compression._model(network, parameters)
         found = find_dummy_nodes(model, torch.from_numpy(splits["train"][0]).split(50))

@@ -19,6 +19,7 @@ from truestep.lab.paper.evidence import gather
 from truestep.lab.paper.experiments import EXPERIMENTS
 from truestep.lab.paper.page import write_report
 from truestep.lab.paper.store import UnitStore
+from truestep.lab.workers import Failure
 
 CHROMIUM = Path("/usr/bin/chromium")
 FIGURES = {
@@ -271,14 +272,16 @@ def call(tmp_path, monkeypatch, capsys):
 
 
 def test_experiments_are_listed(call, store, tmp_path):
-    code, out, _ = call("list", "--json", "--store", store)
+    code, out, err = call("list", "--json", "--store", store)
+    assert err == ""
     rows = {row["name"]: row for row in json.loads(out)}
     assert code == 0
     assert rows.keys() == EXPERIMENTS.keys()
     assert {row["artefacts"].split()[0] for row in rows.values()} == {"aSGD", "DA-SGD"}
     assert all(row["scales"][0]["done"] == row["scales"][0]["units"] for row in rows.values())
-    code, out, _ = call("list")
+    code, out, err = call("list")
     assert code == 0
+    assert err.startswith("truestep: there is no store results/papers/papers.db")
     assert all(name in out for name in EXPERIMENTS)
     assert max(map(len, out.splitlines())) <= 80
     assert not list(tmp_path.iterdir()), "listing makes nothing"
@@ -325,7 +328,8 @@ def test_a_verdict_on_the_console_says_what_it_is_under(call, tmp_path, monkeypa
         (("run", "asgd-mnist", "--seeds", "0"), 2, "impossible"),
         (("run", "asgd-mnist", "--option", "strat=torch"), 2, "Perhaps start is meant"),
         (("run", "asgd-mnist", "--option", "noise=1"), 2, "has no option noise"),
-        (("report",), 1, "There is no store results/papers/papers.db"),
+        (("run", "asgd-synthetic", "--option", "start=bar"), 2, "choose one of torch"),
+        (("report",), 2, "there is no store results/papers/papers.db"),
         (("report", "--store", "notes.txt"), 1, "not a database"),
         (("list", "--store", "notes.txt"), 1, "not a database"),
     ],
@@ -339,16 +343,23 @@ def test_wrong_usage_is_one_line(call, tmp_path, arguments, code, complaint):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_a_unit_that_fails_is_told_and_ends_with_1(call):
-    code, _, err = call(
-        *("run", "asgd-synthetic", "--scale", "smoke", "--seeds", 2, "--option", "start=nonsense"),
-        *("--store", "p.db", "--jobs", 1, "--quiet"),
+def test_units_that_fail_alike_are_told_once_and_end_with_1(call, monkeypatch):
+    def fail(workers, units):
+        return (Failure(unit, "ValueError: so it is") for unit in units)
+
+    monkeypatch.setattr("truestep.lab.workers.Workers.run", fail)
+    code, out, err = call(
+        *("run", "asgd-synthetic", "--scale", "smoke", "--store", "p.db", "--jobs", 1, "--quiet"),
     )
     assert code == 1
-    assert (
-        err.count("truestep: points failed (data circles, optimizer asgd, lr 0.01, first 0)") == 1
+    assert out == "asgd-synthetic: 0 units in p.db.\n"
+    assert err == (
+        "truestep: 8 units of points failed (data circles, optimizer asgd, lr 0.01, first 0, ...): "
+        "ValueError: so it is\n"
     )
-    assert "choose one of torch" in err
+    code, _, err = call("report", "--store", "p.db")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "no finished units of any experiment" in err
 
 
 # The browser.

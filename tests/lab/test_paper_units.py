@@ -114,7 +114,14 @@ def test_options_change_the_main_protocol_only():
 
 @pytest.mark.parametrize(
     ("text", "complaint"),
-    [("strat=torch", "Perhaps start"), ("eps=x", "give a number"), ("own_data=maybe", "true or f")],
+    [
+        ("strat=torch", "Perhaps start"),
+        ("eps=x", "give a number"),
+        ("own_data=maybe", "true or f"),
+        ("eps=nan", "give 0 or more"),
+        ("noise=-1", "give 0 or more"),
+        ("steps=0", "give 1 or more"),
+    ],
 )
 def test_impossible_options_say_what_is_possible(text, complaint):
     with pytest.raises(TruestepError, match=complaint):
@@ -124,6 +131,30 @@ def test_impossible_options_say_what_is_possible(text, complaint):
 def test_options_of_other_experiments_are_refused():
     with pytest.raises(TruestepError, match="has no option output"):
         changed(EXPERIMENTS["asgd-synthetic"].units("smoke"), {"output": "softmax"})
+    # There, epochs are those at which weights are looked at: several.
+    with pytest.raises(TruestepError, match=r"has no option epochs. It has train"):
+        changed(EXPERIMENTS["dasgd-premise"].units("smoke"), {"epochs": 3})
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_what_the_engine_does_not_know_is_refused_before_anything_runs(name):
+    planned = EXPERIMENTS[name].units("smoke")
+    for item in planned:
+        item.unit.check()
+    if name == "asgd-stabilised":
+        with pytest.raises(TruestepError, match="made of variants only"):
+            changed(planned, {"start": "torch"})
+    elif name != "dasgd-premise":
+        with pytest.raises(TruestepError, match=r"--option start=bar: .*choose one of torch"):
+            changed(planned, {"start": "bar"})
+
+
+def test_options_that_do_not_go_together_are_refused():
+    planned = EXPERIMENTS["asgd-mnist"].units("smoke")
+    with pytest.raises(TruestepError, match="goes with output='softmax', not 'sigmoid'"):
+        changed(planned, {"output": "sigmoid", "loss": "cross_entropy"})
+    with pytest.raises(TruestepError, match=r"--option schedule=bar: .*constant, cosine"):
+        changed(planned, {"schedule": "bar"})
 
 
 def test_circles_and_spirals_are_what_they_say():

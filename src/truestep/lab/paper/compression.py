@@ -73,6 +73,10 @@ class Compression:
     start: str = "glorot_uniform"
     eps: float = 1.0
 
+    def check(self) -> None:
+        """Raises `TruestepError` for settings that the engine does not know."""
+        network_of(self)
+
     def cost(self) -> Cost:
         """An estimate."""
         samples = self.batch_size if self.data in NOISE else self.train or 50_000
@@ -89,7 +93,7 @@ class Compression:
         """Trains, takes out of each network what is redundant on the training data, and compares."""
         splits, told = splits_at(self, data_dir)
         result = trained(self, splits)
-        network = network_of(self, splits)
+        network = network_of(self)
         tensors = {
             name: (torch.from_numpy(inputs), torch.from_numpy(labels))
             for name, (inputs, labels) in splits.items()
@@ -140,13 +144,12 @@ def splits_at(unit: Compression, data_dir: Path | None) -> tuple[Splits, dict[st
     return {"train": train} | held, {}
 
 
-def network_of(unit: Compression, splits: Splits) -> ensemble.Network:
+def network_of(unit: Compression) -> ensemble.Network:
     """A unit's network: one sigmoid output on points, a softmax on images."""
-    inputs, _ = splits["train"]
     points = unit.data in NOISE
-    outputs = 1 if points else CLASSES
+    inputs, outputs = (2, 1) if points else (PIXELS, CLASSES)
     return ensemble.Network(
-        widths=(inputs.shape[1], *unit.hidden, outputs),
+        widths=(inputs, *unit.hidden, outputs),
         activation="relu",
         output="sigmoid" if points else "softmax",
         loss="binary_cross_entropy" if points else "cross_entropy",
@@ -157,7 +160,7 @@ def network_of(unit: Compression, splits: Splits) -> ensemble.Network:
 def trained(unit: Compression, splits: Splits) -> ensemble.Result:
     """A unit's networks, trained; their dummy nodes as the engine counts them are with them."""
     return ensemble.train(
-        network_of(unit, splits),
+        network_of(unit),
         ensemble.Data(train=ensemble.Split(*splits["train"])),
         replicas=unit.replicas,
         epochs=unit.epochs,

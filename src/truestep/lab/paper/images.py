@@ -82,6 +82,11 @@ class Images:
     train_curve: bool = True
     signs: bool = False
 
+    def check(self) -> None:
+        """Raises `TruestepError` for settings that the engine does not know."""
+        self._network()
+        self._optimizer()
+
     def cost(self) -> Cost:
         """An estimate."""
         training, others = SIZES.get(self.data, (50_000, 20_000))
@@ -121,27 +126,13 @@ class Images:
     def _in_engine(self, data: Vectors) -> Curves:
         splits = splits_of(data, self.train)
         per_epoch = math.ceil(len(splits["train"][1]) / self.batch_size)
-        halved = self.loss == "half_squared_error"
-        network = ensemble.Network(
-            widths=self._widths(),
-            activation=self.activation,
-            output=self.output,
-            loss="squared_error" if halved else self.loss,
-            start="glorot_uniform" if self.start == "book" else self.start,
-        )
         result = ensemble.train(
-            network,
+            self._network(),
             ensemble.Data(**{name: ensemble.Split(*pair) for name, pair in splits.items()}),
             replicas=1,
             epochs=self.epochs,
             batch_size=self.batch_size,
-            # Half the loss is half the gradient, which is half the learning rate.
-            optimizer=optimizer(
-                self.optimizer,
-                self.lr / 2 if halved else self.lr,
-                eps=self.eps,
-                schedule=self.schedule,
-            ),
+            optimizer=self._optimizer(),
             seed=[self.seed],
             start=book_start(self._widths(), self.seed) if self.start == "book" else None,
             record=ensemble.Record(
@@ -156,7 +147,7 @@ class Images:
             threads=1,
         )
         arrays: dict[str, NDArray[np.generic]] = {}
-        scale = 0.5 if halved else 1.0
+        scale = 0.5 if self._halved() else 1.0
         for split in result.loss:
             arrays[f"{split}_loss"] = (result.loss[split][0] * scale).astype(np.float32)
             arrays[f"{split}_accuracy"] = result.accuracy[split][0].astype(np.float32)
@@ -170,6 +161,23 @@ class Images:
             int(result.stopped_at[0]),
             float(result.seconds[0]),
         )
+
+    def _network(self) -> ensemble.Network:
+        return ensemble.Network(
+            widths=self._widths(),
+            activation=self.activation,
+            output=self.output,
+            loss="squared_error" if self._halved() else self.loss,
+            start="glorot_uniform" if self.start == "book" else self.start,
+        )
+
+    def _optimizer(self) -> ensemble.Optimizer:
+        # Half the loss is half the gradient, which is half the learning rate.
+        lr = self.lr / 2 if self._halved() else self.lr
+        return optimizer(self.optimizer, lr, eps=self.eps, schedule=self.schedule)
+
+    def _halved(self) -> bool:
+        return self.loss == "half_squared_error"
 
     def _needs_torch(self) -> bool:
         return bool(self.dropout or self.norm)

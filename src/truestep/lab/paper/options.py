@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -25,6 +26,7 @@ OPTIONS: dict[str, type[Any]] = {
     "batch_size": int,
     "schedule": str,
 }
+LEAST = {"eps": 0, "noise": 0, "shape": 0, "train": 0, "epochs": 1, "steps": 1, "batch_size": 1}
 TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -32,7 +34,7 @@ def parse_options(texts: Iterable[str]) -> dict[str, Any]:
     """Options such as ``start=torch`` and ``own_data=true``.
 
     Raises:
-        TruestepError: One is unknown, or its value is of another kind.
+        TruestepError: One is unknown, or its value is of another kind or too small.
 
     Example:
         >>> parse_options(["start=torch", "eps=2"])
@@ -51,6 +53,8 @@ def parse_options(texts: Iterable[str]) -> dict[str, Any]:
         except (ValueError, KeyError):
             wanted = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
             raise TruestepError(f"--option {text}: give {wanted}.") from None
+        if name in LEAST and not LEAST[name] <= options[name] < math.inf:
+            raise TruestepError(f"--option {text}: give {LEAST[name]} or more.")
     return options
 
 
@@ -58,21 +62,35 @@ def changed(planned: Iterable[Planned], options: Mapping[str, Any]) -> list[Plan
     """Units with these options, as a variant of their own; the main protocol's alone.
 
     Raises:
-        TruestepError: No unit of the experiment has such an option.
+        TruestepError: No unit of the experiment has such an option, or it can't have this value.
     """
     planned = list(planned)
     if not options:
         return planned
-    fields = {field.name for item in planned for field in dataclasses.fields(item.unit)}
+    fields = {
+        name
+        for item in planned
+        for name, kind in OPTIONS.items()
+        if isinstance(getattr(item.unit, name, None), kind)
+    }
     unknown = sorted(options.keys() - fields)
     if unknown:
-        known = ", ".join(sorted(OPTIONS.keys() & fields))
+        known = ", ".join(sorted(fields))
         raise TruestepError(
             f"This experiment has no option {unknown[0]}. It has {known or 'none'}."
         )
     label = ", ".join(f"{name}: {value}" for name, value in options.items())
-    return [
+    variants = [
         Planned(dataclasses.replace(item.unit, **options), label)
         for item in planned
         if not item.variant
     ]
+    if not variants:
+        raise TruestepError("This experiment is made of variants only: leave --option out.")
+    for item in variants:
+        try:
+            item.unit.check()
+        except TruestepError as error:
+            given = " ".join(f"--option {name}={value}" for name, value in options.items())
+            raise TruestepError(f"{given}: {error}") from error
+    return variants

@@ -12,7 +12,6 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from truestep.errors import TruestepError
 from truestep.lab.paper.claims import CLAIMS
 from truestep.lab.paper.comparison import Cell, Grid
 from truestep.lab.paper.evidence import Evidence
@@ -21,6 +20,7 @@ from truestep.lab.paper.sections import sections
 from truestep.lab.paper.verdict import Condition, Finding
 from truestep.lab.paper.words import p_value
 from truestep.lab.pictures import inline_svg, png, write_file
+from truestep.lab.plan import UsageError
 
 __all__ = ["write_report"]
 
@@ -42,10 +42,11 @@ def write_report(evidence: Evidence, out: Path) -> dict[str, Any]:
         The ledger and the sensitivity table as plain data, and the files written.
 
     Raises:
-        TruestepError: The store has no units, or a file can't be written.
+        UsageError: The store has no units.
+        TruestepError: A file can't be written.
     """
     if not evidence.records:
-        raise TruestepError(
+        raise UsageError(
             "The store has no finished units of any experiment. Run one first, such as: truestep "
             "paper run asgd-synthetic --scale small"
         )

@@ -69,6 +69,11 @@ class Points:
     own_data: bool = False
     loss: str = field(default="binary_cross_entropy", metadata=ADDED)
 
+    def check(self) -> None:
+        """Raises `TruestepError` for settings that the engine does not know."""
+        self._network()
+        self._optimizer()
+
     def cost(self) -> Cost:
         """An estimate."""
         steps = self.replicas * self.steps
@@ -83,17 +88,11 @@ class Points:
         del data_dir
         every = max(1, self.steps // MEASUREMENTS)
         result = ensemble.train(
-            ensemble.Network(
-                widths=(2, *HIDDEN, 1),
-                activation="relu",
-                output="sigmoid",
-                loss=self.loss,
-                start=self.start,
-            ),
+            self._network(),
             self._data(),
             replicas=self.replicas,
             steps=self.steps,
-            optimizer=optimizer(self.optimizer, self.lr, eps=self.eps),
+            optimizer=self._optimizer(),
             seed=self.first,
             record=ensemble.Record(every=every, nodes=True, under=0.1),
             threads=1,
@@ -118,6 +117,18 @@ class Points:
             int(result.stopped_at.sum()),
             float(result.seconds.sum()),
         )
+
+    def _network(self) -> ensemble.Network:
+        return ensemble.Network(
+            widths=(2, *HIDDEN, 1),
+            activation="relu",
+            output="sigmoid",
+            loss=self.loss,
+            start=self.start,
+        )
+
+    def _optimizer(self) -> ensemble.Optimizer:
+        return optimizer(self.optimizer, self.lr, eps=self.eps)
 
     def _data(self) -> ensemble.Data:
         if not self.own_data:

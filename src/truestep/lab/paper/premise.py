@@ -51,6 +51,9 @@ class Premise:
     lr: float = 0.004
     train: int = 0
 
+    def check(self) -> None:
+        """Nothing: the network and the optimizer are the paper's."""
+
     def cost(self) -> Cost:
         """An estimate."""
         steps = self.epochs[-1] * math.ceil((self.train or 50_000) / 32)

@@ -51,6 +51,10 @@ class Trajectories:
     eps: float = 1.0
     sgd_factor: float = field(default=1.0, metadata=ADDED)
 
+    def check(self) -> None:
+        """Raises `TruestepError` for settings that the engine does not know."""
+        _network(self.start)
+
     def cost(self) -> Cost:
         """An estimate."""
         steps = 2 * self.replicas * self.steps
@@ -109,6 +113,10 @@ class Panels:
     replicas: int
     steps: int = 10_000
     start: str = "glorot_uniform"
+
+    def check(self) -> None:
+        """Raises `TruestepError` for settings that the engine does not know."""
+        _network(self.start)
 
     def cost(self) -> Cost:
         """An estimate."""
@@ -201,17 +209,21 @@ def per_sample(
     return {name: value.detach().numpy() for name, value in found.items()}
 
 
+def _network(start: str) -> ensemble.Network:
+    return ensemble.Network(
+        widths=WIDTHS,
+        activation="relu",
+        output="sigmoid",
+        loss="binary_cross_entropy",
+        start=start,
+    )
+
+
 def _train(plan: Trajectories, name: str, *, nodes: bool = False) -> ensemble.Result:
     train, _ = make_data("circles", 0, noise=0, shape=0)
     lr = plan.lr * (plan.sgd_factor if name == "sgd" else 1)
     return ensemble.train(
-        ensemble.Network(
-            widths=WIDTHS,
-            activation="relu",
-            output="sigmoid",
-            loss="binary_cross_entropy",
-            start=plan.start,
-        ),
+        _network(plan.start),
         ensemble.Data(train=ensemble.Split(*train)),
         replicas=plan.replicas,
         steps=plan.steps,

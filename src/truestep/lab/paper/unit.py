@@ -69,6 +69,10 @@ class Unit(Protocol):
     kind: ClassVar[str]
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
+    def check(self) -> None:
+        """Raises `TruestepError` for settings that the engine does not know; costs nothing."""
+        ...
+
     def cost(self) -> Cost:
         """An estimate."""
         ...
