@@ -165,6 +165,7 @@ def test_a_task_may_stand_alone(settings, arguments):
         ("race", "--out", f"{TINY}/below"),
         ("race", "--data-dir", "missing"),
         ("race", "--nonsense"),
+        ("race", "--out", "/proc/x"),
         ("race", "--task", "mnist"),
         ("data", "get", "nothing"),
         ("data", "get"),

@@ -5,6 +5,7 @@ What the store has is never run again, so the same command goes on after any int
 
 import os
 import secrets
+import tempfile
 from collections.abc import Container, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -257,13 +258,17 @@ def _check_folder(folder: Path) -> None:
     """Sees whether the folder can be made and written; the store makes it.
 
     Raises:
-        TruestepError: It can't.
+        UsageError: It can't.
     """
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not there.is_dir():
         raise UsageError(f"{folder} can't be a folder: {there} is a file. Give --out another.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise TruestepError(f"{there} can't be written. Give --out a folder that can.")
+    try:
+        tempfile.TemporaryDirectory(dir=there).cleanup()
+    except OSError as error:
+        raise UsageError(
+            f"{there} can't be written ({error.strerror}). Give --out a folder that can."
+        ) from error
 
 
 def _report(
