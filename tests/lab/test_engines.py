@@ -99,11 +99,11 @@ def test_a_task_that_the_ensemble_cannot_train_says_why(tiny, console):
     race(settings, console)
     assert engines_of(tiny.out)[0]["sgd"] == {"torch loop"}
     assert (
-        "The torch loop trains all runs: with this loss an ensemble knows truestep.lab.tasks.accuracy "
-        "alone, and the task measures 'accuracy' in another way.\n"
-    ) in console.file.getvalue()
+        "The torch loop trains all runs: the ensemble engine knows only "
+        "truestep.lab.tasks.accuracy as a metric with this loss; the task has its own: accuracy. "
+    ) in " ".join(console.file.getvalue().split()) + " "
     with pytest.raises(
-        UsageError, match="--engine ensemble can't train sgd, adam, asgd: with this"
+        UsageError, match="--engine ensemble can't train sgd, adam, asgd: the ensemble"
     ):
         race(replace(settings, engine="ensemble"), console)
 

@@ -220,7 +220,10 @@ def sequence(*layers):
         ({"model": twice}, "stands twice"),
         (sequence(nn.Linear(4, 1)), "1 outputs don't go with"),
         ({"loss": nn.functional.nll_loss}, "the loss nll_loss is none of cross_entropy"),
-        ({"metrics": {"mine": max}, "target": ("mine", 1)}, "measures .mine. in another way"),
+        (
+            {"metrics": {"mine": max}, "target": ("mine", 1)},
+            "only truestep.lab.tasks.accuracy as a metric .* its own: mine",
+        ),
         ({"loss": nn.functional.mse_loss}, "knows no metric"),
     ],
 )

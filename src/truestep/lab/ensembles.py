@@ -306,9 +306,9 @@ def network_of(task: Task, splits: Splits) -> ensemble.Network:
     output, loss, known = LOSSES[task.loss]
     for name, metric in task.metrics.items():
         if metric is not known:
-            wanted = "no metric" if known is None else f"truestep.lab.tasks.{_name(known)} alone"
+            wanted = f"only truestep.lab.tasks.{_name(known)} as a metric" if known else "no metric"
             raise TruestepError(
-                f"with this loss an ensemble knows {wanted}, and the task measures {name!r} in another way"
+                f"the ensemble engine knows {wanted} with this loss; the task has its own: {name}"
             )
     torch.manual_seed(0)
     model = task.model()

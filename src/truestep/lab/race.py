@@ -84,7 +84,7 @@ def race(settings: Settings, console: Console, command: str = "") -> Outcome:
     assignment = Assignment(settings.task, settings.epochs, settings.data_dir)
     loop = Here(plan.task, splits) if jobs == 1 else Workers(assignment, jobs)
     engines = choose_engines(plan, splits, settings.engine, loop, jobs)
-    console.print(engines.told, highlight=False, soft_wrap=True)
+    console.print(engines.told, highlight=False)
     if engines.ensemble is not None:
         with console.status("compiling the ensemble, where that is not done yet"):
             costs |= _rehearse_ensemble(plan, engines.ensemble, engines.reasons)
