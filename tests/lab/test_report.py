@@ -12,6 +12,7 @@ from truestep import TruestepError
 from truestep.lab import report
 from truestep.lab.report import write_report
 
+CHROMIUM = Path("/usr/bin/chromium")
 SMALL = ("sgd", "adam", "asgd")
 
 
@@ -224,6 +225,22 @@ def test_no_results_are_an_error(tmp_path):
     with pytest.raises(TruestepError, match=r"no results to report on yet\. Run the race first"):
         write_report(tmp_path, make_task_info(), [], "sgd")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not CHROMIUM.is_file(), reason=f"needs Debian's chromium at {CHROMIUM}")
+def test_the_table_fits_a_browser_of_1000_pixels(large, tmp_path):
+    api = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
+    write_report(tmp_path, make_task_info(reference_batch_size=64), large, "sgd")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1000, "height": 900})
+        page.goto((tmp_path / "report.html").as_uri())
+        hidden = "box => box.scrollWidth - box.clientWidth"
+        assert page.locator(".wide").first.evaluate(hidden) == 0
+        page.set_viewport_size({"width": 500, "height": 900})
+        assert page.locator(".wide").first.evaluate(hidden) > 0
+        assert page.evaluate("document.documentElement.scrollWidth") <= 500
+        browser.close()
 
 
 def test_the_terminal_table_is_at_hand():

@@ -80,6 +80,16 @@ def test_the_terminal_table_says_what_was_lost():
     assert "nan" not in text
 
 
+def test_differences_that_leave_out_zero_are_marked_in_plain_text_too():
+    summary = summary_of(make_race(("sgd", "adam", "asgd")))
+    summary.loc[("asgd", 64), "test_loss_difference_high"] = 0.001
+    lines = printed(summary).splitlines()
+    marked = {line.split()[0] for line in lines if "†" in line and "±" in line}
+    assert "adam" in marked
+    assert "asgd" not in marked
+    assert "† the interval leaves out 0" in " ".join(" ".join(lines).split())
+
+
 def test_a_learning_rate_at_the_edge_has_a_star_and_its_meaning():
     text = printed(summary_of(make_race(grid=(0.0, 0.5))))
     assert "0.001*" in text or "0.004*" in text
