@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from numba.core import event
 
 from truestep import cli, terminal
 from truestep.cli import main
@@ -74,6 +75,7 @@ def test_a_race_prints_a_table_and_where_the_report_is(call, tmp_path):
     assert "Report: truestep-race/tiny/report.html" in out
     assert max(map(len, out.splitlines())) <= 80
     assert "8 runs to choose learning rates, then 4 on test data" in " ".join(err.split())
+    assert err.splitlines()[-1] == "Writing the report."
     assert (tmp_path / "truestep-race/tiny/report.html").is_file()
     assert (tmp_path / "truestep-race/tiny/results.db").is_file()
 
@@ -163,9 +165,9 @@ def test_a_task_may_stand_alone(settings, arguments):
         ("race", "--optimizers", "no.module:Mine"),
         ("race", "--out", TINY),
         ("race", "--out", f"{TINY}/below"),
+        ("race", "--out", "/proc/x"),
         ("race", "--data-dir", "missing"),
         ("race", "--nonsense"),
-        ("race", "--out", "/proc/x"),
         ("race", "--task", "mnist"),
         ("data", "get", "nothing"),
         ("data", "get"),
@@ -342,6 +344,32 @@ def test_doctor_prints_what_is_installed_and_checks_itself(capsys):
     assert found["right"] is True
     assert set(found["self-check"].values()) == {"equals the oracle"}
     assert found["installed"]["extra lab"] == "complete"
+
+
+def test_compiling_is_told_once_where_it_happens(call, monkeypatch):
+    def compiling():
+        for _ in range(2):
+            with event.trigger_event("numba:run_pass"):
+                pass
+        return []
+
+    monkeypatch.setattr("truestep.doctor.self_check", compiling)
+    code, out, err = call("doctor", "--json")
+    assert (code, json.loads(out)["right"]) == (0, True)
+    assert err == "Compiling loops, once on this machine.\n"
+
+    def race(*_):
+        compiling()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(race_module, "race", race)
+    assert call("race", TINY)[2].startswith("Compiling loops, once on this machine.\n")
+    assert call("race", TINY, "--quiet")[2].startswith("truestep: interrupted.")
+    monkeypatch.setattr("truestep.doctor.self_check", list)
+    assert call("doctor", "--json")[2] == ""
+    monkeypatch.setattr("truestep.doctor.self_check", compiling)
+    monkeypatch.setattr("truestep.kernels.dispatch.installed", lambda: False)
+    assert call("doctor", "--json")[2] == ""
 
 
 def test_doctor_exits_with_1_where_counts_are_wrong(monkeypatch, capsys):

@@ -20,7 +20,15 @@ except ModuleNotFoundError as missing:
 
 from truestep.cli_nodes import add_commands
 from truestep.cli_paper import paper_app
-from truestep.terminal import DataDir, Debug, Json, complain, lab_installed, print_json
+from truestep.terminal import (
+    DataDir,
+    Debug,
+    Json,
+    complain,
+    lab_installed,
+    print_json,
+    telling_of_compiling,
+)
 
 __all__ = ["app", "main"]
 
@@ -158,9 +166,13 @@ def race(
         engine=engine,
     )
     command = shlex.join(["truestep", *context.obj])
+    progress = Console(stderr=True, quiet=quiet)
     # What a user's own code prints must not end up in the JSON.
-    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        outcome = lab.race(settings, Console(stderr=True, quiet=quiet), command)
+    with (
+        contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext(),
+        telling_of_compiling(progress),
+    ):
+        outcome = lab.race(settings, progress, command)
     failures = lab.describe_failures(outcome.failures)
     report = outcome.folder / "report.html"
     if as_json:
@@ -184,7 +196,8 @@ def doctor(*, as_json: Json = False, debug: Debug = False) -> int:
 
     from truestep import doctor as examine  # noqa: PLC0415 - torch takes seconds
 
-    checks = examine.self_check()
+    with telling_of_compiling(Console(stderr=True)):
+        checks = examine.self_check()
     wrong = [check for check in checks if check.difference]
     parts = {
         "installed": examine.installed_packages(),

@@ -9,10 +9,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from truestep.errors import TruestepError
 
-__all__ = ["DataDir", "Debug", "Json", "complain", "lab_installed", "print_json"]
+__all__ = [
+    "DataDir",
+    "Debug",
+    "Json",
+    "complain",
+    "lab_installed",
+    "print_json",
+    "telling_of_compiling",
+]
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
@@ -36,6 +45,16 @@ def lab_installed() -> Iterator[None]:
         raise TruestepError(
             f"{error.name} is not installed. Run in the clone: pip install '.[lab]'"
         ) from error
+
+
+@contextlib.contextmanager
+def telling_of_compiling(console: Console) -> Iterator[None]:
+    """Says why a machine's first time takes longer, if it does."""
+    from truestep.kernels.dispatch import when_compiling  # noqa: PLC0415 - torch takes seconds
+
+    line = "Compiling loops, once on this machine."
+    with when_compiling(lambda: console.print(line, highlight=False)):
+        yield
 
 
 def print_json(data: Any) -> None:

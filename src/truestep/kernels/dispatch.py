@@ -5,7 +5,8 @@ import hashlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ __all__ = [
     "on_triton",
     "triton_installed",
     "triton_works",
+    "when_compiling",
 ]
 
 # numpy has no bfloat16: loops that take 16-bit floats read their bits.
@@ -160,6 +162,33 @@ def gpu() -> Any:
     from truestep.kernels import gpu  # noqa: PLC0415
 
     return gpu
+
+
+@contextmanager
+def when_compiling(tell: Callable[[], None]) -> Iterator[None]:
+    """Calls `tell` once if loops are compiled inside; those that were compiled earlier are loaded.
+
+    Args:
+        tell: is called when the first begins.
+    """
+    if not installed():
+        yield
+        return
+    from numba.core import event  # noqa: PLC0415
+
+    waiting = [tell]
+
+    class Teller(event.Listener):
+        def on_start(self, event: Any) -> None:
+            if waiting:
+                waiting.pop()()
+
+        def on_end(self, event: Any) -> None:
+            pass
+
+    # What C calls (cfunc) has no event of its own, but the compiler's passes have.
+    with event.install_listener("numba:run_pass", Teller()):
+        yield
 
 
 def machine_code(chosen: str) -> Path:

@@ -86,7 +86,7 @@ def race(settings: Settings, console: Console, command: str = "") -> Outcome:
     engines = choose_engines(plan, splits, settings.engine, loop, jobs)
     console.print(engines.told, highlight=False)
     if engines.ensemble is not None:
-        with console.status("compiling the ensemble, where that is not done yet"):
+        with console.status("estimating what runs cost"):
             costs |= _rehearse_ensemble(plan, engines.ensemble, engines.reasons)
     with Store(plan.folder / STORE) as store:
         store.experiment(experiment, description)
@@ -97,10 +97,10 @@ def race(settings: Settings, console: Console, command: str = "") -> Outcome:
         results = records.results()
     if not results:
         raise TruestepError(f"Every run failed. {describe_failures(failures)[0]}")
-    with console.status("writing the report"):
-        table, data = _report(
-            plan, splits, results, experiment=experiment, command=command, engines=engines.told
-        )
+    console.print("Writing the report.", highlight=False)
+    table, data = _report(
+        plan, splits, results, experiment=experiment, command=command, engines=engines.told
+    )
     return Outcome(table, data, failures, plan.folder)
 
 
