@@ -152,15 +152,27 @@ def llama() -> Task:
 class Columns(nn.Module):
     """A table's columns: each of eight categories has an embedding."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: Callable[[int, int], nn.Module] = nn.Embedding) -> None:
         super().__init__()
-        self.tables = nn.ModuleList(nn.Embedding(10_000, 16) for _ in range(8))
+        self.tables = nn.ModuleList(kind(10_000, 16) for _ in range(8))
         sizes = (128, 256), (256, 128), (128, 10)
         layers = [layer for size in sizes for layer in (nn.Linear(*size), nn.ReLU())]
         self.inner = nn.Sequential(*layers[:-1])
 
     def forward(self, x: Tensor) -> Tensor:
         found = [table(x[:, number]) for number, table in enumerate(self.tables)]
+        return self.inner(torch.cat(found, 1))
+
+
+class Bags(Columns):
+    """Each of eight columns holds four categories."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.EmbeddingBag)
+
+    def forward(self, x: Tensor) -> Tensor:
+        starts = torch.arange(len(x)) * x.shape[2]
+        found = [table(x[:, number].flatten(), starts) for number, table in enumerate(self.tables)]
         return self.inner(torch.cat(found, 1))
 
 
@@ -178,4 +190,5 @@ MODELS: dict[str, Callable[[], Task]] = {
     "nn.TransformerEncoder, ReLU": lambda: classify(Encoder(), torch.rand(32, 64, 48)),
     "Llama's blocks": llama,
     "eight embeddings and an MLP": lambda: classify(Columns(), torch.randint(0, 10_000, (1024, 8))),
+    "eight bags and an MLP": lambda: classify(Bags(), torch.randint(0, 10_000, (1024, 8, 4))),
 }

@@ -78,6 +78,30 @@ def normed():
     return model
 
 
+class Tables(nn.Module):
+    """Tables of all kinds; the one of texts is the last layer's too."""
+
+    def __init__(self):
+        super().__init__()
+        self.column = nn.Embedding(7, 3)
+        self.text = nn.Embedding(9, 4)
+        self.bag = nn.EmbeddingBag(9, 5, mode="sum")
+        self.ragged = nn.EmbeddingBag(9, 2, mode="mean")
+        self.closed = nn.EmbeddingBag(9, 2, include_last_offset=True)
+        self.rows = nn.Linear(16, 4)
+        self.out = nn.Linear(4, 9, bias=False)
+        self.out.weight = self.text.weight
+
+    def forward(self, x):
+        texts = self.text(x[:, 1:4]).relu().sum(1)
+        flat, ends = x[:, 1:].flatten(), torch.arange(len(x) + 1) * 4
+        ends[2::4] -= 4  # some bags are empty
+        ends[-1] = len(flat)
+        ragged, closed = self.ragged(flat, ends[:-1]), self.closed(flat, offsets=ends)
+        found = [self.column(x[:, 0]), texts, self.bag(x[:, 1:]), ragged, closed]
+        return self.out(self.rows(torch.cat(found, 1)).relu())
+
+
 def trained(
     short, held, monkeypatch, batches, *, make=linear, unit="sample", penalty=False, accumulate=1
 ):
@@ -144,6 +168,33 @@ def test_both_ways_of_other_layers_lead_to_the_same(
 
 
 @pytest.mark.parametrize("held", [0, waiting.MOST_OF_ALL])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_both_ways_of_tables_lead_to_the_same(held, accumulate, monkeypatch, uses):
+    batches = [torch.randint(0, 7, (size, 5)) for size in (6, 70, 1, 8)]
+    options = {"make": Tables, "accumulate": accumulate}
+    one, other = (trained(short, held, monkeypatch, batches, **options) for short in (True, False))
+    layers = ["text", "ragged", "closed", "column", "bag", "rows", "out"]
+    assert uses == layers * (len(batches) - 1)
+    assert_same(one, other)
+
+
+@pytest.mark.parametrize("held", [0, waiting.MOST_OF_ALL])
+@pytest.mark.parametrize("penalty", [False, True])
+@pytest.mark.parametrize("unit", ["sample", "position"])
+@pytest.mark.parametrize("shape", [(5,), (70, 3)])
+def test_both_ways_of_one_table_lead_to_the_same(held, penalty, unit, shape, monkeypatch, uses):
+    batches = [torch.randint(0, 9, shape) for _ in range(3)]
+
+    def make():
+        return nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2))
+
+    options = {"make": make, "penalty": penalty, "unit": unit}
+    one, other = (trained(short, held, monkeypatch, batches, **options) for short in (True, False))
+    assert uses == ["0", "1"] * 2
+    assert_same(one, other)
+
+
+@pytest.mark.parametrize("held", [0, waiting.MOST_OF_ALL])
 @pytest.mark.parametrize("unit", ["sample", "position"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
@@ -204,6 +255,22 @@ def test_another_gradient_of_the_same_call_is_counted_as_the_first_would_be(kind
         another.zero_grad()
         another(inputs).backward(delta)  # a first call goes the long way
         assert all(torch.equal(counts[name], values) for name, values in other.counts().items())
+
+
+@pytest.mark.parametrize("layer", [nn.Embedding(9, 3), nn.EmbeddingBag(9, 3)])
+def test_indices_filled_anew_after_a_backward_pass_change_nothing(layer, uses):
+    counter, indices = truestep.SampleCounter(layer), torch.randint(0, 9, (4, 5))
+    expected = torch.stack([(indices == row).any(1).sum() for row in range(9)])
+    layer(indices).sum().backward()
+    layer.zero_grad()
+    out = layer(indices)
+    for _ in range(2):
+        layer.zero_grad()
+        out.sum().backward(retain_graph=True)
+        assert counter.counts()["weight"].equal(expected.unsqueeze(1).expand(9, 3))
+    assert uses
+    indices.fill_(1)
+    assert counter.counts()["weight"].equal(expected.unsqueeze(1).expand(9, 3))
 
 
 def stepped(model, call, uses):
@@ -271,6 +338,13 @@ def test_who_takes_which_way(make, call, expected, uses):
         (nn.GroupNorm(1, 2), torch.randn(5, 2, 4), True),
         (nn.GroupNorm(1, 2), torch.randn(5, 4, 2).transpose(1, 2), False),
         (nn.RMSNorm(2), torch.randn(5, 2), False),
+        (nn.Embedding(9, 2), torch.arange(5), True),  # the model's own: no positions
+        (nn.Embedding(9, 2, sparse=True), torch.arange(5), True),
+        (nn.Embedding(9, 2, padding_idx=3), torch.arange(5), False),
+        (nn.Embedding(9, 2), torch.ones(2, 3, 4, dtype=torch.int64), False),
+        (nn.EmbeddingBag(9, 2), torch.ones(5, 3, dtype=torch.int64), True),
+        (nn.EmbeddingBag(9, 2, mode="max"), torch.ones(5, 3, dtype=torch.int64), False),
+        (nn.EmbeddingBag(9, 2, padding_idx=0), torch.ones(5, 3, dtype=torch.int64), False),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")

@@ -40,7 +40,7 @@ from truestep.kernels.packing import (
 )
 
 if TYPE_CHECKING:
-    from truestep.ways import Sizes
+    from truestep.way import Sizes
 
 __all__ = ["ShortHook", "Use", "pack_all"]
 
@@ -68,7 +68,7 @@ class ShortHook(Hook):
         if call is None or watch.in_backward():
             return self._other(module, args, kwargs, output)
         layer = self._layer
-        node = layer.direct.node(module, args, output)
+        node = layer.direct.node(module, args, output, call)
         if node is None:
             return self._other(module, args, kwargs, output)
         node.register_prehook(Use(self.counter, layer, call, args[0], node))
@@ -88,19 +88,19 @@ class Use:
         layer: the layer.
         call: of the model.
         given: the layer's input.
-        node: see `truestep.ways.Direct.node`.
+        node: see `truestep.way.Direct.node`.
 
     Attributes:
         direct: the layer's short way.
         weight: the layer's in this call.
         bias: the same.
         given: the layer's input, until it is packed.
-        means: its means, if the layer needs them, as long as they may be.
+        kept: what else autograd keeps, see `truestep.way.Direct.kept`; as long as it may be asked for.
         delta: the gradient of the node's output, from its arrival until it is packed.
         rows: how many rows of that are one sample's.
         reached: whether `inputs` and `outputs` are the samples that reach a norm's weight and bias.
         sizes: shapes of input and node's output.
-        inputs: the bits of the input.
+        inputs: the bits of the input, or what `truestep.way.Direct.packed` makes of it.
         outputs: the bits of the latest gradient.
     """
 
@@ -116,7 +116,7 @@ class Use:
         "direct",
         "given",
         "inputs",
-        "means",
+        "kept",
         "outputs",
         "reached",
         "rows",
@@ -135,9 +135,9 @@ class Use:
         self.delta: Tensor | None = None
         direct = self.direct = layer.direct
         self.weight, self.bias = direct.weight, direct.bias
-        self.means = direct.means(node, given) if direct.groups else None
+        self.kept = direct.kept(node, given) if direct.keeps_more else None
         self.rows = direct.rows(given.shape)
-        self.inputs: Bits
+        self.inputs: Any
         self.outputs: Bits
 
     def __call__(self, gradients: Any) -> Any:
@@ -224,16 +224,16 @@ class Use:
         assert delta is not None  # noqa: S101
         self.outputs = pack_rows(delta, direct.arranged(delta.shape, rows))
         if given is not None:
-            self.inputs = pack_rows(given, direct.of_input(given.shape, rows), self.means)
+            self.inputs = direct.packed(given, rows, self.kept)
             self.sizes = given.shape, delta.shape
-        self.given = self.delta = self.means = self._again = None
+        self.given = self.delta = self.kept = self._again = None
         self.reached = False
 
     def packed(self, pair: int) -> None:
         """Notes that both are packed, see `truestep.kernels.packing.Lines`."""
         self.reached = pair == REACHED
         if pair == ALONE:
-            self.means = None
+            self.kept = None
         elif self._again is None and self.given is not None:
             self._again = _weakly(self.given)
         self.given = self.delta = None
@@ -273,7 +273,7 @@ def pack_all(uses: Sequence[Use], *, whole: bool) -> None:
     reads, first = finds_addresses(), 0
     device: torch.device | None = None
     for use in uses:
-        given, delta, means = use.given, use.delta, use.means
+        given, delta, means = use.given, use.delta, use.kept
         if delta is None:
             continue
         direct, dtype, of, to, by = use.direct, delta.dtype, 0, 0, 0

@@ -20,7 +20,8 @@ from truestep.rules import backward_is_known, find_rule, refused
 from truestep.rules_bare import LEAVE_OUT, UncountableError, bare, holders_in, own_parameters
 from truestep.rules_embedding import looks_up_positions
 from truestep.rules_func import AloneError, PerSample, unusable
-from truestep.ways import Direct, direct_way
+from truestep.way import Direct
+from truestep.ways import direct_way
 
 __all__ = [
     "Layer",

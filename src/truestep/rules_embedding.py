@@ -9,7 +9,14 @@ from truestep.activity import Activity, Rows
 from truestep.bits import pack
 from truestep.layout import Layout
 
-__all__ = ["embedding", "embedding_bag", "looks_up_positions"]
+__all__ = [
+    "embedding",
+    "embedding_bag",
+    "entries_of",
+    "looks_up_positions",
+    "owners_in_bags",
+    "owners_of",
+]
 
 
 def embedding(
@@ -25,7 +32,7 @@ def embedding(
         if not module.weight.requires_grad:
             return {}
         values = layout.arrange(delta).flatten(0, -2)
-        owners = _owners(len(rows), rows.shape[1], rows.device)
+        owners = owners_of(len(rows), rows.shape[1], rows.device)
         return {"weight": _rows(module, rows.flatten(), owners, values, len(rows), by_entry=True)}
 
     return activity
@@ -59,15 +66,14 @@ def embedding_bag(
     del layout
     if input.dim() == 2:  # noqa: PLR2004
         bags, length = input.shape
-        owners = _owners(bags, length, input.device)
+        owners = owners_of(bags, length, input.device)
         starts = torch.arange(bags, device=input.device) * length
     else:
         if offsets is None:
             raise TypeError("nn.EmbeddingBag needs offsets for a one-dimensional input")
         starts = offsets[:-1] if module.include_last_offset else offsets
         bags = len(starts)
-        places = torch.arange(len(input), device=input.device, dtype=starts.dtype)
-        owners = torch.searchsorted(starts, places, right=True) - 1
+        owners = owners_in_bags(starts, len(input))
     rows = input.flatten()
     largest = None
     if module.mode == "max" and module.weight.requires_grad:
@@ -90,9 +96,26 @@ def embedding_bag(
     return activity
 
 
-def _owners(samples: int, length: int, device: torch.device) -> Tensor:
-    """For each entry its sample, where all samples have as many entries."""
-    return torch.arange(samples, dtype=torch.int32, device=device).repeat_interleave(length)
+def owners_of(samples: int, length: int, device: torch.device) -> Tensor:
+    """For each entry its sample, int32, where all samples have as many entries."""
+    owners = torch.arange(samples, dtype=torch.int32, device=device)
+    return owners if length == 1 else owners.repeat_interleave(length)
+
+
+def owners_in_bags(starts: Tensor, entries: int) -> Tensor:
+    """For each entry its bag, int32.
+
+    Args:
+        starts: the first entry of each bag, ascending from 0.
+        entries: how many there are.
+    """
+    lengths = starts.diff(append=starts.new_tensor([entries]))
+    return torch.repeat_interleave(lengths, output_size=entries).int()
+
+
+def entries_of(rows: Tensor) -> Tensor:
+    """Indices in one piece, int32: a copy, since the caller may fill his own anew before the step."""
+    return rows.flatten().to(torch.int32, copy=True, memory_format=torch.contiguous_format)
 
 
 def _rows(
@@ -109,6 +132,4 @@ def _rows(
         rows, owners = rows[kept], owners[kept]
         values = values[kept] if by_entry else values
     outputs = pack(values)
-    # A copy, in one piece: the caller may fill int32 indices anew before the step.
-    rows = rows.to(torch.int32, copy=True, memory_format=torch.contiguous_format)
-    return Rows(module.weight.shape, samples, rows, owners.int(), outputs, by_entry)
+    return Rows(module.weight.shape, samples, entries_of(rows), owners.int(), outputs, by_entry)

@@ -1,179 +1,24 @@
-"""What the short way knows of each kind of layer.
+"""The short ways of linear layers, convolutions and norms, and who takes one."""
 
-That is: which node of the autograd graph reads its input, where its tensors hold samples, positions and
-units, and what their bits say about its parameters.
-"""
-
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from truestep.activity import Activity, Elements, Outer
+from truestep.activity import Elements, Outer
 from truestep.bits import Bits
-from truestep.graph import saved_tensors_are_packed
 from truestep.kernels.dispatch import LIKE, channels_last
-from truestep.kernels.packing import ALONE, ASKED, EACH_ROW, REACHED, Lines, Rows
+from truestep.kernels.packing import ALONE, ASKED, EACH_ROW, REACHED, Rows
 from truestep.layout import Layout, Rule
 from truestep.rules import RULES
 from truestep.rules_convolution import window_of
 from truestep.rules_norm import BATCH_NORM
+from truestep.way import Direct, Found
+from truestep.ways_embedding import DirectBag, DirectEmbedding
 
-__all__ = ["Direct", "Sizes", "direct_way"]
-
-Found = list[tuple[Tensor, Activity]]
-Sizes = tuple[torch.Size, torch.Size]
-
-
-class Direct(ABC):
-    """The short way of one layer.
-
-    It knows the parameters as they were in the latest call that went the long way, which gave them hooks.
-
-    Args:
-        module: the layer.
-        layout: of its calls.
-
-    Attributes:
-        weight: its weight, None as long as there is no short way.
-        bias: its bias, if it has one.
-        groups: see `truestep.kernels.packing.Rows`, of its input.
-        apart: whether each position counts as a sample.
-    """
-
-    # What the layer adds to the autograd graph whose backward pass reads the input that it was given.
-    NODES: frozenset[str]
-    groups = 0
-    # Whether input and output may lie with their channels last.
-    images = False
-
-    def __init__(self, module: Any, layout: Layout) -> None:
-        del module
-        self.weight: Any = None
-        self.bias: Any = None
-        self.apart = layout.unit == "position"
-        # Of the latest calls: those to come are likely to have the same.
-        self._kind: type | None = None
-        self._lines: tuple[Sizes, bool, bool, Lines | None] | None = None
-
-    def know(self, module: nn.Module) -> None:
-        """Notes the parameters if all are trained: those have their hooks now."""
-        trained = all(parameter.requires_grad for parameter in module.parameters())
-        self.weight, self.bias = (module.weight, module.bias) if trained else (None, None)
-
-    def node(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """The autograd node to wait at, or None where anything about the call is unusual."""
-        held = module._parameters  # noqa: SLF001
-        weight, bias = held.get("weight"), held.get("bias")
-        if not (
-            weight is self.weight
-            and bias is self.bias
-            and weight is not None
-            and weight.requires_grad
-            and (bias is None or bias.requires_grad)
-            and type(output) is Tensor
-            and (node := output.grad_fn) is not None
-            and len(args) == 1
-            and (given := args[0]).dtype is output.dtype  # autocast keeps a copy of its own
-            and not saved_tensors_are_packed()  # checkpointing would not hold the input
-        ):
-            return None
-        node = self.reader(given, output, node)
-        kind = type(node)
-        if kind is not self._kind:
-            if kind.__name__ not in self.NODES:
-                return None
-            self._kind = kind
-        return node
-
-    @abstractmethod
-    def reader(self, given: Tensor, output: Tensor, node: Any) -> Any:
-        """The node that reads the input, or None; takes the one that made the output."""
-
-    def rows(self, shape: torch.Size) -> int:
-        """How many rows of the node's output are one sample's, for an input of a shape."""
-        del shape
-        return 1
-
-    def means(self, node: Any, given: Tensor) -> Tensor | None:
-        """The means of the input that autograd has kept."""
-        del node, given
-        return None
-
-    @abstractmethod
-    def arranged(self, shape: torch.Size, rows: int) -> Rows:
-        """How numbers lie in the input, or in the node's output.
-
-        Args:
-            shape: of it.
-            rows: see `rows`.
-        """
-
-    def of_input(self, shape: torch.Size, rows: int) -> Rows:
-        """`arranged` of the input, with its means."""
-        return self.arranged(shape, rows)._replace(groups=self.groups)
-
-    def pair(self, first: Rows, *, whole: bool) -> int | None:
-        """What is asked of input and output together, see `truestep.kernels.packing.Lines`; None for neither.
-
-        Args:
-            first: of the input.
-            whole: see `lines`.
-        """
-        del first, whole
-        return ALONE
-
-    def lines(
-        self, sizes: Sizes, dtype: torch.dtype, rows: int, *, last: bool, whole: bool
-    ) -> Lines | None:
-        """How input and output gradient are packed together; None where they cannot be.
-
-        Args:
-            sizes: shapes of the input and of the node's output.
-            dtype: of both.
-            rows: see `rows`.
-            last: whether their channels lie last.
-            whole: whether all bits are wanted, or kernels are to find them.
-        """
-        known = self._lines
-        if known is not None and known[:3] == (sizes, last, whole):
-            lines = known[3]
-            if lines is None or lines.dtype is dtype:
-                return lines
-        first, second = self.of_input(sizes[0], rows), self.arranged(sizes[1], rows)
-        if last:
-            first, second = first._replace(by_unit=False), second._replace(by_unit=False)
-        pair = self.pair(first, whole=whole)
-        lines = None if pair is None else Lines(first, second, dtype, pair)
-        self._lines = sizes, last, whole, lines
-        return lines
-
-    def masks(self, use: Any) -> list[tuple[Bits, Bits | None]]:
-        """The masks whose positions are to be joined, as `truestep.bits.join` takes them.
-
-        Args:
-            use: see `truestep.direct.Use`.
-        """
-        outputs = use.outputs
-        joins = use.bias is not None and not self.apart and outputs.positions != 1
-        return [(outputs, None)] if joins else []
-
-    def ends(self, outputs: Bits, joined: Iterator[Bits]) -> Bits:
-        """The samples in which a unit has a gradient: `outputs` alone, or what `masks` has become."""
-        if self.apart:
-            return outputs.apart()
-        return outputs if outputs.positions == 1 else next(joined)
-
-    @abstractmethod
-    def found(self, use: Any, joined: Iterator[Bits]) -> Found:
-        """The activity of the parameters.
-
-        Args:
-            use: see `truestep.direct.Use`.
-            joined: `masks`, joined.
-        """
+__all__ = ["direct_way"]
 
 
 class DirectLinear(Direct):
@@ -263,7 +108,9 @@ class DirectNorm(Direct):
     def keeps(self, given: Tensor) -> bool:
         """Whether autograd keeps an input itself."""
 
-    def means(self, node: Any, given: Tensor) -> Tensor:
+    keeps_more = True
+
+    def kept(self, node: Any, given: Tensor) -> Tensor:
         """Detached: they would keep the node alive that this is hung on."""
         del given
         found: Tensor = node._saved_result1.detach()  # noqa: SLF001
@@ -343,11 +190,11 @@ class DirectBatchNorm(DirectGroupNorm):
     NODES = frozenset({"NativeBatchNormBackward0"})
     GROUPS = "num_features"
 
-    def means(self, node: Any, given: Tensor) -> Tensor:
+    def kept(self, node: Any, given: Tensor) -> Tensor:
         """The same for each sample."""
         of_batch = node._saved_training  # noqa: SLF001
-        kept = node._saved_result1 if of_batch else node._saved_running_mean  # noqa: SLF001
-        found: Tensor = kept.detach().repeat(given.shape[0], 1)
+        means = node._saved_result1 if of_batch else node._saved_running_mean  # noqa: SLF001
+        found: Tensor = means.detach().repeat(given.shape[0], 1)
         return found
 
 
@@ -363,6 +210,8 @@ KINDS: dict[type[nn.Module], type[Direct]] = {
     nn.BatchNorm1d: DirectBatchNorm,
     nn.BatchNorm2d: DirectBatchNorm,
     nn.BatchNorm3d: DirectBatchNorm,
+    nn.Embedding: DirectEmbedding,
+    nn.EmbeddingBag: DirectBag,
 }
 
 

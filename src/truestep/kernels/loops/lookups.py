@@ -24,90 +24,201 @@ __all__ = ["lookups"]
 
 # How many rows are fetched ahead.
 AHEAD = 8
+# Of so many neighbours one has to be looked up for all to be gone through alike.
+DENSE = 8
 
 
 @internal
 def lookups(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> None:
     """Rows `first` to `last` of an embedding."""
+    columns, full = entry[COLUMNS], entry[OUTPUTS] == 0
+    # The line in `counts` of each row that is looked up.
+    place = np.full(last - first, np.int32(-1), np.int32)
+    # Where all bits are on, one number stands for all columns.
+    counts = np.empty((min(entry[ENTRIES], last - first), 1 if full else columns), np.int32)
+    if full:
+        _count_entries(entry, first, last, place, counts)
+    else:
+        _count_bits(entry, first, last, place, counts)
+    block = np.empty((max(1, STRETCH // columns), columns), np.int32)
+    _take(entry, first, last, place, counts, block, options, counted)
+
+
+@internal
+def _count_entries(entry: Any, first: Any, last: Any, place: Any, counts: Any) -> None:
+    """Numbers the rows that are looked up, and counts their samples.
+
+    Args:
+        entry: the line of the table.
+        first: the first row.
+        last: the row after the last.
+        place: int32, -1 for each row; gets the lines in `counts` of those that are looked up.
+        counts: int32, of as many lines as there can be.
+    """
+    entries = entry[ENTRIES]
+    rows = carray(pointer(entry[LOOKED_UP]), (entries,), np.int32)
+    owners = carray(pointer(entry[OWNERS]), (entries,), np.int32)
+    # The last sample counted: one that looks a row up twice counts once.
+    latest, found = np.empty(len(counts), np.int32), np.int32(0)
+    for index in range(entries):
+        row = np.int64(rows[index])
+        if row < first or row >= last:
+            continue
+        line, sample = place[row - first], owners[index]
+        if line < 0:
+            place[row - first] = found
+            latest[found], counts[found, 0] = sample, 1
+            found += np.int32(1)
+        elif latest[line] != sample:
+            latest[line] = sample
+            counts[line, 0] += 1
+
+
+@internal
+def _count_bits(entry: Any, first: Any, last: Any, place: Any, counts: Any) -> None:
+    """The same where some bits are off."""
     columns, entries = entry[COLUMNS], entry[ENTRIES]
     rows = carray(pointer(entry[LOOKED_UP]), (entries,), np.int32)
     owners = carray(pointer(entry[OWNERS]), (entries,), np.int32)
-    full = entry[OUTPUTS] == 0
-    place = np.full(last - first, np.int32(-1), np.int32)
-    found, looked_up = 0, np.empty(min(entries, last - first), np.int32)
+    by_entry = entry[BY_ENTRY] != 0
+    # Where a sample's entries share their bits, one number stands for all columns.
+    latest = np.empty((len(counts), columns if by_entry else 1), np.int32)
+    # A sample's bits, or an entry's.
+    on, latest_bit, found = np.empty(columns, np.int32), np.int64(-1), np.int32(0)
     for index in range(entries):
-        row = rows[index] - first
-        if rows[index] >= first and rows[index] < last and place[row] < 0:
-            place[row], looked_up[found] = found, rows[index]
-            found += 1
-    counts = np.zeros((found, columns), np.int32)
-    by_entry = entry[BY_ENTRY] != 0 and not full
-    # The last sample counted: one that looks a row up twice counts once. Where its entries share their bits,
-    # one number stands for all columns.
-    latest = np.full((found, columns if by_entry else 1), np.int32(-1), np.int32)
-    # A sample's bits, or an entry's: views by address, which cost no reference counts.
-    on, latest_bit = np.ones(columns, np.int32), np.int64(-1)
-    for index in range(entries):
-        if rows[index] < first or rows[index] >= last:
+        row = np.int64(rows[index])
+        if row < first or row >= last:
             continue
-        sample, line = owners[index], np.int64(place[rows[index] - first])
-        bit = index if by_entry else np.int64(sample)
-        if bit != latest_bit and not full:
+        sample, line = owners[index], np.int64(place[row - first])
+        bit = np.int64(index) if by_entry else np.int64(sample)
+        if bit != latest_bit:
             latest_bit, shift = bit, np.int64(bit % 64)
             address = entry[OUTPUTS] + 8 * (bit // 64) * columns
             source = carray(pointer(address), (columns,), np.int64)
             for column in range(columns):
                 on[column] = np.int32((source[column] >> shift) & 1)
+        fresh = line < 0
+        if fresh:
+            line = np.int64(found)
+            place[row - first] = found
+            found += np.int32(1)
         count = carray(pointer(counts.ctypes.data + 4 * line * columns), (columns,), np.int32)
         if by_entry:
             place_seen = latest.ctypes.data + 4 * line * columns
             seen = carray(pointer(place_seen), (columns,), np.int32)
+            if fresh:
+                for column in range(columns):
+                    count[column] = on[column]
+                    seen[column] = sample if on[column] else np.int32(-1)
+            else:
+                for column in range(columns):
+                    count[column] += on[column] & np.int32(seen[column] != sample)
+                    seen[column] = sample if on[column] else seen[column]
+        elif fresh:
+            latest[line, 0] = sample
             for column in range(columns):
-                count[column] += on[column] & np.int32(seen[column] != sample)
-                seen[column] = sample if on[column] else seen[column]
+                count[column] = on[column]
         elif latest[line, 0] != sample:
             latest[line, 0] = sample
             for column in range(columns):
                 count[column] += on[column]
-    _looked_up(entry, looked_up[:found], counts, options, counted)
-    if len(counted) == 0 and entry[PARAMETER] != 0:
-        _not_looked_up(entry, first, last, place, options)
 
 
 @internal
-def _looked_up(entry: Any, rows: Any, counts: Any, options: Any, counted: Any) -> None:
-    """The rows of an embedding that any sample looks up."""
-    columns = counts.shape[1]
-    size, start = columns * options.itemsize, np.int64(0)
-    for line in range(len(rows)):
-        row = np.int64(rows[line])
-        count = carray(pointer(counts.ctypes.data + 4 * line * columns), (columns,), np.int32)
-        # They lie far apart: each would be waited for.
-        if len(counted) == 0 and line + AHEAD < len(rows):
-            place = np.int64(rows[line + AHEAD]) * size
-            prefetch(entry[GRADIENT] + place, size)
-            prefetch(entry[PARAMETER] + place, size)
-        finish(entry, row, start, count, options, counted)
-
-
-@internal
-def _not_looked_up(entry: Any, first: Any, last: Any, place: Any, options: Any) -> None:
-    """The others of rows `first` to `last`, where `place` is negative."""
-    columns = entry[COLUMNS]
-    size = max(1, STRETCH // columns)
-    none = np.zeros(size * columns, np.int32)
+def _take(
+    entry: Any,
+    first: Any,
+    last: Any,
+    place: Any,
+    counts: Any,
+    block: Any,
+    options: Any,
+    counted: Any,
+) -> None:
+    """Goes through the rows in their order, as many at a time as `block` has."""
+    columns, width = entry[COLUMNS], counts.shape[1]
     # A gradient that is zero leaves a weight as it is: most need not even be read.
     plain = entry[BUFFER] == 0 and options[WEIGHT_DECAY] == 0 and options[MAXIMIZE] == 0
-    row = first
-    while row < last:
+    every = len(counted) == 0 and entry[PARAMETER] != 0 and not plain
+    size = len(block)
+    # Views by address cost no reference counts, which take longer than a row.
+    each, known, lines = block.ctypes.data, counts.ctypes.data, place.ctypes.data
+    for start in range(first, last, size):
+        rows, found = min(last - start, size), 0
+        line = carray(pointer(lines + 4 * (start - first)), (rows,), np.int32)
+        for row in range(rows):
+            found += np.int64(line[row] >= 0)
+        if every or (len(counted) == 0 and DENSE * found >= rows):
+            for row in range(rows):
+                _copy(known, line[row], each + 4 * row * columns, width, columns)
+            count = carray(pointer(each), (rows * columns,), np.int32)
+            update(entry, start * columns, count, options)
+        else:
+            _take_apart(entry, start, line, known, width, each, options, counted)
+
+
+@internal
+def _copy(counts: Any, line: Any, target: Any, width: Any, columns: Any) -> None:
+    """Writes a row's counts from a line to an address, zeros where `line` is negative."""
+    there = carray(pointer(target), (columns,), np.int32)
+    if line >= 0 and width == columns:
+        found = carray(pointer(counts + 4 * np.int64(line) * columns), (columns,), np.int32)
+        for column in range(columns):
+            there[column] = found[column]
+        return
+    count = np.int32(0)
+    if line >= 0:
+        count = carray(pointer(counts + 4 * np.int64(line)), (1,), np.int32)[0]
+    for column in range(columns):
+        there[column] = count
+
+
+@internal
+def _take_apart(
+    entry: Any,
+    first: Any,
+    lines: Any,
+    counts: Any,
+    width: Any,
+    each: Any,
+    options: Any,
+    counted: Any,
+) -> None:
+    """The same of rows of which few are looked up; others move only if their gradient is not zero.
+
+    Args:
+        entry: the line of the table.
+        first: the first row.
+        lines: of each row the line in `counts`, -1 where it is not looked up.
+        counts: their address.
+        width: of a line.
+        each: address of room for so many rows' counts.
+        options: see `truestep.kernels.loops.step`.
+        counted: the same.
+    """
+    columns, rows = entry[COLUMNS], len(lines)
+    size = columns * options.itemsize
+    moves = len(counted) == 0 and entry[PARAMETER] != 0
+    row = 0
+    while row < rows:
         start, row = row, row + 1
-        if place[start - first] >= 0:
+        # They lie far apart: each would be waited for.
+        ahead = start + AHEAD
+        if len(counted) == 0 and ahead < rows and lines[ahead] >= 0:
+            prefetch(entry[GRADIENT] + (first + ahead) * size, size)
+            prefetch(entry[PARAMETER] + (first + ahead) * size, size)
+        if lines[start] >= 0:
+            _copy(counts, lines[start], each, width, columns)
+            count = carray(pointer(each), (columns,), np.int32)
+            finish(entry, first + start, np.int64(0), count, options, counted)
             continue
-        while row < last and row - start < size and place[row - first] < 0:
+        while row < rows and lines[row] < 0:
             row += 1
-        elements = (row - start) * columns
-        if not (plain and _is_zero(entry, start * columns, elements, options)):
-            update(entry, start * columns, none[:elements], options)
+        place, elements = (first + start) * columns, (row - start) * columns
+        if moves and not _is_zero(entry, place, elements, options):
+            none = carray(pointer(each), (elements,), np.int32)
+            none[:] = 0
+            update(entry, place, none, options)
 
 
 @internal

@@ -1,0 +1,102 @@
+"""The short ways of tables whose rows are looked up."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from truestep.activity import Rows
+from truestep.bits import Bits
+from truestep.calls import Call
+from truestep.kernels import packing
+from truestep.layout import Layout
+from truestep.rules_embedding import entries_of, owners_in_bags, owners_of
+from truestep.way import Direct, Found
+
+__all__ = ["DirectBag", "DirectEmbedding"]
+
+
+class DirectEmbedding(Direct):
+    """`nn.Embedding` of some of the model's inputs."""
+
+    NODES = frozenset({"EmbeddingBackward0"})
+    numbers = False
+    by_entry = True
+
+    def node(self, module: Any, args: Any, output: Any, call: Call) -> Any:
+        """Indices that the model has made may be positions, and padding is taken out by the rule."""
+        usual = module.padding_idx is None and args and self.usual(module, args[0], call)
+        return super().node(module, args, output, call) if usual else None
+
+    def usual(self, module: nn.Module, given: Tensor, call: Call) -> bool:
+        """Whether a sample's indices are all that there can be."""
+        del module
+        return (
+            0 < len(given.shape) < 3  # noqa: PLR2004
+            and given.shape[0] in call.sizes
+            and given.untyped_storage().data_ptr() in call.inputs
+        )
+
+    def reader(self, given: Tensor, output: Tensor, node: Any) -> Any:
+        """The look-up itself."""
+        del given, output
+        return node
+
+    def arranged(self, shape: torch.Size, rows: int) -> packing.Rows:
+        """Of the output: each entry has a row."""
+        del rows
+        return packing.Rows(shape[:-1].numel(), 1, shape[-1])
+
+    def packed(self, given: Tensor, rows: int, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The rows, and the samples that look them up."""
+        del rows, kept
+        samples = self.samples(given.shape)
+        length = given.numel() // max(1, samples)
+        return entries_of(given), owners_of(samples, length, given.device)
+
+    def samples(self, shape: torch.Size) -> int:
+        """How many samples indices of a shape are of."""
+        return shape.numel() if self.apart else shape[0]
+
+    def found(self, use: Any, joined: Iterator[Bits]) -> Found:
+        """As `truestep.rules_embedding`."""
+        del joined
+        weight, (rows, owners) = use.weight, use.inputs
+        samples = self.samples(use.sizes[0]) if self.by_entry else use.sizes[1][0]
+        return [(weight, Rows(weight.shape, samples, rows, owners, use.outputs, self.by_entry))]
+
+
+class DirectBag(DirectEmbedding):
+    """`nn.EmbeddingBag` of sums or means, each a sample's one output."""
+
+    NODES = frozenset({"EmbeddingBagBackward0"})
+    keeps_more = True
+    by_entry = False
+
+    def __init__(self, module: nn.EmbeddingBag, layout: Layout) -> None:
+        super().__init__(module, layout)
+        self._module = module
+
+    def usual(self, module: Any, given: Tensor, call: Call) -> bool:
+        """Of maxima, one entry has a feature's gradient."""
+        del given, call
+        return bool(module.mode != "max")
+
+    def reader(self, given: Tensor, output: Tensor, node: Any) -> Any:
+        """Entries whose weight is zero are taken out by the rule."""
+        del given, output
+        weights = getattr(node, "_saved_per_sample_weights", None)
+        return node if weights is None else None
+
+    def kept(self, node: Any, given: Tensor) -> Tensor:
+        """Where bags begin."""
+        del given
+        offsets: Tensor = node._saved_offsets  # noqa: SLF001
+        return offsets[:-1] if self._module.include_last_offset else offsets
+
+    def packed(self, given: Tensor, rows: int, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The rows, and the bags that they are in."""
+        assert kept is not None  # noqa: S101
+        del rows
+        return entries_of(given), owners_in_bags(kept, given.numel())
