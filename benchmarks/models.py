@@ -152,9 +152,11 @@ def llama() -> Task:
 class Columns(nn.Module):
     """A table's columns: each of eight categories has an embedding."""
 
-    def __init__(self, kind: Callable[[int, int], nn.Module] = nn.Embedding) -> None:
+    def __init__(
+        self, kind: Callable[..., nn.Module] = nn.Embedding, rows: int = 10_000, **options: bool
+    ) -> None:
         super().__init__()
-        self.tables = nn.ModuleList(kind(10_000, 16) for _ in range(8))
+        self.tables = nn.ModuleList(kind(rows, 16, **options) for _ in range(8))
         sizes = (128, 256), (256, 128), (128, 10)
         layers = [layer for size in sizes for layer in (nn.Linear(*size), nn.ReLU())]
         self.inner = nn.Sequential(*layers[:-1])
@@ -190,5 +192,8 @@ MODELS: dict[str, Callable[[], Task]] = {
     "nn.TransformerEncoder, ReLU": lambda: classify(Encoder(), torch.rand(32, 64, 48)),
     "Llama's blocks": llama,
     "eight embeddings and an MLP": lambda: classify(Columns(), torch.randint(0, 10_000, (1024, 8))),
+    "eight sparse embeddings of 200,000 and an MLP": lambda: classify(
+        Columns(rows=200_000, sparse=True), torch.randint(0, 200_000, (1024, 8))
+    ),
     "eight bags and an MLP": lambda: classify(Bags(), torch.randint(0, 10_000, (1024, 8, 4))),
 }

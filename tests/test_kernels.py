@@ -409,6 +409,45 @@ def test_a_fused_step_equals_the_step_of_torch(dtype, momentum, weight_decay, ma
 
 
 @given(
+    samples=st.integers(1, 150),
+    entries=st.integers(1, 80),
+    values=st.integers(0, 90),
+    by_entry=st.booleans(),
+    density=DENSITY,
+    shape=st.sampled_from([(6, 5), (500, 7), (100_000, 33)]),
+    maximize=st.booleans(),
+    limit=st.sampled_from([None, 3.0]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_a_step_of_a_sparse_gradient_equals_that_of_torch(
+    samples, entries, values, by_entry, density, shape, maximize, limit, dtype
+):
+    rows = torch.randint(0, shape[0], (entries,))
+    outputs = pack(torch.rand(entries if by_entry else samples, shape[1]) < density)
+    owners = torch.randint(0, samples, (entries,)).sort().values.int()
+    activity = Rows(torch.Size(shape), samples, rows.int(), owners, outputs, by_entry)
+    # Rows that are looked up, several times too, and others.
+    stored = torch.cat([rows, torch.randint(0, shape[0], (10,))])
+    stored = stored[torch.randint(0, len(stored), (values,))]
+    numbers = torch.randn(values, shape[1], dtype=dtype)
+    gradient = torch.sparse_coo_tensor(stored.unsqueeze(0), numbers, shape, check_invariants=True)
+    counts = activity.count_masks()[stored]
+    assert torch.equal(activity.count_at(stored), counts)
+    assert torch.equal(activity.count_at(rows), activity.count_masks()[rows])
+    factor = adaptive_factor(counts, samples, factor_limit=limit, dtype=dtype)
+    effective = torch.sparse_coo_tensor(
+        stored.unsqueeze(0), numbers * factor, shape, check_invariants=True
+    )
+    ours = torch.randn(shape, dtype=dtype)
+    theirs = ours.clone().add_(effective, alpha=0.1 if maximize else -0.1)
+    whole = Pass(stepping.Options(lr=0.1, maximize=maximize, limit=limit))
+    assert whole.add_sparse(gradient, (activity, samples), ours) == (values > 0)
+    whole.run()
+    if values:
+        assert torch.equal(ours, theirs)
+
+
+@given(
     st.integers(1, 200),
     st.integers(1, 9),
     st.integers(1, 20),

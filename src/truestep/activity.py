@@ -78,8 +78,16 @@ class Activity(ABC):
         return counts
 
     def count_rows(self) -> tuple[Tensor | None, Tensor]:
-        """The rows that any sample reaches and their counts; rows None stands for all rows."""
+        """The rows that any sample reaches, ascending, and their counts; rows None stands for all rows."""
         return None, self.count()
+
+    def count_at(self, rows: Tensor) -> Tensor:
+        """The counts of some rows, int64 ``[rows, ...]``.
+
+        Args:
+            rows: their numbers, int64.
+        """
+        return self.count()[rows]
 
 
 @dataclass
@@ -347,6 +355,17 @@ class Rows(Activity):
             )
         ]
 
+    def entry_of(self, rows: Tensor) -> Entry | None:
+        """How the CPU's loops see this where a gradient has values for some rows alone, or None.
+
+        Args:
+            rows: their numbers, int64, in one piece.
+        """
+        entries = self.entries()
+        if entries is None or entries[0].kind != LOOKUPS or not len(rows):
+            return None
+        return entries[0]._replace(rows=1, stored=rows.data_ptr(), values=len(rows))
+
     def _fits(self) -> bool:
         """Whether tensors, bits and shape belong together; compiled loops would not notice."""
         length = len(self.rows) if self.by_entry else self.samples
@@ -382,16 +401,34 @@ class Rows(Activity):
         return dense
 
     def count_masks(self) -> Tensor:  # noqa: D102
-        rows, counts = self.count_rows()
-        dense = torch.zeros(self.shape, dtype=torch.int64, device=counts.device)
-        return dense.index_copy_(0, rows, counts)
+        _, rows, mask = self.pairs
+        # float32 sums of ones are exact up to 2**24 samples, and faster than integer ones
+        counts = torch.zeros(self.shape, device=mask.device)
+        return counts.index_add_(0, rows, mask.float()).to(torch.int64)
 
     def count_rows(self) -> tuple[Tensor, Tensor]:  # noqa: D102
-        _, rows, mask = self.pairs
-        used, index = torch.unique(rows, return_inverse=True)
-        # float32 sums of ones are exact up to 2**24 samples, and faster than integer ones
-        counts = torch.zeros(len(used), self.shape[1], device=mask.device)
-        return used, counts.index_add_(0, index, mask.float()).to(torch.int64)
+        used, _, counts = self._count_used()
+        return used, counts
+
+    def count_at(self, rows: Tensor) -> Tensor:  # noqa: D102
+        used, index, counts = self._count_used()
+        if not len(used):
+            return counts.new_zeros(len(rows), self.shape[1])
+        if rows.is_cpu and torch.equal(
+            rows, self.rows.to(rows.dtype)
+        ):  # a sparse gradient has them all
+            return counts[index]
+        place = torch.searchsorted(used, rows).clamp_(max=len(used) - 1)
+        return counts[place].masked_fill_((used[place] != rows).unsqueeze(1), 0)
+
+    def _count_used(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows that are looked up, for each entry its place among them, and their counts.
+
+        What it takes does not grow with the table.
+        """
+        used, index = torch.unique(self.rows.long(), return_inverse=True)
+        shape = torch.Size((len(used), self.shape[1]))
+        return used, index, replace(self, shape=shape, rows=index.int()).count()
 
     def reached(self) -> Tensor:  # noqa: D102
         mask = self.outputs.mask().any(-1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from truestep.activity import Activity
+from truestep.activity import Activity, Rows
 from truestep.combine import Counts
 from truestep.kernels import stepping
 from truestep.kernels.dispatch import device_of
@@ -106,6 +106,34 @@ class Pass:
         self._changed.extend(parameters)
         for gradient, each, (to, of) in zip(gradients, found, addresses, strict=True):
             self._add((to, of, 0), False, gradient, device, each)
+        return True
+
+    def add_sparse(self, gradient: Tensor, found: Found, parameter: Tensor) -> bool:
+        """`add` of a table with a sparse gradient, to take a plain step, where the CPU's loops can.
+
+        Args:
+            gradient: its gradient, with values for some rows.
+            found: see `add`.
+            parameter: the table.
+
+        Returns:
+            Whether it was added.
+        """
+        if found is None or not isinstance(found[0], Rows) or self._options.weight_decay:
+            return False
+        rows, values = gradient._indices(), gradient._values()  # noqa: SLF001
+        usual = len(rows) == 1 and values.shape[1:] == parameter.shape[1:] and rows.is_contiguous()
+        if not (usual and values.is_cpu and values.dtype is parameter.dtype):
+            return False
+        entry = found[0].entry_of(rows[0])
+        if entry is None or not (self.takes(values) and self.takes(parameter)):
+            return False
+        dtype = values.dtype
+        table = self._tables.setdefault((dtype, None), Table(values.element_size()))
+        self._changed.append(parameter)
+        self._held += [gradient, rows, values, found]
+        addresses = (values.data_ptr(), parameter.data_ptr(), 0)
+        table.add(addresses, False, int(found[1]), [entry])
         return True
 
     def _add(

@@ -305,6 +305,9 @@ class AdaptiveBatchSGD(Optimizer):
             state = self.state[parameter] if group["momentum"] else {}
             buffer = state.get("momentum_buffer")
             fresh = buffer is None and bool(group["momentum"])
+            usual = not (group["momentum"] or group["foreach"])
+            if usual and gradient.is_sparse and whole.add_sparse(gradient, found, parameter):
+                continue
             own, weights = local(gradient), local(parameter)
             known = () if buffer is None else (local(buffer),)
             if not group["foreach"] and whole.takes(own, weights, *known):

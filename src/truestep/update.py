@@ -78,7 +78,7 @@ def scale_(
     options = (eps, factor_limit, _real(gradient))
     if gradient.is_sparse:
         # Each stored value is scaled by its row's factor; coalescing or not makes no difference.
-        counts = activity.count()[gradient._indices()[0]]  # noqa: SLF001
+        counts = activity.count_at(gradient._indices()[0])  # noqa: SLF001
         factor = adaptive_factor(counts, batch_size, *options)
         gradient._values().mul_(factor)  # noqa: SLF001
         return gradient

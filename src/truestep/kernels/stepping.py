@@ -56,6 +56,9 @@ class Entry(NamedTuple):
         looked_up: address of those rows, int32; 0 where the parameter is no embedding.
         owners: address of their samples, int32, in ascending order.
         by_entry: 1 if the outputs' bits are of entries, 0 if of samples.
+        stored: address of the rows, int64, for which an embedding's sparse gradient has values, in order;
+            0 where the gradient is dense. `rows` is 1 then: nobody shares the work.
+        values: how many these are.
         counts: address of counts, int64 ``[J, K]``, that take the place of all this; or 0.
         kind: LINEAR, POSITIONS or LOOKUPS.
     """
@@ -72,6 +75,8 @@ class Entry(NamedTuple):
     looked_up: int = 0
     owners: int = 0
     by_entry: int = 0
+    stored: int = 0
+    values: int = 0
     counts: int = 0
     kind: int = LINEAR
 
@@ -115,7 +120,9 @@ class Table:
             if elements:
                 # Of a row: what threads are given shares of.
                 each = columns * (UPDATED + COUNTED * entry[4])
-                if entry[-1] == POSITIONS:
+                if entry.values:
+                    each *= entry.values
+                elif entry[-1] == POSITIONS:
                     each += entry[4] * entry[5] * (SEEN * columns + LAID * (1 + columns / rows))
                 work = int(each) + 1
                 self.numbers += (gradient, parameter, buffer, fresh, batch_size, work, *entry)

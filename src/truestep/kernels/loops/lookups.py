@@ -15,6 +15,8 @@ from truestep.kernels.loops.fields import (
     OUTPUTS,
     OWNERS,
     PARAMETER,
+    STORED,
+    VALUES,
 )  # fmt: skip
 from truestep.kernels.loops.internal import internal
 from truestep.kernels.loops.memory import pointer, prefetch
@@ -31,6 +33,9 @@ DENSE = 8
 @internal
 def lookups(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> None:
     """Rows `first` to `last` of an embedding."""
+    if entry[STORED] != 0:
+        _stored(entry, options)
+        return
     columns, full = entry[COLUMNS], entry[OUTPUTS] == 0
     # The line in `counts` of each row that is looked up.
     place = np.full(last - first, np.int32(-1), np.int32)
@@ -231,3 +236,85 @@ def _is_zero(entry: Any, first: Any, elements: Any, options: Any) -> Any:
     for word in range(words):
         found |= gradient[word]
     return found == 0
+
+
+@internal
+def _stored(entry: Any, options: Any) -> None:
+    """An embedding whose gradient is sparse: what it takes does not grow with the table."""
+    columns, entries, full = entry[COLUMNS], entry[ENTRIES], entry[OUTPUTS] == 0
+    rows = carray(pointer(entry[LOOKED_UP]), (entries,), np.int32)
+    stored = carray(pointer(entry[STORED]), (entry[VALUES],), np.int64)
+    # Each row's number among those that are looked up, at a place that it is hashed to.
+    size = np.int64(2)
+    while size < 2 * entries:
+        size *= 2
+    keys, numbers = np.full(size, np.int64(-1)), np.empty(size, np.int32)
+    among, found = np.empty(entries, np.int32), np.int64(0)
+    for index in range(entries):
+        row = np.int64(rows[index])
+        place = _place(keys, row)
+        if keys[place] < 0:
+            keys[place], numbers[place] = row, found
+            found += 1
+        among[index] = numbers[place]
+    few = entry.copy()
+    few[LOOKED_UP] = among.ctypes.data
+    lines = np.full(found, np.int32(-1), np.int32)
+    counts = np.empty((found, 1 if full else columns), np.int32)
+    if full:
+        _count_entries(few, np.int64(0), found, lines, counts)
+    else:
+        _count_bits(few, np.int64(0), found, lines, counts)
+    block = np.empty((1, columns), np.int32)
+    _take_stored(few, stored, keys, numbers, lines, counts, block, among, options)
+
+
+@internal
+def _place(keys: Any, row: Any) -> Any:
+    """Where a row is in a hash table of a power of two of places, or where it belongs."""
+    mask = len(keys) - 1
+    place = ((row * np.int64(0x9E3779B1)) >> np.int64(15)) & mask
+    while keys[place] >= 0 and keys[place] != row:
+        place = (place + 1) & mask
+    return place
+
+
+@internal
+def _take_stored(
+    entry: Any,
+    stored: Any,
+    keys: Any,
+    numbers: Any,
+    lines: Any,
+    counts: Any,
+    block: Any,
+    held: Any,
+    options: Any,
+) -> None:
+    """Goes through the values of a sparse gradient, one row's several ones after the other.
+
+    Args:
+        entry: the line of the table; is written to.
+        stored: each value's row.
+        keys: see `_stored`.
+        numbers: see `_stored`.
+        lines: of each number the line in `counts`.
+        counts: as in `_take`.
+        block: room for one row's counts.
+        held: what the line has the address of.
+        options: see `truestep.kernels.loops.step`.
+    """
+    columns, width, gradient = entry[COLUMNS], counts.shape[1], entry[GRADIENT]
+    size = columns * options.itemsize
+    each, known = block.ctypes.data, counts.ctypes.data
+    count = carray(pointer(each), (columns,), np.int32)
+    for index in range(len(stored)):
+        ahead = index + AHEAD
+        if ahead < len(stored):
+            prefetch(entry[PARAMETER] + stored[ahead] * size, size)
+        row = stored[index]
+        place = _place(keys, row)
+        _copy(known, lines[numbers[place]] if keys[place] >= 0 else -1, each, width, columns)
+        # As if the gradient were dense, and this its row.
+        entry[GRADIENT] = gradient + (index - row) * size
+        update(entry, row * columns, count, options)
