@@ -4,6 +4,7 @@ import torch
 
 from truestep.combine import Counts
 from truestep.fused import Pass
+from truestep.record import any_on
 from truestep.update import adaptive_factor, boosted, booster, mean_effective, scale_
 
 
@@ -90,3 +91,14 @@ def test_booster_equals_numpy():
 def test_complex_gradients_are_boosted_part_by_part():
     gradient, previous = torch.tensor([1 + 1j]), torch.tensor([3 - 3j])
     assert boosted(gradient, previous).tolist() == [3 + 1j]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64, torch.int64])
+def test_zeros_of_either_sign_are_off_and_nan_is_on(dtype):
+    zeros = torch.zeros(3, 5, dtype=dtype)
+    assert not any_on(zeros)
+    assert not any_on(-zeros)
+    assert not any_on(zeros[:0])
+    assert any_on(zeros.clone().index_fill_(1, torch.tensor([2]), -1))
+    if dtype.is_floating_point:
+        assert any_on(zeros.clone().index_fill_(1, torch.tensor([2]), torch.nan))

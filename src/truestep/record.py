@@ -9,7 +9,7 @@ from truestep.activity import Activity
 from truestep.calls import Call
 from truestep.distributed import local
 
-__all__ = ["Pending", "Record"]
+__all__ = ["Pending", "Record", "any_on"]
 
 
 @dataclass(slots=True)
@@ -45,7 +45,7 @@ class Record:
     def zeroed(self, gradient: Tensor) -> bool:
         """Whether its gradient, changed since or used by a step, was zeroed in place."""
         values = gradient._values() if gradient.is_sparse else local(gradient)  # noqa: SLF001
-        if values.any():
+        if any_on(values):
             return False
         if self.stepped:
             return True
@@ -70,3 +70,14 @@ class Pending:
     task: int
     uses: dict[Call, list[Activity]] = field(default_factory=dict)
     refusal: str | None = None
+
+
+def any_on(values: Tensor) -> bool:
+    """Whether any number is not zero.
+
+    torch finds the ends of a CPU's floats in half the time in which it looks for one that is on.
+    """
+    if values.is_cpu and values.is_floating_point() and values.numel():
+        low, high = values.aminmax()
+        return bool(low) or bool(high)
+    return bool(values.any())
