@@ -273,6 +273,56 @@ def test_indices_filled_anew_after_a_backward_pass_change_nothing(layer, uses):
     assert counter.counts()["weight"].equal(expected.unsqueeze(1).expand(9, 3))
 
 
+class Part(nn.Module):
+    """A table that looks up some of its input's columns."""
+
+    def __init__(self, table, view):
+        super().__init__()
+        self.table, self.view = table, view
+
+    def forward(self, x):
+        return self.table(self.view(x))
+
+
+PARTS = {
+    "bags of columns": (lambda: nn.EmbeddingBag(8, 1, mode="sum"), lambda x: x[:, 1:]),
+    "bags of a transposed batch": (lambda: nn.EmbeddingBag(8, 1), lambda x: x.t()[1:].t()),
+    "a column, renormalized": (lambda: nn.Embedding(8, 1, max_norm=9.0), lambda x: x[:, 1]),
+    "columns, renormalized": (lambda: nn.Embedding(8, 1, max_norm=9.0), lambda x: x[:, 1:]),
+}
+
+
+@pytest.mark.parametrize("kind", PARTS)
+@pytest.mark.parametrize("short", [True, False])
+def test_indices_of_which_autograd_holds_a_copy_may_be_filled_anew(kind, short, monkeypatch):
+    if not short:
+        monkeypatch.setattr(ways.Direct, "node", lambda *_: None)
+    make, view = PARTS[kind]
+    model, indices = Part(make(), view), torch.empty(4, 3, dtype=torch.int64)
+    counter = truestep.SampleCounter(model)
+    for _ in range(3):
+        model.zero_grad()
+        losses, expected = [], torch.zeros(8, dtype=torch.int64)
+        for batch in torch.randint(0, 8, (2, 4, 3)):
+            indices.copy_(batch)
+            seen = view(batch).reshape(4, -1)
+            expected += torch.stack([(seen == row).any(1).sum() for row in range(8)])
+            losses.append(model(indices).sum())
+        sum(losses).backward()
+        assert torch.equal(counter.counts()["table.weight"].flatten(), expected)
+
+
+def test_indices_made_in_inference_mode_are_counted():
+    model = Part(nn.EmbeddingBag(8, 2), lambda x: x[:, :2])
+    counter = truestep.SampleCounter(model)
+    for _ in range(3):
+        with torch.inference_mode():
+            indices = torch.ones(5, 4, dtype=torch.int64)
+        model.zero_grad()
+        model(indices).sum().backward()
+        assert counter.counts()["table.weight"][:, 0].tolist() == [0, 5, *[0] * 6]
+
+
 def stepped(model, call, uses):
     """Which layers go the short way in a later call."""
     counter = truestep.SampleCounter(model)
@@ -410,6 +460,24 @@ def test_a_penalty_after_a_backward_pass_is_refused(inputs):
     with pytest.raises(TruestepError, match="gradient penalty"):
         (out[:1].sum() + gradient.square().sum()).backward()
     assert counter.counts() == {}
+
+
+def test_functional_gradients_of_a_model_with_a_table_are_left_alone():
+    model, indices = nn.Sequential(nn.Embedding(9, 3), nn.Linear(3, 2)), torch.randint(0, 9, (5,))
+    counter = truestep.SampleCounter(model)
+    for _ in range(2):
+        model.zero_grad()
+        model(indices).sum().backward()
+
+    def loss(scale, indices):
+        return (model(indices) * scale).square().sum()
+
+    scale = torch.ones(2)
+    found = torch.func.grad(loss)(scale, indices)
+    assert torch.allclose(found, 2 * model(indices).detach().square().sum(0))
+    by_sample = torch.func.vmap(torch.func.grad(loss), (None, 0))(scale, indices.unsqueeze(1))
+    assert torch.allclose(by_sample.sum(0), found)
+    assert counter.batch_size == 5
 
 
 @pytest.mark.parametrize("inputs", [torch.randn(5, 3), torch.randn(5, 4, 3)])

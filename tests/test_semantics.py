@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import truestep
 from properties import own_counts
+from truestep.errors import TruestepError
 from zoo import mlp, sparse_inputs
 
 LR = 0.5
@@ -622,3 +623,35 @@ def test_gradients_from_elsewhere_join_those_of_a_batch(make, model):
         sum(p.square().sum() for p in model.parameters()).backward()
     optimizer.step()
     assert optimizer.counter.batch_size == 6
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_parameter_made_smaller_before_the_step_is_an_error(sparse):
+    model = nn.Embedding(8, 2, sparse=sparse)
+    counter = truestep.SampleCounter(model)
+    optimizer = truestep.AdaptiveBatchSGD(model.parameters(), lr=1.0, counter=counter)
+    model(torch.arange(4)).sum().backward()
+    values = torch.zeros(8, 2)
+    model.weight.data = values[:4]
+    gradient = model.weight.grad
+    if sparse:
+        rows, ones = gradient._indices(), gradient._values()
+        model.weight.grad.data = torch.sparse_coo_tensor(rows, ones, (4, 2), check_invariants=True)
+    else:
+        gradient.data = gradient[:4]
+    with pytest.raises(
+        TruestepError, match=r"shape \(8, 2\) in the backward pass has the shape \(4, 2\)"
+    ):
+        optimizer.step()
+    assert not values.any()
+
+
+def test_many_batches_zeroed_in_place_without_a_step_are_forgotten():
+    model = nn.Linear(6, 2)
+    counter = truestep.SampleCounter(model)
+    for _ in range(3):
+        model.zero_grad(set_to_none=False)
+        for samples in (5, 70, 64):
+            model(torch.rand(samples, 6) + 1).sum().backward()
+        assert counter.batch_size == 139
+        assert counter.counts()["weight"].tolist() == [[139] * 6] * 2

@@ -39,6 +39,10 @@ class Activity(ABC):
     def reached(self) -> Tensor:
         """Bool ``[samples]``: the samples with any non-zero gradient at the use's output."""
 
+    def reaches(self) -> bool:
+        """Whether there is such a sample."""
+        return bool(self.reached().any())
+
     @abstractmethod
     def tensors(self) -> Iterator[Tensor]:
         """The tensors held, for their memory."""

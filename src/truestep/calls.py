@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
-__all__ = ["Call", "at_end", "backward_id"]
+from truestep.kernels.dispatch import finds_addresses
+
+__all__ = ["Call", "at_end", "backward_id", "memory_of"]
 
 Owner = TypeVar("Owner")
 
@@ -24,7 +26,7 @@ class Call:
 
     Attributes:
         sizes: the batch sizes that the call's inputs and outputs allow; empty where they show none.
-        inputs: where the inputs' memory is.
+        inputs: where the inputs' memory is, see `memory_of`.
         outside: whether it is a layer's call outside any call of the model.
         batch_size: the batch size that its layers agree on.
         positions: for each number of positions at an output, bool: those with a gradient.
@@ -34,7 +36,7 @@ class Call:
     """
 
     sizes: list[int] = field(default_factory=list)
-    inputs: set[int] = field(default_factory=set)
+    inputs: set[int | None] = field(default_factory=set)
     outside: bool = False
     batch_size: int | None = None
     positions: dict[int, Tensor] = field(default_factory=dict)
@@ -52,6 +54,11 @@ class Call:
         known = self.positions.get(len(mask))
         mask = self.positions[len(mask)] = mask if known is None else mask | known
         self.reached[len(mask)] = mask.sum()
+
+
+def memory_of(tensor: Tensor) -> int | None:
+    """Where a tensor's memory begins; None under functorch, whose tensors have none to ask for."""
+    return tensor.untyped_storage().data_ptr() if finds_addresses() else None
 
 
 def at_end(owner: Owner, method: Callable[[Owner, int], None], task: int | None = None) -> None:

@@ -91,6 +91,9 @@ class Total(Activity):
     def reached(self) -> Tensor:  # noqa: D102
         return torch.cat([part.reached() for part in self.parts])
 
+    def reaches(self) -> bool:  # noqa: D102
+        return any(part.reaches() for part in self.parts)
+
     def tensors(self) -> Iterator[Tensor]:  # noqa: D102
         for part in self.parts:
             yield from part.tensors()
@@ -154,6 +157,9 @@ class Counts(Activity):
 
     def reached(self) -> Tensor:  # noqa: D102
         raise TypeError(f"counts of {self.samples} samples do not say which samples they were")
+
+    def reaches(self) -> bool:  # noqa: D102
+        return bool(self.counts.any())
 
     def entries(self, device: torch.device | None = None) -> list[Entry] | None:  # noqa: D102
         counts = self.counts

@@ -128,12 +128,13 @@ class Use:
         self, watch: Callable[[], Any], layer: Any, call: Call, given: Tensor, node: Any
     ) -> None:
         self._watch, self._layer, self._call = watch, layer, call
-        self.given: Tensor | None = given
+        direct = self.direct = layer.direct
+        # Of indices autograd may hold a copy, and does not guard the caller's.
+        self.given: Tensor | None = given if direct.numbers else node._saved_indices  # noqa: SLF001
         self._again: Callable[[], Tensor | None] | None = None
         self._followed: Tensor | None = given if layer.followed else None
         self.sizes: Sizes
         self.delta: Tensor | None = None
-        direct = self.direct = layer.direct
         self.weight, self.bias = direct.weight, direct.bias
         self.kept = direct.kept(node, given) if direct.keeps_more else None
         self.rows = direct.rows(given.shape)

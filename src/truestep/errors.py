@@ -1,6 +1,15 @@
 """The one base error: every message says what is wrong, where, why, and what to do."""
 
-__all__ = ["TruestepError", "corrected_already", "hidden_use", "without_numbers", "without_record"]
+from collections.abc import Iterable
+
+__all__ = [
+    "TruestepError",
+    "corrected_already",
+    "hidden_use",
+    "resized",
+    "without_numbers",
+    "without_record",
+]
 
 
 class TruestepError(Exception):
@@ -60,4 +69,12 @@ def hidden_use(name: str) -> TruestepError:
         f"{name!r} got a gradient from a backward pass inside another, as reentrant activation checkpointing "
         "runs them, without its module being called there, so the samples would go uncounted; pass "
         "use_reentrant=False, or call the module that owns the parameter"
+    )
+
+
+def resized(now: Iterable[int], then: Iterable[int]) -> TruestepError:
+    """For a parameter that has another shape at the step than in the backward pass."""
+    return TruestepError(
+        f"a parameter of shape {tuple(then)} in the backward pass has the shape {tuple(now)} at the "
+        "step; resize it before the forward pass, or after the step"
     )

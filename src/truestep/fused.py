@@ -10,6 +10,7 @@ from torch.autograd.graph import increment_version
 
 from truestep.activity import Activity, Rows
 from truestep.combine import Counts
+from truestep.errors import resized
 from truestep.kernels import stepping
 from truestep.kernels.dispatch import device_of
 from truestep.kernels.stepping import Entry, Options, Table
@@ -122,6 +123,8 @@ class Pass:
         if found is None or not isinstance(found[0], Rows) or self._options.weight_decay:
             return False
         rows, values = gradient._indices(), gradient._values()  # noqa: SLF001
+        if found[0].shape != parameter.shape:
+            raise resized(parameter.shape, found[0].shape)
         usual = len(rows) == 1 and values.shape[1:] == parameter.shape[1:] and rows.is_contiguous()
         if not (usual and values.is_cpu and values.dtype is parameter.dtype):
             return False
@@ -152,6 +155,8 @@ class Pass:
             table.add(addresses, fresh, 1, [Entry(1, gradient.numel())])  # no sample: a factor of 1
             return
         activity, size = found
+        if activity.shape != gradient.shape:
+            raise resized(gradient.shape, activity.shape)
         self._held.append(found)
         if device is not None and isinstance(size, Tensor) and device_of(size) == device:
             size = -size.data_ptr()  # it is looked at there

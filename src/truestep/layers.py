@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from truestep.calls import Call
+from truestep.calls import Call, memory_of
 from truestep.checks import check_batch_dim, check_kind, check_rules
 from truestep.distributed import is_sharded
 from truestep.errors import TruestepError
@@ -390,7 +390,7 @@ def layout_of(layer: Layer, call: Call, args: Any, kwargs: Any) -> Layout:
         return (
             replace(layer.layout, batch_dim=None) if looks_up_positions(indices) else layer.layout
         )
-    made_inside = indices.untyped_storage().data_ptr() not in call.inputs
+    made_inside = memory_of(indices) not in call.inputs
     if (indices.dim() == 1 or len(indices) > 1) and made_inside and looks_up_positions(indices):
         size = len(indices)
         what = f"{size} consecutive rows" if indices.dim() == 1 else "rows by distances"

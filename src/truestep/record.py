@@ -50,7 +50,7 @@ class Record:
         if self.stepped:
             return True
         if self.nonzero is None:  # what no sample reaches was zero before
-            return bool(self.activity.reached().any())
+            return self.activity.reaches()
         # A rank's few rows may hold nothing but zeros, or be none at all, where the others' do not.
         return bool(self.nonzero)
 

@@ -26,7 +26,7 @@ def embedding(
 ) -> Callable[[Tensor], dict[str, Activity]]:
     """`nn.Embedding`: feature d of a row needs output gradient d where the row is looked up."""
     # [samples, positions]; unit "position" makes every look-up a sample
-    rows = layout.arrange(input.unsqueeze(-1)).flatten(1)
+    rows = layout.arrange(_held(input).unsqueeze(-1)).flatten(1)
 
     def activity(delta: Tensor) -> dict[str, Activity]:
         if not module.weight.requires_grad:
@@ -74,7 +74,7 @@ def embedding_bag(
         starts = offsets[:-1] if module.include_last_offset else offsets
         bags = len(starts)
         owners = owners_in_bags(starts, len(input))
-    rows = input.flatten()
+    rows = _held(input).flatten()
     largest = None
     if module.mode == "max" and module.weight.requires_grad:
         # Only the row that holds the maximum gets feature d's gradient; torch breaks ties, so ask it.
@@ -116,6 +116,11 @@ def owners_in_bags(starts: Tensor, entries: int) -> Tensor:
 def entries_of(rows: Tensor) -> Tensor:
     """Indices in one piece, int32: a copy, since the caller may fill his own anew before the step."""
     return rows.flatten().to(torch.int32, copy=True, memory_format=torch.contiguous_format)
+
+
+def _held(indices: Tensor) -> Tensor:
+    """Indices as autograd may hold them: of such as do not lie in one piece, a copy that nobody guards."""
+    return indices.contiguous()
 
 
 def _rows(

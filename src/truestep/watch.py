@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from truestep import compiled
 from truestep.activity import Activity
 from truestep.batch import Batch
-from truestep.calls import Call, backward_id
+from truestep.calls import Call, backward_id, memory_of
 from truestep.combine import Shared
 from truestep.compiled import Receiver
 from truestep.consumers import Used, Uses, taps_in, used
@@ -159,7 +159,7 @@ class Watch:
         for _, handle in self._fused:
             handle.resume()  # an evaluation that was interrupted could not
         self._find_wrapper()
-        places = {t.untyped_storage().data_ptr() for t in inputs} if self._looks_up else set()
+        places = {memory_of(tensor) for tensor in inputs} if self._looks_up else set()
         call = Call(sizes_of(inputs, dim), places, task=backward_id())
         if self._traced:
             compiled.give_key(call)

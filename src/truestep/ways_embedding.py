@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from truestep.activity import Rows
 from truestep.bits import Bits
-from truestep.calls import Call
+from truestep.calls import Call, memory_of
 from truestep.kernels import packing
 from truestep.layout import Layout
 from truestep.rules_embedding import entries_of, owners_in_bags, owners_of
@@ -35,7 +35,8 @@ class DirectEmbedding(Direct):
         return (
             0 < len(given.shape) < 3  # noqa: PLR2004
             and given.shape[0] in call.sizes
-            and given.untyped_storage().data_ptr() in call.inputs
+            and (place := memory_of(given)) is not None
+            and place in call.inputs
         )
 
     def reader(self, given: Tensor, output: Tensor, node: Any) -> Any:
