@@ -196,6 +196,8 @@ class Use:
         given, delta = self.given, self.delta
         assert given is not None  # noqa: S101
         assert delta is not None  # noqa: S101
+        if not self.direct.numbers:  # the table's gradient takes what these need out of the caches
+            return None
         size = delta.nbytes + (given.nbytes if given.requires_grad else 0)
         if size > most:
             return None

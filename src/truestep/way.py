@@ -109,7 +109,7 @@ class Direct(ABC):
         del shape
         return 1
 
-    def kept(self, node: Any, given: Tensor) -> Tensor | None:
+    def kept(self, node: Any, given: Tensor) -> Any:
         """What else autograd keeps: a norm's means of the input, a bag's offsets."""
         del node, given
         return None
@@ -127,7 +127,7 @@ class Direct(ABC):
         """`arranged` of the input, with its means."""
         return self.arranged(shape, rows)._replace(groups=self.groups)
 
-    def packed(self, given: Tensor, rows: int, kept: Tensor | None) -> Any:
+    def packed(self, given: Tensor, rows: int, kept: Any) -> Any:
         """The input as `found` takes it: its bits.
 
         Args:

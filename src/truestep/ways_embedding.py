@@ -49,7 +49,7 @@ class DirectEmbedding(Direct):
         del rows
         return packing.Rows(shape[:-1].numel(), 1, shape[-1])
 
-    def packed(self, given: Tensor, rows: int, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+    def packed(self, given: Tensor, rows: int, kept: Any) -> tuple[Tensor, Tensor]:
         """The rows, and the samples that look them up."""
         del rows, kept
         samples = self.samples(given.shape)
@@ -90,14 +90,16 @@ class DirectBag(DirectEmbedding):
         weights = getattr(node, "_saved_per_sample_weights", None)
         return node if weights is None else None
 
-    def kept(self, node: Any, given: Tensor) -> Tensor:
-        """Where bags begin."""
-        del given
+    def kept(self, node: Any, given: Tensor) -> Tensor | torch.Size:
+        """Where bags begin, or the shape of those that are equally long."""
+        if len(given.shape) == 2:  # noqa: PLR2004
+            return given.shape
         offsets: Tensor = node._saved_offsets  # noqa: SLF001
         return offsets[:-1] if self._module.include_last_offset else offsets
 
-    def packed(self, given: Tensor, rows: int, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+    def packed(self, given: Tensor, rows: int, kept: Any) -> tuple[Tensor, Tensor]:
         """The rows, and the bags that they are in."""
-        assert kept is not None  # noqa: S101
         del rows
+        if isinstance(kept, torch.Size):
+            return entries_of(given), owners_of(kept[0], kept[1], given.device)
         return entries_of(given), owners_in_bags(kept, given.numel())

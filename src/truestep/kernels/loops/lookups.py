@@ -41,17 +41,23 @@ def lookups(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> No
     place = np.full(last - first, np.int32(-1), np.int32)
     # Where all bits are on, one number stands for all columns.
     counts = np.empty((min(entry[ENTRIES], last - first), 1 if full else columns), np.int32)
+    numbers = np.empty(len(counts), np.int32)
     if full:
-        _count_entries(entry, first, last, place, counts)
+        found = _count_entries(entry, first, last, place, counts, numbers)
     else:
-        _count_bits(entry, first, last, place, counts)
+        found = _count_bits(entry, first, last, place, counts, numbers)
     block = np.empty((max(1, STRETCH // columns), columns), np.int32)
-    _take(entry, first, last, place, counts, block, options, counted)
+    if len(counted) == 0 and DENSE * found >= last - first:
+        _take_all(entry, first, place, counts, block, options)
+        return
+    _take_few(entry, numbers[:found], counts, block, options, counted)
+    if len(counted) == 0 and entry[PARAMETER] != 0:
+        _take_others(entry, first, place, block, options)
 
 
 @internal
-def _count_entries(entry: Any, first: Any, last: Any, place: Any, counts: Any) -> None:
-    """Numbers the rows that are looked up, and counts their samples.
+def _count_entries(entry: Any, first: Any, last: Any, place: Any, counts: Any, numbers: Any) -> Any:
+    """Counts the samples of the rows that are looked up.
 
     Args:
         entry: the line of the table.
@@ -59,28 +65,33 @@ def _count_entries(entry: Any, first: Any, last: Any, place: Any, counts: Any) -
         last: the row after the last.
         place: int32, -1 for each row; gets the lines in `counts` of those that are looked up.
         counts: int32, of as many lines as there can be.
+        numbers: int32, gets the row of each line.
+
+    Returns:
+        How many rows are looked up.
     """
     entries = entry[ENTRIES]
     rows = carray(pointer(entry[LOOKED_UP]), (entries,), np.int32)
     owners = carray(pointer(entry[OWNERS]), (entries,), np.int32)
     # The last sample counted: one that looks a row up twice counts once.
-    latest, found = np.empty(len(counts), np.int32), np.int32(0)
+    latest, found = np.empty(len(counts), np.int32), np.int64(0)
     for index in range(entries):
         row = np.int64(rows[index])
         if row < first or row >= last:
             continue
         line, sample = place[row - first], owners[index]
         if line < 0:
-            place[row - first] = found
+            place[row - first], numbers[found] = found, row
             latest[found], counts[found, 0] = sample, 1
-            found += np.int32(1)
+            found += 1
         elif latest[line] != sample:
             latest[line] = sample
             counts[line, 0] += 1
+    return found
 
 
 @internal
-def _count_bits(entry: Any, first: Any, last: Any, place: Any, counts: Any) -> None:
+def _count_bits(entry: Any, first: Any, last: Any, place: Any, counts: Any, numbers: Any) -> Any:
     """The same where some bits are off."""
     columns, entries = entry[COLUMNS], entry[ENTRIES]
     rows = carray(pointer(entry[LOOKED_UP]), (entries,), np.int32)
@@ -89,7 +100,7 @@ def _count_bits(entry: Any, first: Any, last: Any, place: Any, counts: Any) -> N
     # Where a sample's entries share their bits, one number stands for all columns.
     latest = np.empty((len(counts), columns if by_entry else 1), np.int32)
     # A sample's bits, or an entry's.
-    on, latest_bit, found = np.empty(columns, np.int32), np.int64(-1), np.int32(0)
+    on, latest_bit, found = np.empty(columns, np.int32), np.int64(-1), np.int64(0)
     for index in range(entries):
         row = np.int64(rows[index])
         if row < first or row >= last:
@@ -104,9 +115,9 @@ def _count_bits(entry: Any, first: Any, last: Any, place: Any, counts: Any) -> N
                 on[column] = np.int32((source[column] >> shift) & 1)
         fresh = line < 0
         if fresh:
-            line = np.int64(found)
-            place[row - first] = found
-            found += np.int32(1)
+            line = found
+            place[row - first], numbers[found] = found, row
+            found += 1
         count = carray(pointer(counts.ctypes.data + 4 * line * columns), (columns,), np.int32)
         if by_entry:
             place_seen = latest.ctypes.data + 4 * line * columns
@@ -128,38 +139,62 @@ def _count_bits(entry: Any, first: Any, last: Any, place: Any, counts: Any) -> N
             for column in range(columns):
                 count[column] += on[column]
 
+    return found
+
 
 @internal
-def _take(
-    entry: Any,
-    first: Any,
-    last: Any,
-    place: Any,
-    counts: Any,
-    block: Any,
-    options: Any,
-    counted: Any,
-) -> None:
-    """Goes through the rows in their order, as many at a time as `block` has."""
-    columns, width = entry[COLUMNS], counts.shape[1]
-    # A gradient that is zero leaves a weight as it is: most need not even be read.
-    plain = entry[BUFFER] == 0 and options[WEIGHT_DECAY] == 0 and options[MAXIMIZE] == 0
-    every = len(counted) == 0 and entry[PARAMETER] != 0 and not plain
-    size = len(block)
+def _take_all(entry: Any, first: Any, place: Any, counts: Any, block: Any, options: Any) -> None:
+    """Goes through all rows in their order, as many at a time as `block` has."""
+    columns, width, size = entry[COLUMNS], counts.shape[1], len(block)
     # Views by address cost no reference counts, which take longer than a row.
     each, known, lines = block.ctypes.data, counts.ctypes.data, place.ctypes.data
-    for start in range(first, last, size):
-        rows, found = min(last - start, size), 0
-        line = carray(pointer(lines + 4 * (start - first)), (rows,), np.int32)
+    for start in range(0, len(place), size):
+        rows = min(len(place) - start, size)
+        line = carray(pointer(lines + 4 * start), (rows,), np.int32)
         for row in range(rows):
-            found += np.int64(line[row] >= 0)
-        if every or (len(counted) == 0 and DENSE * found >= rows):
-            for row in range(rows):
-                _copy(known, line[row], each + 4 * row * columns, width, columns)
-            count = carray(pointer(each), (rows * columns,), np.int32)
-            update(entry, start * columns, count, options)
-        else:
-            _take_apart(entry, start, line, known, width, each, options, counted)
+            _copy(known, line[row], each + 4 * row * columns, width, columns)
+        count = carray(pointer(each), (rows * columns,), np.int32)
+        update(entry, (first + start) * columns, count, options)
+
+
+@internal
+def _take_few(
+    entry: Any, numbers: Any, counts: Any, block: Any, options: Any, counted: Any
+) -> None:
+    """Goes through the rows that are looked up."""
+    columns, width = entry[COLUMNS], counts.shape[1]
+    size, start = columns * options.itemsize, np.int64(0)
+    each, known = block.ctypes.data, counts.ctypes.data
+    rows = carray(pointer(numbers.ctypes.data), (len(numbers),), np.int32)
+    count = carray(pointer(each), (columns,), np.int32)
+    for line in range(len(rows)):
+        # They lie far apart: each would be waited for.
+        if len(counted) == 0 and line + AHEAD < len(rows):
+            ahead = np.int64(rows[line + AHEAD]) * size
+            prefetch(entry[GRADIENT] + ahead, size)
+            prefetch(entry[PARAMETER] + ahead, size)
+        _copy(known, line, each, width, columns)
+        finish(entry, np.int64(rows[line]), start, count, options, counted)
+
+
+@internal
+def _take_others(entry: Any, first: Any, place: Any, block: Any, options: Any) -> None:
+    """Takes a step with the other rows, most of which need not even be read."""
+    columns, size = entry[COLUMNS], len(block)
+    # A gradient that is zero leaves a weight as it is.
+    plain = entry[BUFFER] == 0 and options[WEIGHT_DECAY] == 0 and options[MAXIMIZE] == 0
+    block[:] = 0
+    lines = carray(pointer(place.ctypes.data), (len(place),), np.int32)
+    each, row = block.ctypes.data, 0
+    while row < len(lines):
+        start, row = row, row + 1
+        if lines[start] >= 0:
+            continue
+        while row < len(lines) and row - start < size and lines[row] < 0:
+            row += 1
+        goal, elements = (first + start) * columns, (row - start) * columns
+        if not (plain and _is_zero(entry, goal, elements, options)):
+            update(entry, goal, carray(pointer(each), (elements,), np.int32), options)
 
 
 @internal
@@ -176,54 +211,6 @@ def _copy(counts: Any, line: Any, target: Any, width: Any, columns: Any) -> None
         count = carray(pointer(counts + 4 * np.int64(line)), (1,), np.int32)[0]
     for column in range(columns):
         there[column] = count
-
-
-@internal
-def _take_apart(
-    entry: Any,
-    first: Any,
-    lines: Any,
-    counts: Any,
-    width: Any,
-    each: Any,
-    options: Any,
-    counted: Any,
-) -> None:
-    """The same of rows of which few are looked up; others move only if their gradient is not zero.
-
-    Args:
-        entry: the line of the table.
-        first: the first row.
-        lines: of each row the line in `counts`, -1 where it is not looked up.
-        counts: their address.
-        width: of a line.
-        each: address of room for so many rows' counts.
-        options: see `truestep.kernels.loops.step`.
-        counted: the same.
-    """
-    columns, rows = entry[COLUMNS], len(lines)
-    size = columns * options.itemsize
-    moves = len(counted) == 0 and entry[PARAMETER] != 0
-    row = 0
-    while row < rows:
-        start, row = row, row + 1
-        # They lie far apart: each would be waited for.
-        ahead = start + AHEAD
-        if len(counted) == 0 and ahead < rows and lines[ahead] >= 0:
-            prefetch(entry[GRADIENT] + (first + ahead) * size, size)
-            prefetch(entry[PARAMETER] + (first + ahead) * size, size)
-        if lines[start] >= 0:
-            _copy(counts, lines[start], each, width, columns)
-            count = carray(pointer(each), (columns,), np.int32)
-            finish(entry, first + start, np.int64(0), count, options, counted)
-            continue
-        while row < rows and lines[row] < 0:
-            row += 1
-        place, elements = (first + start) * columns, (row - start) * columns
-        if moves and not _is_zero(entry, place, elements, options):
-            none = carray(pointer(each), (elements,), np.int32)
-            none[:] = 0
-            update(entry, place, none, options)
 
 
 @internal
@@ -257,14 +244,14 @@ def _stored(entry: Any, options: Any) -> None:
             keys[place], numbers[place] = row, found
             found += 1
         among[index] = numbers[place]
-    few = entry.copy()
+    few, each = entry.copy(), np.empty(found, np.int32)
     few[LOOKED_UP] = among.ctypes.data
     lines = np.full(found, np.int32(-1), np.int32)
     counts = np.empty((found, 1 if full else columns), np.int32)
     if full:
-        _count_entries(few, np.int64(0), found, lines, counts)
+        _count_entries(few, np.int64(0), found, lines, counts, each)
     else:
-        _count_bits(few, np.int64(0), found, lines, counts)
+        _count_bits(few, np.int64(0), found, lines, counts, each)
     block = np.empty((1, columns), np.int32)
     _take_stored(few, stored, keys, numbers, lines, counts, block, among, options)
 
