@@ -799,7 +799,9 @@ def test_data_that_are_gone_are_replaced_by_the_example():
         plant(busy(nn.Linear(3, 5)), {2: "true"}), nn.ReLU(), nn.Linear(5, 2)
     ).double()
     x = data(30, 3)
-    _, report = compress(model, find_dummy_nodes(model, iter([x])), x[:7])
+    nodes = find_dummy_nodes(model, iter([x]))
+    with pytest.warns(UserWarning, match="gone through only once"):
+        _, report = compress(model, nodes, x[:7])
     assert report.compared == 7
 
 
@@ -942,3 +944,115 @@ def test_a_weight_that_another_modules_code_uses_has_no_place_for_a_bias(biased)
     assert units(report.removed) == {3}
     (kept,) = report.kept
     assert "is used where there is no place for a bias" in kept.reason
+
+
+# What is kept, carried along or refused.
+
+
+def with_dummies(units=3):
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    with torch.no_grad():
+        model[0].bias[:units] = -50
+    return model
+
+
+def test_a_batch_size_that_was_set_holds_for_the_smaller_model():
+    model, data = with_dummies(), torch.randn(16, 5)
+    counter = truestep.SampleCounter(model)
+    counter.batch_size = 64
+    optimizer = truestep.AdaptiveBatchSGD(model.parameters(), lr=0.1, counter=counter)
+    nodes = truestep.find_dummy_nodes(model, [data])
+    small, _ = truestep.compress(model, nodes, data, optimizer=optimizer)
+    small(data).sum().backward()
+    assert optimizer.counter.batch_size == 64
+
+
+def test_a_depthwise_convolution_of_one_channel_is_built_anew():
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, 4, 1),
+            nn.ReLU(),
+            nn.Conv2d(4, 4, 3, groups=4),
+            nn.ReLU(),
+            nn.Conv2d(4, 2, 1),
+        )
+
+    model, data = make(), torch.randn(8, 3, 6, 6)
+    with torch.no_grad():
+        model[0].bias[1:] = model[2].bias[1:] = -50
+    small, report = truestep.compress(model, truestep.find_dummy_nodes(model, [data]), data)
+    assert small[2].groups == 1
+    again = truestep.shrink_to(make(), report.checkpoint(small))
+    assert torch.equal(again(data), small(data))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encode, self.bias = nn.Linear(5, 8), nn.Parameter(torch.zeros(5))
+
+    def forward(self, x):
+        return nn.functional.linear(self.encode(x).relu(), self.encode.weight.t(), self.bias)
+
+
+def test_a_constant_unit_of_a_tied_autoencoder_is_compressed_or_kept_with_a_reason():
+    model, data = Tied(), torch.randn(64, 5)
+    with torch.no_grad():
+        model.encode.weight[5], model.encode.bias[5] = 0, 1
+    small, report = truestep.compress(model, truestep.find_dummy_nodes(model, [data]), data)
+    torch.testing.assert_close(small(data), model(data))
+    assert [one.unit for one in (*report.removed, *report.kept)] == [5]
+
+
+def test_units_behind_unfold_are_kept():
+    model, data = (
+        nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Unfold(2)),
+        torch.randn(4, 3, 8, 8),
+    )
+    with torch.no_grad():
+        model[0].bias[2] = -50
+    small, report = truestep.compress(model, truestep.find_dummy_nodes(model, [data]), data)
+    assert torch.equal(small(data), model(data))
+    assert [one.unit for one in report.kept] == [2]
+
+
+def test_tensors_of_inference_mode_are_refused():
+    data = torch.randn(20, 5)
+    with torch.inference_mode(), pytest.raises(TruestepError, match="inference_mode"):
+        truestep.find_dummy_nodes(with_dummies(), [data])
+
+
+def test_lbfgs_is_refused_before_its_first_step_too():
+    model, data = with_dummies(), torch.randn(20, 5)
+    optimizer = torch.optim.LBFGS(model.parameters())
+    nodes = truestep.find_dummy_nodes(model, [data])
+    with pytest.raises(TruestepError, match="LBFGS keeps"):
+        truestep.compress(model, nodes, data, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("frozen", [0, 2])
+def test_a_layer_is_not_folded_into_a_frozen_one(frozen):
+    model, data = with_dummies(0), torch.randn(32, 5)
+    with torch.no_grad():
+        model[0].bias[:] = 60
+    model[frozen].requires_grad_(requires_grad=False)
+    optimizer = torch.optim.SGD(model[2 - frozen].parameters(), lr=0.1)
+    nodes = truestep.find_dummy_nodes(model, [data])
+    small, _ = truestep.compress(model, nodes, data, optimizer=optimizer)
+    trained = [p for p in small.parameters() if p.requires_grad]
+    assert {*map(id, trained)} == {*map(id, optimizer.param_groups[0]["params"])}
+    assert trained
+
+
+def test_a_frozen_model_stays_frozen():
+    model, data = (
+        nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3, bias=False)),
+        torch.randn(32, 5),
+    )
+    with torch.no_grad():
+        model[0].weight[2], model[0].bias[2] = 0, 1
+    model.requires_grad_(requires_grad=False)
+    small, report = truestep.compress(model, truestep.find_dummy_nodes(model, [data]), data)
+    assert report.removed
+    assert not any(p.requires_grad for p in small.parameters())

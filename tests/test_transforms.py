@@ -226,3 +226,21 @@ def test_sparse_gradients_are_refused_by_the_boost_and_taken_by_the_mean():
     optimizer.step()
     # N = 3: row 1 has m = 2, its gradient 2 * 3 / 3; row 3 has m = 1, its gradient 1 * 3 / 2
     assert layer.weight.grad.to_dense()[:, 0].tolist() == [0, 2, 0, 1.5, 0]
+
+
+def test_a_differentiable_optimizer_is_refused():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1, differentiable=True)
+    with pytest.raises(TruestepError, match="differentiable=True"):
+        truestep.attach(optimizer, truestep.directional_boost())
+
+
+def test_a_handle_that_was_removed_leaves_a_later_one_alone():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1)
+    first = truestep.attach(optimizer, truestep.directional_boost())
+    first.remove()
+    second = truestep.attach(optimizer, truestep.directional_boost())
+    first.remove()
+    with pytest.raises(TruestepError, match="it is a copy"):
+        copy.deepcopy(optimizer).step()
+    second.remove()
+    copy.deepcopy(optimizer).step()

@@ -295,7 +295,7 @@ class SampleCounter:
                 )
 
     def moved(self, model: nn.Module) -> "SampleCounter":
-        """A counter with the same options on another model, such as a smaller one; this one is closed.
+        """A counter with the same options and `batch_size`, on a smaller model, say; this one is closed.
 
         Args:
             model: the model that is called from now on.
@@ -305,7 +305,9 @@ class SampleCounter:
         if isinstance(dims, Mapping):
             names = {name for name, _ in model.named_modules()}
             options = options | {"batch_dim": {n: dim for n, dim in dims.items() if n in names}}
-        return SampleCounter(model, **options)
+        counter = SampleCounter(model, **options)
+        counter._batch.override = self._batch.override
+        return counter
 
     def close(self) -> None:
         """Takes the hooks off the model and forgets the records."""

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from truestep import flow_rules
 from truestep.activations import Activation, find_activation
+from truestep.errors import TruestepError
 from truestep.units import Call, Channels, Key, Ledger, Site, tensors_in
 
 __all__ = ["Flow", "Observer", "Step"]
@@ -129,6 +130,11 @@ class Flow(TorchFunctionMode):
             map(self.ledger.from_data, call.tensors)
         ):
             self.reads.setdefault(str(call))
+        if any(tensor.is_inference() for tensor in call.tensors):
+            raise TruestepError(
+                "tensors of torch.inference_mode() do not show what is written into them; look for dummy "
+                "nodes, compress and watch units outside of it, on data that were made outside"
+            )
         versions = [tensor._version for tensor in call.tensors]  # noqa: SLF001
         return self._pass_on(call, versions)
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from truestep.units import Call, Channels, Ledger, tensors_in
 
@@ -25,7 +25,8 @@ def move(ledger: Ledger, call: Call, output: Any) -> Any:
            repr(call.kwargs))  # fmt: skip
     cacheable = len(call.tensors) == 1
     places = ledger.moved.get(key) if cacheable else None
-    if any(isinstance(argument, torch.dtype) for argument in call.args[1:]):
+    windows = call.function is nn.functional.unfold  # not the method of that name
+    if windows or any(isinstance(argument, torch.dtype) for argument in call.args[1:]):
         return ledger.end(call)
     if places is None:
         labels = _labels(tensor, units.dim)

@@ -207,6 +207,8 @@ def _pair(model: nn.Module, flow: Flow, number: int) -> tuple[Use, Use, list[str
         return "is a straight line, but other functions stand between its layer and the next"
     paths = [step.module for step in middle]
     reason = _no_exchange(model, flow, [first.module, *paths, second.module])
+    if reason is None and _one_is_frozen(model, first, second):
+        reason = "one of the two layers is frozen"
     if reason is None and not torch.equal(second.inputs.slots, site.outputs.slots):
         reason = "the next layer reads the outputs in another order"
     reason = reason or _no_product(model, first, second)
@@ -224,6 +226,11 @@ def _no_exchange(model: nn.Module, flow: Flow, paths: list[str]) -> str | None:
         if sum(module is model.get_submodule(path) for module in modules) != 1:
             return f"{path!r} has several names in the model"
     return None
+
+
+def _one_is_frozen(model: nn.Module, first: Use, second: Use) -> bool:
+    modules = (model.get_submodule(use.module) for use in (first, second))
+    return len({p.requires_grad for module in modules for p in module.parameters()}) > 1
 
 
 def _no_product(model: nn.Module, first: Use, second: Use) -> str | None:

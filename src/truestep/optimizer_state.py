@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -17,6 +18,11 @@ Slice = Callable[[Tensor], Tensor]
 
 def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
     """Raises `TruestepError` for an optimizer that could not go on with a smaller model."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TruestepError(
+            "LBFGS keeps the large model's parameters and directions; compress without optimizer= and begin "
+            "with a fresh one"
+        )
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for group in optimizer.param_groups:
         for index, parameter in enumerate(group["params"]):

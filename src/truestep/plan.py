@@ -205,8 +205,8 @@ class _Reach:
         same = [other for other in ledger.uses if other.weight == use.weight]
         for other in same:
             numbers = (each.constants[columns].nan_to_num() for each in (use, other))
-            agree = torch.equal(*numbers)
-            if other.bias != use.bias or not agree:
+            # Used the other way round, as in a tied autoencoder, a weight has other columns.
+            if (other.in_dim, other.bias) != (use.in_dim, use.bias) or not torch.equal(*numbers):
                 return f"is not the same constant in all uses of {use.weight!r}"
         uses_of_bias = 0 if use.bias is None else ledger.weights[use.bias]
         if uses_of_bias > len(same):

@@ -34,6 +34,12 @@ class Work:
         self._cuts: list[dict[str, Cut]] = []
         self._anew: set[str] = set()
         self._folded: list[list[str]] = []
+        # Depthwise convolutions may be left with a single group.
+        self._grouped = {
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1  # noqa: SLF001
+        }
         # The numbers that units had in the beginning.
         self._numbers = {key_of(layer): torch.arange(len(layer)) for layer in nodes}
 
@@ -111,7 +117,7 @@ class Work:
         groups = {
             name: module.groups
             for name, module in self.small.named_modules()
-            if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1  # noqa: SLF001
+            if name in self._grouped
         }
         if self._folded:
             structure["folded"] = self._folded

@@ -198,7 +198,8 @@ def _exchange(model: nn.Module, name: str, values: Tensor) -> None:
             module._buffers[attribute] = values  # noqa: SLF001
             continue
         if fresh is None:
-            trained = True if old is None else old.requires_grad
+            beside = module._parameters.get("weight") if old is None else old  # noqa: SLF001
+            trained = beside is None or beside.requires_grad
             fresh = nn.Parameter(values, requires_grad=trained)
         module._parameters[attribute] = fresh  # type: ignore[assignment]  # noqa: SLF001
 

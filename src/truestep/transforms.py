@@ -71,6 +71,11 @@ def attach(optimizer: Optimizer, *transforms: Transform) -> "Handle":
             "LBFGS compares losses and gradients along a line, which transformed gradients do not fit; "
             "attach the transforms to another optimizer"
         )
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        raise TruestepError(
+            "transforms change .grad past autograd, so that a differentiable step would not know of "
+            "them; use DASGD(differentiable=True), or leave out differentiable=True"
+        )
     if not transforms:
         raise TruestepError(
             "attach() got no transform; pass for example truestep.directional_boost()"
@@ -110,9 +115,10 @@ class Handle:
 
     def remove(self) -> None:
         """Takes the transforms off the optimizer."""
+        if _find_handle(self._optimizer) is self:
+            self._optimizer.param_groups[0].pop(MARK, None)
         for handle in self._handles:
             handle.remove()
-        self._optimizer.param_groups[0].pop(MARK, None)
 
     def _mark(self) -> None:
         names = [getattr(t, "__name__", type(t).__name__) for t in self._transforms]
