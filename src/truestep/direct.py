@@ -191,7 +191,7 @@ class Use:
         A batch, which needs no gradient, is its owner's and kept anyway.
 
         Args:
-            most: so many; if it takes more, nothing is kept and None is returned.
+            most: so many; if it takes more, or is about a table, nothing is kept and None is returned.
         """
         given, delta = self.given, self.delta
         assert given is not None  # noqa: S101

@@ -26,7 +26,7 @@ __all__ = ["lookups"]
 
 # How many rows are fetched ahead.
 AHEAD = 8
-# Of so many neighbours one has to be looked up for all to be gone through alike.
+# Where one of so many rows is looked up, all are gone through alike.
 DENSE = 8
 
 
@@ -138,7 +138,6 @@ def _count_bits(entry: Any, first: Any, last: Any, place: Any, counts: Any, numb
             latest[line, 0] = sample
             for column in range(columns):
                 count[column] += on[column]
-
     return found
 
 
@@ -286,7 +285,7 @@ def _take_stored(
         keys: see `_stored`.
         numbers: see `_stored`.
         lines: of each number the line in `counts`.
-        counts: as in `_take`.
+        counts: of the lines.
         block: room for one row's counts.
         held: what the line has the address of.
         options: see `truestep.kernels.loops.step`.
