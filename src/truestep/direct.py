@@ -191,12 +191,12 @@ class Use:
         A batch, which needs no gradient, is its owner's and kept anyway.
 
         Args:
-            most: so many; if it takes more, or is about a table, nothing is kept and None is returned.
+            most: so many; if it takes more, or the layer does not wait, nothing is kept and None is returned.
         """
         given, delta = self.given, self.delta
         assert given is not None  # noqa: S101
         assert delta is not None  # noqa: S101
-        if not self.direct.numbers:  # the table's gradient takes what these need out of the caches
+        if not self.direct.waits:
             return None
         size = delta.nbytes + (given.nbytes if given.requires_grad else 0)
         if size > most:

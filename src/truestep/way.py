@@ -36,6 +36,7 @@ class Direct(ABC):
     Attributes:
         weight: its weight, None as long as there is no short way.
         bias: its bias, if it has one.
+        waits: whether small tensors may wait for the end of the backward pass.
         groups: see `truestep.kernels.packing.Rows`, of its input.
         apart: whether each position counts as a sample.
     """
@@ -55,6 +56,7 @@ class Direct(ABC):
         del module
         self.weight: Any = None
         self.bias: Any = None
+        self.waits = True
         self.apart = layout.unit == "position"
         # Of the latest calls: those to come are likely to have the same.
         self._kind: type | None = None

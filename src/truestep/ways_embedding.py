@@ -16,6 +16,9 @@ from truestep.way import Direct, Found
 
 __all__ = ["DirectBag", "DirectEmbedding"]
 
+# About as many bytes as caches hold.
+CACHED = 1 << 22
+
 
 class DirectEmbedding(Direct):
     """`nn.Embedding` of some of the model's inputs."""
@@ -28,6 +31,12 @@ class DirectEmbedding(Direct):
         """Indices that the model has made may be positions, and padding is taken out by the rule."""
         usual = module.padding_idx is None and args and self.usual(module, args[0], call)
         return super().node(module, args, output, call) if usual else None
+
+    def know(self, module: nn.Module) -> None:
+        """A large table's gradient, where it is dense, takes all else out of the caches."""
+        super().know(module)
+        sparse, weight = getattr(module, "sparse", False), self.weight
+        self.waits = sparse or weight is None or weight.nbytes <= CACHED
 
     def usual(self, module: nn.Module, given: Tensor, call: Call) -> bool:
         """Whether a sample's indices are all that there can be."""
