@@ -418,9 +418,8 @@ class Rows(Activity):
         used, index, counts = self._count_used()
         if not len(used):
             return counts.new_zeros(len(rows), self.shape[1])
-        if rows.is_cpu and torch.equal(
-            rows, self.rows.to(rows.dtype)
-        ):  # a sparse gradient has them all
+        # A sparse gradient mostly has just these.
+        if rows.is_cpu and torch.equal(rows, self.rows.to(rows.dtype)):
             return counts[index]
         place = torch.searchsorted(used, rows).clamp_(max=len(used) - 1)
         return counts[place].masked_fill_((used[place] != rows).unsqueeze(1), 0)

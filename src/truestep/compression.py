@@ -1,7 +1,5 @@
 """A smaller model with the same output: redundant units out, what they gave taken over by others."""
 
-import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -82,12 +80,6 @@ def compress(
     report.difference, report.largest, report.compared = largest_difference(
         model, small, nodes, example_input
     )
-    if isinstance(nodes.loader, Iterator):
-        warnings.warn(
-            "the data can be gone through only once, so that the small model was compared on the example "
-            "input alone; give find_dummy_nodes a list or a DataLoader",
-            stacklevel=2,
-        )
     _refuse_difference(model, report)
     if optimizer is not None:
         move_optimizer(optimizer, model, small, work.slices())

@@ -4,6 +4,7 @@ import io
 import itertools
 import statistics
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -90,6 +91,12 @@ def largest_difference(
         The largest difference, the largest magnitude of the first model's outputs, and the samples seen.
     """
     once = isinstance(nodes.loader, Iterator)
+    if once:
+        warnings.warn(
+            "the data can be gone through only once, so that the small model is compared on the example "
+            "input alone; give find_dummy_nodes a list or a DataLoader",
+            stacklevel=3,
+        )
     difference = largest = 0.0
     samples = 0
     with torch.no_grad():

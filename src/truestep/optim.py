@@ -300,13 +300,13 @@ class AdaptiveBatchSGD(Optimizer):
         plain: list[Tensor] = []
         directions: list[Tensor] = []
         begun: list[tuple[dict[str, Any], Tensor]] = []
+        plain_step = not (group["momentum"] or group["foreach"])
         for parameter, found in found_for:
             gradient: Any = parameter.grad
             state = self.state[parameter] if group["momentum"] else {}
             buffer = state.get("momentum_buffer")
             fresh = buffer is None and bool(group["momentum"])
-            usual = not (group["momentum"] or group["foreach"])
-            if usual and gradient.is_sparse and whole.add_sparse(gradient, found, parameter):
+            if plain_step and gradient.is_sparse and whole.add_sparse(gradient, found, parameter):
                 continue
             own, weights = local(gradient), local(parameter)
             known = () if buffer is None else (local(buffer),)

@@ -137,4 +137,4 @@ def _rows(
         rows, owners = rows[kept], owners[kept]
         values = values[kept] if by_entry else values
     outputs = pack(values)
-    return Rows(module.weight.shape, samples, entries_of(rows), owners.int(), outputs, by_entry)
+    return Rows(module.weight.shape, samples, entries_of(rows), owners, outputs, by_entry)

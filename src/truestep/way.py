@@ -89,7 +89,7 @@ class Direct(ABC):
             and type(output) is Tensor
             and (node := output.grad_fn) is not None
             and args
-            and (len(args) == 1 or self.keeps_more)
+            and (len(args) == 1 or not self.numbers)
             and ((given := args[0]).dtype is output.dtype or not self.numbers)
             and not saved_tensors_are_packed()  # checkpointing would not hold the input
         ):

@@ -99,6 +99,8 @@ class DirectConvolution(Direct):
 class DirectNorm(Direct):
     """Norms of whose input autograd keeps the means: what is equal to its mean is normalised to zero."""
 
+    keeps_more = True
+
     def reader(self, given: Tensor, output: Tensor, node: Any) -> Any:
         """Of others, autograd keeps a copy, or rounded means."""
         del output
@@ -107,8 +109,6 @@ class DirectNorm(Direct):
     @abstractmethod
     def keeps(self, given: Tensor) -> bool:
         """Whether autograd keeps an input itself."""
-
-    keeps_more = True
 
     def kept(self, node: Any, given: Tensor) -> Tensor:
         """Detached: they would keep the node alive that this is hung on."""

@@ -32,11 +32,10 @@ class DirectEmbedding(Direct):
         usual = module.padding_idx is None and args and self.usual(module, args[0], call)
         return super().node(module, args, output, call) if usual else None
 
-    def know(self, module: nn.Module) -> None:
+    def know(self, module: Any) -> None:
         """A large table's gradient, where it is dense, takes all else out of the caches."""
         super().know(module)
-        sparse, weight = getattr(module, "sparse", False), self.weight
-        self.waits = sparse or weight is None or weight.nbytes <= CACHED
+        self.waits = module.sparse or self.weight is None or self.weight.nbytes <= CACHED
 
     def usual(self, module: nn.Module, given: Tensor, call: Call) -> bool:
         """Whether a sample's indices are all that there can be."""
