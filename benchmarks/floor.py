@@ -182,8 +182,7 @@ class Least(torch.optim.Optimizer):
             ):
                 addresses = parameter.grad.data_ptr(), parameter.data_ptr(), 0
                 table.add(addresses, 0, samples, [entry])
-        numbers = table.array()
-        address, size = numbers.buffer_info()
+        address, size = table.numbers.buffer_info()
         loops().step(0, table.work, address, size // FIELDS, *self.shared)
 
 

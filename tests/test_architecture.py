@@ -56,6 +56,7 @@ LAYERS = [
     {"distributed", "exchange", "fused", "update"},
     {
         "record",
+        "arrived",
         "nested",
         "records",
         "waiting",

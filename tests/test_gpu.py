@@ -105,9 +105,10 @@ def test_numbers_of_several_types_are_packed_at_once():
         packing.Rows(5, 7, 6, groups=packing.EACH_ROW), packing.Rows(5, 7, 6), torch.float32
     )
     others = packing.Lines(packing.Rows(9, 1, 40), packing.Rows(9, 1, 40), torch.bfloat16)
-    places = [(wide.data_ptr(), wide.data_ptr(), means.data_ptr()), (half.data_ptr(),) * 2 + (0,)]
-    table, total, read = packing.filled((lines, others), places)
-    words = packing.pack_table(table, total, read, DEVICE)
+    table = packing.PackTable()
+    table.add(lines, wide.data_ptr(), wide.data_ptr(), means.data_ptr())
+    table.add(others, half.data_ptr(), half.data_ptr())
+    words = table.pack(DEVICE)
     twins = [
         packing.pack_torch(wide, means),
         packing.pack_torch(wide),

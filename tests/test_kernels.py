@@ -13,7 +13,7 @@ from torch import nn
 
 import truestep
 from truestep.activity import Elements, Outer, Rows, Window
-from truestep.bits import Bits, join, pack, packed_in
+from truestep.bits import Bits, Packed, join, pack
 from truestep.combine import Counts
 from truestep.fused import Pass
 from truestep.kernels import dispatch, packing, stepping, threads
@@ -497,16 +497,14 @@ def test_a_fused_step_is_seen_by_autograd():
 
 def packed_together(pairs, pair=packing.ALONE):
     """Bits of pairs of tensors of one type, each with its rows, the first with means or None."""
-    lines, addresses, made = [], [], []
+    table, made = packing.PackTable(), []
     for (one, first, means), (other, second) in pairs:
-        lines.append(packing.Lines(first, second, one.dtype, pair))
+        lines = packing.Lines(first, second, one.dtype, pair)
         at = 0 if means is None else means.data_ptr()
-        addresses.append((one.data_ptr(), other.data_ptr(), at))
-        made += [lines[-1].first, lines[-1].second]
-    table, words, read = packing.filled(tuple(lines), addresses)
-    packed = packing.pack_table(table, words, read)
-    start, fields = packed.buffer_info()[0], packing.PACK_FIELDS
-    return [packed_in(packed, start, table, n * fields, r) for n, r in enumerate(made)]
+        table.add(lines, one.data_ptr(), other.data_ptr(), at)
+        made += [lines.first, lines.second]
+    packed = Packed(table.pack(), table.numbers, None)
+    return [packed.bits(n * packing.PACK_FIELDS, rows) for n, rows in enumerate(made)]
 
 
 def flat(values):

@@ -67,7 +67,7 @@ def test_a_compiled_loop_that_fails_says_so(count):
     fails = cfunc(SIGNATURE)(lambda a, b, c, d, e: 0 * (a + b + c + d + e))
     functions, table = array("q", [fails.address] * 3), stepping.Table(4)
     table.add((1, 0, 0), 0, 1, [stepping.Entry(1000, 1000)])
-    lines = table.array()
+    lines = table.numbers
     arguments = lines.buffer_info()[0], 1, functions.buffer_info()[0], 0
     torch.set_num_threads(count)
     with pytest.raises(RuntimeError if count > 1 and threads.teams() else MemoryError):

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from truestep.activity import Activity
+from truestep.arrived import Arrived
 from truestep.distributed import Ranks, find_ranks, like, ranks_of
 from truestep.exchange import Exchange, Share
 from truestep.record import Record
@@ -113,6 +114,14 @@ class Batch:
             else (record.activity, record.batch_size if size is None else size)
             for record in records.find_all(parameters)
         ]
+
+    def arrived(self) -> Arrived | None:
+        """What a step of this process alone may take instead of each parameter's `find`."""
+        found = self._records.arrived
+        if found is None or found.corrected or self._ranks is not None:
+            return None
+        found.size = self.override
+        return found
 
     def counts(self, *, reduce: bool) -> dict[str, Tensor]:
         """Parameter name to counts, of this process or of all ranks."""

@@ -14,7 +14,7 @@ from truestep.kernels.packing import PACK_FULL, PACK_WORDS, WORD, Join, Rows, un
 if TYPE_CHECKING:
     from array import array
 
-__all__ = ["Bits", "appended", "join", "pack", "pack_rows", "packed_in", "start_of"]
+__all__ = ["Bits", "Packed", "appended", "join", "pack", "pack_rows"]
 
 
 @dataclass(slots=True)
@@ -176,33 +176,49 @@ def pack_rows(tensor: Tensor, rows: Rows, means: Tensor | None = None) -> Bits:
     return Bits(packing.pack_rows(tensor, rows, means), rows.samples, rows.positions, rows.units)
 
 
+class Packed:
+    """What one call of the packing loop has made of many tensors.
+
+    Args:
+        words: of all of them.
+        table: see `truestep.kernels.packing.PackTable`.
+        device: where the words are, if not on the CPU.
+    """
+
+    __slots__ = ("_start", "_table", "_words", "device")
+
+    def __init__(
+        self, words: "array[int] | Tensor", table: "array[int]", device: torch.device | None
+    ) -> None:
+        self._words, self._table, self.device = words, table, device
+        self._start = start_of(words)
+
+    def address(self, first: int) -> int:
+        """Where loops or kernels find a tensor's words; 0 where all bits are on.
+
+        Args:
+            first: the place in the table of its line's first number.
+        """
+        table = self._table
+        return 0 if table[first + PACK_FULL] else self._start + 8 * table[first + PACK_WORDS]
+
+    def bits(self, first: int, rows: Rows) -> Bits:
+        """What has been packed of a tensor.
+
+        Args:
+            first: see `address`.
+            rows: how its bits lie.
+        """
+        samples, positions, units = rows[:3]
+        if self._table[first + PACK_FULL]:
+            return Bits(None, samples, positions, units)
+        place = self._table[first + PACK_WORDS]
+        return _Slice(self._words, self._start, place, samples, positions, units, self.device)
+
+
 def start_of(words: "array[int] | Tensor") -> int:
     """The address of words in one piece of memory."""
     return words.data_ptr() if isinstance(words, Tensor) else words.buffer_info()[0]
-
-
-def packed_in(
-    words: "array[int] | Tensor",
-    start: int,
-    table: "array[int]",
-    first: int,
-    rows: Rows,
-    device: torch.device | None = None,
-) -> Bits:
-    """What one line of a table has packed.
-
-    Args:
-        words: of all lines.
-        start: their address.
-        table: see `truestep.kernels.packing.pack_table`.
-        first: the place in it of the line's first number.
-        rows: of the line's tensor.
-        device: where the words are, if not on the CPU.
-    """
-    samples, positions, units = rows[:3]
-    if table[first + PACK_FULL]:
-        return Bits(None, samples, positions, units)
-    return _Slice(words, start, table[first + PACK_WORDS], samples, positions, units, device)
 
 
 def join(pairs: Sequence[tuple[Bits, Bits | None]]) -> list[Bits]:

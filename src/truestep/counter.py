@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from truestep.activity import Activity
+from truestep.arrived import Arrived
 from truestep.batch import Batch
 from truestep.checks import check_factor
 from truestep.distributed import local
@@ -185,10 +186,17 @@ class SampleCounter:
         check_factor(eps, factor_limit)
         chosen = list(self._records.names if parameters is None else parameters)
         self.prepare(chosen)
+        rest = [parameter for parameter in chosen if parameter.grad is not None]
+        options, arrived, own = Options(eps=eps, limit=factor_limit), self.arrived(), []
+        whole = Pass(options)
+        if arrived is not None:
+            own = [parameter for parameter in rest if id(parameter) in arrived.gradients]
+            if arrived.add_to(whole, own, steps=False):
+                rest = [parameter for parameter in rest if id(parameter) not in arrived.gradients]
+            else:
+                whole, own = Pass(options), []
         corrected: list[Tensor] = []
-        whole = Pass(Options(eps=eps, limit=factor_limit))
-        chosen = [parameter for parameter in chosen if parameter.grad is not None]
-        for parameter, found in zip(chosen, self.reach_all(chosen), strict=True):
+        for parameter, found in zip(rest, self.reach_all(rest), strict=True):
             if found is None or parameter.grad is None:
                 continue
             gradient = local(parameter.grad.detach())
@@ -198,6 +206,8 @@ class SampleCounter:
                 scale_(gradient, *found, eps, factor_limit)
             corrected.append(parameter)
         whole.run()
+        if arrived is not None:
+            arrived.note_corrected(own)
         for parameter in corrected:
             self._records.mark_corrected(parameter)
         self._batch.release()
@@ -261,6 +271,10 @@ class SampleCounter:
         found = iter(self._batch.find_all(counted))
         return (None if p in self._plain else next(found) for p in parameters)
 
+    def arrived(self) -> Arrived | None:
+        """What a step may take instead of `reach_all` of the parameters that it has, if anything."""
+        return self._batch.arrived()
+
     def prepare(self, parameters: Iterable[Tensor]) -> None:
         """Starts a step over several ranks, which agree once on all that it will ask for.
 
@@ -277,11 +291,7 @@ class SampleCounter:
 
     def mark_step(self, parameters: Iterable[Tensor]) -> None:
         """Notes that an optimizer has used the gradients of these parameters."""
-        committed = self._records.committed
-        for parameter in parameters:
-            record = committed.get(id(parameter))
-            if record is not None:
-                record.stepped = True
+        self._records.mark_stepped(parameters)
         self._batch.release()
 
     def check(self, parameters: Iterable[Tensor]) -> None:

@@ -9,15 +9,14 @@ until the backward pass ends is done there, for all layers at once.
 
 import weakref
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling
 
-from truestep.activity import Activity
-from truestep.bits import Bits, pack_rows, packed_in, start_of
+from truestep.bits import Bits, Packed, pack_rows
 from truestep.calls import Call
 from truestep.errors import TruestepError
 from truestep.hooks import Hook, uncompiled
@@ -34,8 +33,7 @@ from truestep.kernels.packing import (
     REACHED,
     SIZES,
     Lines,
-    filled,
-    pack_table,
+    PackTable,
     without_full,
 )
 
@@ -91,6 +89,7 @@ class Use:
         node: see `truestep.way.Direct.node`.
 
     Attributes:
+        call: of the model.
         direct: the layer's short way.
         weight: the layer's in this call.
         bias: the same.
@@ -98,27 +97,28 @@ class Use:
         kept: what else autograd keeps, see `truestep.way.Direct.kept`; as long as it may be asked for.
         delta: the gradient of the node's output, from its arrival until it is packed.
         rows: how many rows of that are one sample's.
-        reached: whether `inputs` and `outputs` are the samples that reach a norm's weight and bias.
         sizes: shapes of input and node's output.
-        inputs: the bits of the input, or what `truestep.way.Direct.packed` makes of it.
-        outputs: the bits of the latest gradient.
+        lines: how both were packed together, if they were.
+        made: by which call.
     """
 
     __slots__ = (
         "_again",
-        "_call",
+        "_first",
         "_followed",
+        "_inputs",
         "_layer",
+        "_outputs",
         "_versions",
         "_watch",
         "bias",
+        "call",
         "delta",
         "direct",
         "given",
-        "inputs",
         "kept",
-        "outputs",
-        "reached",
+        "lines",
+        "made",
         "rows",
         "sizes",
         "weight",
@@ -127,7 +127,7 @@ class Use:
     def __init__(
         self, watch: Callable[[], Any], layer: Any, call: Call, given: Tensor, node: Any
     ) -> None:
-        self._watch, self._layer, self._call = watch, layer, call
+        self._watch, self._layer, self.call = watch, layer, call
         direct = self.direct = layer.direct
         # Of indices autograd may hold a copy, and does not guard the caller's.
         self.given: Tensor | None = given if direct.numbers else node._saved_indices  # noqa: SLF001
@@ -138,8 +138,10 @@ class Use:
         self.weight, self.bias = direct.weight, direct.bias
         self.kept = direct.kept(node, given) if direct.keeps_more else None
         self.rows = direct.rows(given.shape)
-        self.inputs: Any
-        self.outputs: Bits
+        self._inputs: Any
+        self._outputs: Bits
+        self.lines: Lines
+        self.made: Packed | None = None
 
     def __call__(self, gradients: Any) -> Any:
         """Takes the output's gradient; in its place it may return another, which says when it is used."""
@@ -156,8 +158,8 @@ class Use:
             # Of rows with positions, the layer's own shape.
             rows = given is not None and len(given.shape) > 2 == len(delta.shape)  # noqa: PLR2004
             shaped = delta.unflatten(0, given.shape[:-1]) if given is not None and rows else delta
-            watch.on_differentiable(layer, layer.layout, self._call, given, [shaped])
-        watch.on_samples(self, delta, self._layer, self._call, delta.shape[0] // self.rows)
+            watch.on_differentiable(layer, layer.layout, self.call, given, [shaped])
+        watch.on_samples(self, delta, self._layer, self.call, delta.shape[0] // self.rows)
         return passed
 
     uncompiled(__call__, inside=False)
@@ -225,30 +227,58 @@ class Use:
         """Packs input and output gradient by themselves, of whatever kind the tensors are."""
         given, delta, direct, rows = self.given, self.delta, self.direct, self.rows
         assert delta is not None  # noqa: S101
-        self.outputs = pack_rows(delta, direct.arranged(delta.shape, rows))
+        self._outputs = pack_rows(delta, direct.arranged(delta.shape, rows))
         if given is not None:
-            self.inputs = direct.packed(given, rows, self.kept)
+            self._inputs = direct.packed(given, rows, self.kept)
             self.sizes = given.shape, delta.shape
-        self.given = self.delta = self.kept = self._again = None
-        self.reached = False
+        elif self.made is not None:
+            self._inputs = self.inputs
+        self.given = self.delta = self.kept = self._again = self.made = None
 
-    def packed(self, pair: int) -> None:
-        """Notes that both are packed, see `truestep.kernels.packing.Lines`."""
-        self.reached = pair == REACHED
-        if pair == ALONE:
+    def packed(self, made: Packed, first: int, lines: Lines) -> None:
+        """Notes that both are packed.
+
+        Args:
+            made: has their words.
+            first: the place in its table of the first number of the input's line.
+            lines: theirs.
+        """
+        self.made, self._first, self.lines = made, first, lines
+        if lines.pair == ALONE:
             self.kept = None
         elif self._again is None and self.given is not None:
             self._again = _weakly(self.given)
         self.given = self.delta = None
 
-    def masks(self) -> list[tuple[Bits, Bits | None]]:
-        """The masks that `deliver` needs with their positions joined."""
-        found: list[tuple[Bits, Bits | None]] = self.direct.masks(self)
-        return found
+    @property
+    def reached(self) -> bool:
+        """Whether `inputs` and `outputs` are the samples that reach a norm's weight and bias."""
+        return self.made is not None and self.lines.pair == REACHED
 
-    def deliver(self, joined: Iterator[Bits]) -> tuple[Call, list[tuple[Tensor, Activity]]]:
-        """The call of the model, and the parameters with their activity."""
-        return self._call, self.direct.found(self, joined)
+    @property
+    def inputs(self) -> Any:
+        """The bits of the input, or what `truestep.way.Direct.packed` makes of it."""
+        made = self.made
+        return self._inputs if made is None else made.bits(self._first, self.lines.first)
+
+    @property
+    def outputs(self) -> Bits:
+        """The bits of the latest gradient."""
+        made = self.made
+        if made is None:
+            return self._outputs
+        return made.bits(self._first + PACK_FIELDS, self.lines.second)
+
+    @property
+    def positions(self) -> int:
+        """Of each sample, in `outputs`."""
+        return self._outputs.positions if self.made is None else self.lines.second.positions
+
+    def addresses(self) -> tuple[int, int]:
+        """Where the words of input and gradient are that were packed together; 0 where all bits are on."""
+        made, first = self.made, self._first
+        assert made is not None  # noqa: S101
+        return made.address(first), made.address(first + PACK_FIELDS)
 
 
 def _weakly(tensor: Tensor) -> Callable[[], Tensor | None]:
@@ -272,8 +302,8 @@ def pack_all(uses: Sequence[Use], *, whole: bool) -> None:
         uses: of layers.
         whole: whether somebody looks at the bits of one tensor alone, so that all have to be read.
     """
-    together, addresses = list[tuple[Use, Lines]](), list[tuple[int, int, int]]()
-    reads, first = finds_addresses(), 0
+    together: list[tuple[Use, int, Lines]] = []
+    table, reads = PackTable(), finds_addresses()
     device: torch.device | None = None
     for use in uses:
         given, delta, means = use.given, use.delta, use.kept
@@ -297,17 +327,12 @@ def pack_all(uses: Sequence[Use], *, whole: bool) -> None:
             continue
         assert lines is not None  # noqa: S101
         device = there
-        together.append((use, lines))
-        addresses.append((of, to, by))
+        together.append((use, table.add(lines, of, to, by), lines))
     if not together:
         return
-    table, total, read = filled(tuple([lines for _, lines in together]), addresses)
-    words = pack_table(table, total, read, device)
+    words = table.pack(device)
     if len(together) == 1 and isinstance(words, array):
-        words = without_full(words, table)
-    start = start_of(words)
-    for use, lines in together:
-        use.inputs = packed_in(words, start, table, first, lines.first, device)
-        use.outputs = packed_in(words, start, table, first + PACK_FIELDS, lines.second, device)
-        use.packed(lines.pair)
-        first += 2 * PACK_FIELDS
+        words = without_full(words, table.numbers)
+    made = Packed(words, table.numbers, device)
+    for use, first, lines in together:
+        use.packed(made, first, lines)

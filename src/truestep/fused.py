@@ -131,12 +131,9 @@ class Pass:
         entry = found[0].entry_of(rows[0])
         if entry is None or not (self.takes(values) and self.takes(parameter)):
             return False
-        dtype = values.dtype
-        table = self._tables.setdefault((dtype, None), Table(values.element_size()))
-        self._changed.append(parameter)
-        self._held += [gradient, rows, values, found]
+        self.hold([parameter], gradient, rows, values, found)
         addresses = (values.data_ptr(), parameter.data_ptr(), 0)
-        table.add(addresses, False, int(found[1]), [entry])
+        self.table(values, None).add(addresses, False, int(found[1]), [entry])
         return True
 
     def _add(
@@ -147,10 +144,7 @@ class Pass:
         device: torch.device | None,
         found: Found,
     ) -> None:
-        dtype = gradient.dtype
-        table = self._tables.get((dtype, device))
-        if table is None:
-            table = self._tables[dtype, device] = Table(gradient.element_size())
+        table = self.table(gradient, device)
         if found is None:
             table.add(addresses, fresh, 1, [Entry(1, gradient.numel())])  # no sample: a factor of 1
             return
@@ -171,6 +165,23 @@ class Pass:
         elements = table.add(addresses, fresh, int(size), entries)
         if elements >= LARGE:
             self.run()
+
+    def table(self, like: Tensor, device: torch.device | None) -> Table:
+        """What is to be done with parameters of one type.
+
+        Args:
+            like: one of them.
+            device: where kernels go over them, None for the CPU's loops.
+        """
+        table = self._tables.get((like.dtype, device))
+        if table is None:
+            table = self._tables[like.dtype, device] = Table(like.element_size())
+        return table
+
+    def hold(self, changed: Iterable[Tensor], *held: object) -> None:
+        """Notes which tensors will be written to, and keeps alive what tables have the addresses of."""
+        self._changed.extend(changed)
+        self._held += held
 
     def run(self) -> None:
         """Does all that was added."""

@@ -1,5 +1,6 @@
-"""What waits in the autograd graph for the gradients of one use of a layer."""
+"""What waits for gradients: in the autograd graph for those of a layer's use, at parameters for theirs."""
 
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from truestep.layout import Layout
 if TYPE_CHECKING:
     from truestep.layers import Layer
 
-__all__ = ["Gradients"]
+__all__ = ["Gradients", "landing"]
 
 
 class Gradients:
@@ -73,3 +74,19 @@ class Gradients:
         return passed
 
     uncompiled(__call__, inside=False)
+
+
+def landing(records: Any) -> Callable[[Tensor], None]:
+    """A parameter's hook that notes when its gradient has reached `.grad`.
+
+    Args:
+        records: are told, as long as they live.
+    """
+    reference = weakref.ref(records)
+
+    def land(parameter: Tensor) -> None:
+        living, gradient = reference(), parameter.grad
+        if living is not None and gradient is not None:
+            living.land(parameter, gradient)
+
+    return uncompiled(land, inside=False)

@@ -5,7 +5,7 @@ learning rates that are tensors, foreach) is torch's own `torch.optim.sgd.sgd`. 
 same step in one compiled pass over all parameters.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.sgd import sgd
 
+from truestep.arrived import Buffer
 from truestep.checks import check_factor, check_kind, require_at_least_zero
 from truestep.counter import SampleCounter
 from truestep.distributed import local
@@ -25,6 +26,10 @@ from truestep.update import boosted, mean_effective
 
 __all__ = ["DASGD", "AdaptiveBatchSGD"]
 
+# A parameter group with those of its parameters that have a gradient.
+Group = tuple[dict[str, Any], list[Tensor]]
+# A pass over parameters, with their buffers of momentum.
+Planned = tuple[Pass, list[Tensor], list[Buffer]]
 # Where the state keeps the gradient of one step before.
 PREVIOUS = "previous_gradient"
 
@@ -272,13 +277,46 @@ class AdaptiveBatchSGD(Optimizer):
             (group, [p for p in group["params"] if p.grad is not None])
             for group in self.param_groups
         ]
+        plans, rest = self._add_arrived(groups)
         # All groups are looked at before the first moves.
-        found = [counter.reach_all(params) for _, params in groups]
-        for (group, params), reached in zip(groups, found, strict=True):
+        found = [counter.reach_all(params) for _, params in rest]
+        for whole, params, buffers in plans:
+            whole.run()
+            for parameter, (buffer, fresh) in zip(params, buffers, strict=False):
+                if fresh:
+                    self.state[parameter]["momentum_buffer"] = buffer
+        for (group, params), reached in zip(rest, found, strict=True):
             self._update(group, params, reached)
         for _, params in groups:
             counter.mark_step(params)
         return loss
+
+    def _add_arrived(self, groups: list[Group]) -> tuple[list[Planned], list[Group]]:
+        """Plans a step for what needs no record, mostly all of it; also returns the groups of the rest."""
+        assert self.counter is not None  # noqa: S101
+        arrived = self.counter.arrived()
+        if arrived is None or any(group["foreach"] for group, _ in groups):
+            return [], groups
+        known = arrived.gradients
+        plans: list[Planned] = []
+        rest: list[Group] = []
+        for group, params in groups:
+            own = [p for p in params if id(p) in known]
+            whole, buffers = Pass(_options(group)), self._buffers(group, own)
+            if not arrived.add_to(whole, own, buffers, steps=True):
+                return [], groups
+            plans.append((whole, own, buffers))
+            if len(own) < len(params):
+                rest.append((group, [p for p in params if id(p) not in known]))
+        return plans, rest
+
+    def _buffers(self, group: dict[str, Any], params: Sequence[Tensor]) -> list[Buffer]:
+        """The buffers of a group with momentum."""
+        if not group["momentum"]:
+            return []
+        known = [self.state[p].get("momentum_buffer") for p in params]
+        pairs = zip(params, known, strict=True)
+        return [(torch.empty_like(p), True) if b is None else (b, False) for p, b in pairs]
 
     def _update(
         self, group: dict[str, Any], params: list[Tensor], reached: Iterable[Found]

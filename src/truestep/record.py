@@ -1,15 +1,22 @@
 """What one parameter's gradient is made of: as a record, and on its way to one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from truestep.activity import Activity
 from truestep.calls import Call
+from truestep.combine import joint, total
 from truestep.distributed import local
+from truestep.errors import TruestepError
+from truestep.layout import Unit
 
-__all__ = ["Pending", "Record", "any_on"]
+__all__ = ["Landed", "Pending", "Record", "any_on", "extended", "size_of"]
+
+# A gradient that has reached `.grad`: its parameter, the gradient (weakly), its version then, and the
+# backward pass.
+Landed = tuple[Tensor, Callable[[], Tensor | None], int, int]
 
 
 @dataclass(slots=True)
@@ -72,6 +79,57 @@ class Pending:
     refusal: str | None = None
 
 
+def extended(
+    record: Record | None, entry: Pending, task: int, name: str, unit: Unit
+) -> Record | None:
+    """A record with the uses of one more backward pass.
+
+    Args:
+        record: of the parameter's gradient until then, if it had one.
+        entry: the uses.
+        task: the outermost backward pass.
+        name: the parameter's, for errors.
+        unit: what counts as a sample.
+
+    Raises:
+        TruestepError: which of the uses see the same samples is unknown.
+    """
+    if len(entry.uses) > 1 and sum(call.outside for call in entry.uses) > 1:
+        raise TruestepError(
+            f"{name!r} is used several times outside a call of the counter's model, so which samples "
+            "belong together is unknown; make the SampleCounter on the module that is called"
+        )
+    before = None if record is None else (record.activity, record.batch_size)
+    for call, uses in entry.uses.items():
+        latest = (call, task)
+        if before is not None and record is not None and record.latest == latest:
+            # Nested backward passes (reentrant checkpointing) deliver one call piece by piece.
+            joined, before = record.uses + uses, record.before
+        else:
+            joined = uses
+        parts = joined if len(joined) == 1 else [joint(same) for same in _same_samples(joined)]
+        activity, size = total(parts), sum(size_of(call, part, unit) for part in parts)
+        if before is not None:
+            activity, size = total([before[0], activity]), before[1] + size
+        record = Record(activity, size, _nothing, -1, latest, joined, before)
+        before = (activity, size)
+    return record
+
+
+def size_of(call: Call, activity: Activity, unit: Unit) -> int | Tensor:
+    """N of an activity by itself.
+
+    Args:
+        call: its own.
+        activity: of one or more uses.
+        unit: what counts as a sample.
+    """
+    if unit == "sample":
+        return activity.samples
+    at_output = call.reached.get(activity.samples)
+    return activity.reached().sum() if at_output is None else at_output
+
+
 def any_on(values: Tensor) -> bool:
     """Whether any number is not zero.
 
@@ -81,3 +139,13 @@ def any_on(values: Tensor) -> bool:
         low, high = values.aminmax()
         return bool(low) or bool(high)
     return bool(values.any())
+
+
+def _nothing() -> None:
+    return None
+
+
+def _same_samples(uses: list[Activity]) -> Iterator[list[Activity]]:
+    # Unit "position": uses over other numbers of positions share no samples.
+    for samples in {use.samples for use in uses}:
+        yield [use for use in uses if use.samples == samples]

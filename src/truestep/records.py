@@ -7,14 +7,14 @@ has not landed by then is forgotten.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
 from truestep.activity import Activity
+from truestep.arrived import Arrived, arrived_by
 from truestep.bits import Bits, join
 from truestep.calls import Call, at_end, backward_id
-from truestep.combine import joint, total
 from truestep.direct import Use, pack_all
 from truestep.distributed import is_sharded, local, nobody
 from truestep.errors import (
@@ -24,13 +24,12 @@ from truestep.errors import (
     without_numbers,
     without_record,
 )
-from truestep.hooks import uncompiled
 from truestep.layout import Unit
 from truestep.nested import Unseen
-from truestep.record import Pending, Record
+from truestep.record import Landed, Pending, Record, extended, size_of
 from truestep.waiting import Waiting
 
-__all__ = ["FORWARD", "Records", "landing"]
+__all__ = ["FORWARD", "Records"]
 
 
 class Records:
@@ -47,8 +46,7 @@ class Records:
         closed: whether nobody watches the model any more.
         whole: whether somebody looks at the bits of inputs or outputs alone, not at the weights' counts.
         current: the call that the running backward pass is going through.
-        landed: the gradients that have reached `.grad` and are not settled yet: their parameters, the
-            gradients (weakly), their versions then, and the backward passes.
+        landed: the gradients that have reached `.grad` and are not settled yet.
     """
 
     def __init__(self, names: dict[Tensor, str], unit: Unit) -> None:
@@ -61,7 +59,8 @@ class Records:
         # By backward pass and parameter.
         self._pending: dict[int, dict[int, Pending]] = {}
         self._waiting = Waiting()
-        self.landed: list[tuple[Tensor, Callable[[], Tensor | None], int, int]] = []
+        self.landed: list[Landed] = []
+        self._arrived: Arrived | None = None
         # Sharded parameters' pending activity whose gradient has not been handed to them yet.
         self._held: dict[int, list[Pending]] = {}
         self._unseen = Unseen()
@@ -78,8 +77,17 @@ class Records:
     @property
     def committed(self) -> dict[int, Record]:
         """The records, by the identity of their parameters."""
+        return self._records_of(None)
+
+    def _records_of(self, parameters: Iterable[Tensor] | None) -> dict[int, Record]:
+        """The records, of some parameters or of all."""
         if self.landed:
             self.settle()
+        arrived = self._arrived
+        if arrived is not None:
+            known = arrived.gradients
+            if parameters is None or any(id(parameter) in known for parameter in parameters):
+                self._deliver()
         return self._committed
 
     def clear(self) -> None:
@@ -92,6 +100,7 @@ class Records:
         self._unseen.clear()
         self._waiting.clear()
         self.landed.clear()
+        self._arrived = None
 
     def nbytes(self) -> int:
         """The memory that the records hold, in bytes."""
@@ -127,7 +136,7 @@ class Records:
         Raises:
             TruestepError: there is none.
         """
-        record = self.committed.get(id(parameter))
+        record = self._records_of([parameter]).get(id(parameter))
         if parameter in self._unseen:
             raise hidden_use(self.names[parameter])
         if record is None or record.gradient() is not parameter.grad:
@@ -140,7 +149,7 @@ class Records:
 
     def find_all(self, parameters: Sequence[Tensor]) -> list[Record]:
         """`find` of each of several parameters."""
-        committed = self.committed
+        committed = self._records_of(parameters)
         if self._unseen:
             return [self.find(parameter) for parameter in parameters]
         records = [committed.get(id(parameter)) for parameter in parameters]
@@ -153,6 +162,11 @@ class Records:
             else self.find(parameter)
             for parameter, record in zip(parameters, records, strict=True)
         ]
+
+    @property
+    def arrived(self) -> Arrived | None:
+        """What of the latest backward pass is no record yet."""
+        return None if self.landed or self._unseen else self._arrived
 
     def receive(self, call: Call, found: Iterable[tuple[Tensor, Activity]]) -> None:
         """Takes parameters' pending activity, in a backward pass before gradients reach `.grad`."""
@@ -180,10 +194,12 @@ class Records:
         task = backward_id()
         if task not in self._pending:
             self._pending_of(task)  # where the same use may still wait, with another gradient
+        if self._arrived is not None and self._arrived.call is use.call:
+            self._deliver()
         use.take(delta)
         if self.follows or not use.begins():
             pack_all([use], whole=self.whole)
-            self.receive(*use.deliver(iter(join(use.masks()))))
+            self.receive(use.call, use.direct.found(use, iter(join(use.direct.masks(use)))))
             return
         self._waiting.add(use, delta, task, whole=self.whole)
 
@@ -191,7 +207,8 @@ class Records:
         """The pending activity of a backward pass."""
         pending = self._pending.get(task)
         if pending is None:
-            self.settle()  # of a backward pass that this one is nested in, or that has raised
+            if self.landed or self._waiting:
+                self.settle()  # of a backward pass that this one is nested in, or that has raised
             # Whatever this backward pass does not commit (torch.autograd.grad) goes when it ends. One
             # that raised leaves its own behind, under an id that no other backward pass looks up.
             if len(self._pending) > MOST_BACKWARDS:
@@ -211,13 +228,13 @@ class Records:
         if self.follows:
             self.settle()
 
-    def settle(self, ending: int | None = None) -> None:
-        """Brings the records up to date with what has landed.
+    def settle(self) -> None:
+        """Brings the records up to date with what has landed."""
+        self._settle(self._waiting.take(None, whole=self.whole) if self._waiting else ())
 
-        Args:
-            ending: the backward pass that is just ending, if any.
-        """
-        whole = self._packed(ending) if self._waiting else {}
+    def _settle(self, uses: Sequence[tuple[Use, int]]) -> None:
+        self._deliver()
+        whole = self._joined(uses) if uses else {}
         landed, self.landed = self.landed, []
         for parameter, reference, version, task in landed:
             key = id(parameter)
@@ -234,22 +251,21 @@ class Records:
         for (task, key), single in whole.items():  # somebody has asked in the middle of the pass
             self._pending.get(task, {})[key] = Pending(True, task, {single[0]: [single[1]]})
 
-    def _packed(self, ending: int | None) -> dict[tuple[int, int], "Single"]:
+    def _joined(self, uses: Sequence[tuple[Use, int]]) -> dict[tuple[int, int], "Single"]:
         """The activity of uses that waited by backward pass and parameter; of further uses it is pending."""
-        uses = self._waiting.take(ending, whole=self.whole)
         masks: list[tuple[Bits, Bits | None]] = []
         for use, _ in uses:
-            masks += use.masks()
+            masks += use.direct.masks(use)
         joined = iter(join(masks))
         found: dict[tuple[int, int], Single] = {}
         for use, task in uses:
             pending = self._pending.get(task, {})
-            call, pairs = use.deliver(joined)
+            call, pairs = use.call, use.direct.found(use, joined)
             size = call.batch_size if self._unit == "sample" else None  # the layers agree on it
             for parameter, activity in pairs:
                 key = id(parameter)
                 if key not in pending and (task, key) not in found:
-                    found[task, key] = call, activity, size or self._size(call, activity)
+                    found[task, key] = call, activity, size or size_of(call, activity, self._unit)
                     continue
                 entry = pending.setdefault(key, Pending(True, task))
                 earlier = found.pop((task, key), None)
@@ -257,6 +273,32 @@ class Records:
                     entry.uses[earlier[0]] = [earlier[1]]
                 entry.uses.setdefault(call, []).append(activity)
         return found
+
+    def _deliver(self) -> None:
+        """Makes records of what has arrived."""
+        arrived, self._arrived = self._arrived, None
+        if arrived is not None:
+            self._committed.update(arrived.records())
+
+    def _postpone(self, uses: Sequence[tuple[Use, int]], task: int) -> bool:
+        """Keeps what a backward pass has brought until somebody asks, if it is nothing unusual."""
+        if not uses or self._outermost is not None or self._held or self._unseen:
+            return False
+        found = arrived_by(uses, self.landed, task, self._unit, self._pending.get(task, ()))
+        if found is None:
+            return False
+        known, earlier = found.gradients, self._arrived
+        if earlier is not None and not earlier.gradients.keys() <= known.keys():
+            self._deliver()
+        if self._committed:
+            for key in known:
+                self._committed.pop(key, None)
+        landed, self.landed, self._arrived = self.landed, [], found
+        if len(landed) > len(known):
+            for each in landed:
+                if id(each[0]) not in known:
+                    self._commit(*each)
+        return True
 
     def hold(self, parameter: Tensor) -> None:
         """Keeps pending activity until `fully_shard` hands the parameter the gradient.
@@ -276,8 +318,8 @@ class Records:
         task: int,
     ) -> None:
         """Makes the pending activity part of the record, once the gradient has reached `.grad`."""
-        key, gradient = id(parameter), reference()
-        pending, record = self._pending.get(task), self._committed.get(key)
+        key, gradient, pending = id(parameter), reference(), self._pending.get(task)
+        record = self._committed.get(key)
         entry = None if pending is None else pending.pop(key, None)
         entries = self._held.pop(key, []) if entry is None else [entry]
         if not entries:
@@ -300,7 +342,8 @@ class Records:
             if entry.refusal is not None:
                 self._committed.pop(key, None)
                 raise TruestepError(entry.refusal)
-            record = self._extended(parameter, record, entry)
+            outermost = task if self._outermost is None else self._outermost
+            record = extended(record, entry, outermost, self.names[parameter], self._unit)
         assert record is not None  # noqa: S101
         record.mixed = mixed
         record.gradient, record.version = reference, version
@@ -310,28 +353,16 @@ class Records:
         if task in self._living:
             self._living[task][parameter] = True
 
-    def _extended(self, parameter: Tensor, record: Record | None, entry: Pending) -> Record | None:
-        """A record with the uses of one more backward pass."""
-        if len(entry.uses) > 1 and sum(call.outside for call in entry.uses) > 1:
-            raise TruestepError(
-                f"{self.names[parameter]!r} is used several times outside a call of the counter's "
-                "model, so which samples belong together is unknown; make the SampleCounter on the "
-                "module that is called"
-            )
-        before = None if record is None else (record.activity, record.batch_size)
-        for call, uses in entry.uses.items():
-            latest = (call, entry.task if self._outermost is None else self._outermost)
-            if before is not None and record is not None and record.latest == latest:
-                # Nested backward passes (reentrant checkpointing) deliver one call piece by piece.
-                joined, before = record.uses + uses, record.before
-            else:
-                joined = uses
-            activity, size = self._joint(call, joined)
-            if before is not None:
-                activity, size = total([before[0], activity]), before[1] + size
-            record = Record(activity, size, _nothing, -1, latest, joined, before)
-            before = (activity, size)
-        return record
+    def mark_stepped(self, parameters: Iterable[Tensor]) -> None:
+        """Notes that an optimizer has used the gradients of these parameters."""
+        committed = self._records_of(())
+        arrived = self._arrived
+        for parameter in parameters:
+            key = id(parameter)
+            if arrived is not None and key in arrived.gradients:
+                arrived.stepped.add(key)
+            elif (record := committed.get(key)) is not None:
+                record.stepped = True
 
     def mark_corrected(self, parameter: Tensor) -> None:
         """Notes that the parameter's `.grad` was turned into a mean effective gradient in place."""
@@ -342,20 +373,23 @@ class Records:
 
     def enter(self, call: Call) -> None:
         """Notes that the backward pass has come to the output of a call."""
+        if self._arrived is not None and self._arrived.call is call:
+            self._deliver()
         self.current = call
         self._entered.add(call)
-        if self._outermost is None or self._outermost != backward_id():
-            self._outermost = backward_id()
-            at_end(self, Records.leave)
-
-    def leave(self, _task: int) -> None:
-        """Notes the end of the backward pass."""
-        self.current = self._outermost = None
-        self._entered.clear()
+        task = backward_id()
+        if self._outermost != task:
+            self._outermost = task
+            self._pending_of(task)  # at whose end it is left
 
     def forget(self, task: int) -> None:
-        """Drops what a backward pass has left pending."""
-        self.settle(task)
+        """Ends a backward pass, and drops what it has left pending."""
+        if task == self._outermost:
+            self.current = self._outermost = None
+            self._entered.clear()
+        uses = self._waiting.take(task, whole=self.whole) if self._waiting else []
+        if not self._postpone(uses, task):
+            self._settle(uses)
         self._pending.pop(task, None)
         if task in self._living:
             # DistributedDataParallel finishes in such a callback too: come after it.
@@ -364,6 +398,7 @@ class Records:
     def watch(self, task: int) -> None:
         """Notes which gradients have a record, before a pass that `follow` ends may replace them."""
         if self.follows:
+            self._deliver()
             found = {p: (p.grad, self._committed.get(id(p))) for p in self.names}
             self._living[task] = {
                 p: _version(gradient) == record.version
@@ -381,6 +416,7 @@ class Records:
 
     def _starts_anew(self, parameter: Tensor, task: int) -> bool:
         """Whether a gradient about to be accumulated is the first of a new batch."""
+        self._deliver()
         gradient, record = parameter.grad, self._committed.get(id(parameter))
         if gradient is None or record is None or record.gradient() is not gradient:
             return True
@@ -394,34 +430,6 @@ class Records:
             raise corrected_already(self.names[parameter])
         return False
 
-    def _joint(self, call: Call, uses: list[Activity]) -> tuple[Activity, int | Tensor]:
-        """One call's activity and its N."""
-        parts = uses if len(uses) == 1 else [joint(same) for same in _same_samples(uses)]
-        return total(parts), sum(self._size(call, part) for part in parts)
-
-    def _size(self, call: Call, activity: Activity) -> int | Tensor:
-        """N of an activity by itself."""
-        if self._unit == "sample":
-            return activity.samples
-        at_output = call.reached.get(activity.samples)
-        return activity.reached().sum() if at_output is None else at_output
-
-
-def landing(records: Records) -> Callable[[Tensor], None]:
-    """A parameter's hook that notes when its gradient has reached `.grad`.
-
-    Args:
-        records: are told, as long as they live.
-    """
-    reference = weakref.ref(records)
-
-    def land(parameter: Tensor) -> None:
-        living, gradient = reference(), parameter.grad
-        if living is not None and gradient is not None:
-            living.land(parameter, gradient)
-
-    return uncompiled(land, inside=False)
-
 
 # A use of a parameter that has no other: the call, the activity and its N.
 Single = tuple[Call, Activity, int | Tensor]
@@ -433,15 +441,5 @@ FORWARD = -1
 MOST_BACKWARDS = 64
 
 
-def _nothing() -> None:
-    return None
-
-
 def _version(tensor: Tensor) -> int:
     return tensor._version  # noqa: SLF001
-
-
-def _same_samples(uses: list[Activity]) -> Iterator[list[Activity]]:
-    # Unit "position": uses over other numbers of positions share no samples.
-    for samples in {use.samples for use in uses}:
-        yield [use for use in uses if use.samples == samples]

@@ -25,7 +25,7 @@ from truestep.compiled import Receiver
 from truestep.consumers import Used, Uses, taps_in, used
 from truestep.direct import ShortHook, Use
 from truestep.errors import TruestepError
-from truestep.gradients import Gradients
+from truestep.gradients import Gradients, landing
 from truestep.hooks import Hook, Pausable, hang, on_gradients, on_node
 from truestep.layers import (
     Layer,
@@ -38,7 +38,7 @@ from truestep.layers import (
 )
 from truestep.layout import Layout, Rule, Unit, outputs_in, tensors_given, tensors_in
 from truestep.penalties import input_to_follow, wait_for_penalty
-from truestep.records import FORWARD, Records, landing
+from truestep.records import FORWARD, Records
 from truestep.shapes import traced_by_shapes
 
 __all__ = ["Watch"]

@@ -16,12 +16,15 @@ from truestep.bits import Bits, pack_rows
 from truestep.calls import Call
 from truestep.graph import saved_tensors_are_packed
 from truestep.kernels.packing import ALONE, Lines, Rows
+from truestep.kernels.stepping import Line
 from truestep.layout import Layout
 
-__all__ = ["Direct", "Found", "Sizes"]
+__all__ = ["Direct", "Found", "Seen", "Sizes"]
 
 Found = list[tuple[Tensor, Activity]]
 Sizes = tuple[torch.Size, torch.Size]
+# A parameter, its line in the table of a compiled step, and where the bits of its outputs and inputs are.
+Seen = tuple[Tensor, Line, tuple[int, int]]
 
 
 class Direct(ABC):
@@ -180,9 +183,8 @@ class Direct(ABC):
         Args:
             use: see `truestep.direct.Use`.
         """
-        outputs = use.outputs
-        joins = use.bias is not None and not self.apart and outputs.positions != 1
-        return [(outputs, None)] if joins else []
+        joins = use.bias is not None and not self.apart and use.positions != 1
+        return [(use.outputs, None)] if joins else []
 
     def ends(self, outputs: Bits, joined: Iterator[Bits]) -> Bits:
         """The samples in which a unit has a gradient: `outputs` alone, or what `masks` has become."""
@@ -198,3 +200,24 @@ class Direct(ABC):
             use: see `truestep.direct.Use`.
             joined: `masks`, joined.
         """
+
+    def seen(
+        self, use: Any, joined: Iterator[Bits], device: torch.device | None
+    ) -> list[Seen] | None:
+        """How a compiled step sees the parameters; None where it cannot, or in several lines.
+
+        Args:
+            use: see `truestep.direct.Use`, which keeps alive what the addresses lead to.
+            joined: `masks`, joined.
+            device: of the kernels, None for the CPU's loops.
+        """
+        found = []
+        for parameter, activity in self.found(use, joined):
+            entries = activity.entries(device)
+            if entries is None or len(entries) != 1:
+                return None
+            (entry,) = entries
+            window = getattr(activity, "window", None)
+            line = Line(activity.shape, activity.samples, entry, window)
+            found.append((parameter, line, (entry.outputs, entry.inputs)))
+        return found

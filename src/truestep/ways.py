@@ -7,21 +7,69 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from truestep.activity import Elements, Outer
+from truestep.activity import Elements, Outer, Window
 from truestep.bits import Bits
 from truestep.kernels.dispatch import LIKE, channels_last
-from truestep.kernels.packing import ALONE, ASKED, EACH_ROW, REACHED, Rows
+from truestep.kernels.packing import ALONE, ASKED, EACH_ROW, REACHED, Lines, Rows
 from truestep.layout import Layout, Rule
 from truestep.rules import RULES
 from truestep.rules_convolution import window_of
 from truestep.rules_norm import BATCH_NORM
-from truestep.way import Direct, Found
+from truestep.way import Direct, Found, Seen
 from truestep.ways_embedding import DirectBag, DirectEmbedding
 
 __all__ = ["direct_way"]
 
 
-class DirectLinear(Direct):
+class DirectMap(Direct):
+    """Linear maps: a weight's element needs an output and an input, a bias's an output."""
+
+    def __init__(self, module: Any, layout: Layout) -> None:
+        super().__init__(module, layout)
+        # Of the latest call: how its input and gradient were packed, whether there is anything to count, and
+        # what a step's table says of the parameters.
+        self._known: tuple[Lines, bool, list[Any]] | None = None
+
+    def window(self, use: Any) -> Window | None:
+        """How it looks at its input, if it is a convolution."""
+        del use
+        return None
+
+    def found(self, use: Any, joined: Iterator[Bits]) -> Found:
+        """As `truestep.rules.linear` and `truestep.rules_convolution.convolution`."""
+        weight, bias, outputs = use.weight, use.bias, use.outputs
+        outer = weight, Outer(weight.shape, outputs, use.inputs, self.window(use))
+        if bias is None:
+            return [outer]
+        return [outer, (bias, Elements(bias.shape, self.ends(outputs, joined)))]
+
+    def seen(
+        self, use: Any, joined: Iterator[Bits], device: torch.device | None
+    ) -> list[Seen] | None:
+        """As `found`, whose objects are not made where the latest call was like this one."""
+        made, known = use.made, self._known
+        if made is None or made.device != device:
+            return super().seen(use, joined, device)
+        lines, (of, to) = use.lines, use.addresses()
+        counted = bool(of or to)
+        of_all = 1 if use.bias is None else 2
+        if known is None or known[:2] != (lines, counted) or len(known[2]) != of_all:
+            found = super().seen(use, joined, device)
+            self._known = None if found is None else (lines, counted, [each[1] for each in found])
+            return found
+        of_weight, *of_bias = known[2]
+        weight = use.weight, of_weight, (to, of)
+        if not of_bias:
+            return [weight]
+        ends = to
+        if lines.second.positions != 1 and not self.apart:
+            there = next(joined).address(device)
+            assert there is not None  # noqa: S101
+            ends = there
+        return [weight, (use.bias, of_bias[0], (0, ends))]
+
+
+class DirectLinear(DirectMap):
     """`nn.Linear`."""
 
     NODES = frozenset({"AddmmBackward0", "MmBackward0"})  # with and without a bias
@@ -54,16 +102,8 @@ class DirectLinear(Direct):
         """Of samples with positions most weights are reached at the last."""
         return ALONE if whole or first.positions == 1 else ASKED
 
-    def found(self, use: Any, joined: Iterator[Bits]) -> Found:
-        """As `truestep.rules.linear`."""
-        weight, bias, outputs = use.weight, use.bias, use.outputs
-        outer = weight, Outer(weight.shape, outputs, use.inputs)
-        if bias is None:
-            return [outer]
-        return [outer, (bias, Elements(bias.shape, self.ends(outputs, joined)))]
 
-
-class DirectConvolution(Direct):
+class DirectConvolution(DirectMap):
     """Convolutions."""
 
     NODES = frozenset({"ConvolutionBackward0"})
@@ -85,15 +125,10 @@ class DirectConvolution(Direct):
         positions = shape[2:].numel()
         return Rows(shape[0], positions, shape[1], positions > 1)
 
-    def found(self, use: Any, joined: Iterator[Bits]) -> Found:
-        """As `truestep.rules_convolution.convolution`."""
-        weight, bias, outputs = use.weight, use.bias, use.outputs
+    def window(self, use: Any) -> Window:
+        """For the shapes of its input and output."""
         given, made = (tuple(size[2:]) for size in use.sizes)
-        window = window_of(self._module, given, made, self._layout)
-        outer = weight, Outer(weight.shape, outputs, use.inputs, window)
-        if bias is None:
-            return [outer]
-        return [outer, (bias, Elements(bias.shape, self.ends(outputs, joined)))]
+        return window_of(self._module, given, made, self._layout)
 
 
 class DirectNorm(Direct):

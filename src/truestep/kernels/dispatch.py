@@ -124,20 +124,20 @@ def channels_last(tensor: Tensor) -> bool:
     return tensor.dim() == IMAGES and tensor.is_contiguous(memory_format=CHANNELS_LAST)
 
 
-def address_of(tensor: Tensor, order: torch.memory_format = torch.contiguous_format) -> int:
+def address_of(tensor: Tensor, order: torch.memory_format | None = None) -> int:
     """Where loops or kernels can read a tensor's numbers, which lie without gaps; 0 where they cannot.
 
     Zeros that autograd makes up have no address; neither have tensors without elements.
 
     Args:
         tensor: of any kind, where `finds_addresses`.
-        order: in which the numbers lie.
+        order: in which the numbers lie, if not in the usual one.
     """
     if (
         type(tensor) in PLAIN
         and ((tensor.is_cpu and installed()) or on_triton(tensor))
         and tensor.layout is STRIDED
-        and tensor.is_contiguous(memory_format=order)
+        and (tensor.is_contiguous() if order is None else tensor.is_contiguous(memory_format=order))
     ):
         return tensor.data_ptr()
     return 0

@@ -36,13 +36,12 @@ __all__ = [
     "WORD",
     "Join",
     "Lines",
+    "PackTable",
     "Rows",
-    "filled",
     "join",
     "join_torch",
     "pack",
     "pack_rows",
-    "pack_table",
     "unpack",
     "without_full",
 ]
@@ -192,71 +191,67 @@ class Lines:
         self.means = first.samples * (first.positions if first.groups == EACH_ROW else first.groups)
 
 
-@functools.lru_cache(maxsize=64)
-def _blank(lines: tuple[Lines, ...]) -> tuple["array[int]", int, int]:
-    """The table of `filled` without addresses; found by the identity of the lines, which layers keep."""
-    table, words = array("q"), 0
-    for each in lines:
-        place = len(table)
-        table.extend(each.table)
-        for row in (place, place + PACK_FIELDS):
-            table[row + PACK_WORDS] += words
-        words += each.words
-    return table, words, sum(each.read for each in lines)
+class PackTable:
+    """What one call of the packing loop has to do; addresses hold nothing alive.
 
-
-def filled(
-    lines: tuple[Lines, ...], addresses: Sequence[tuple[int, int, int]]
-) -> tuple["array[int]", int, int]:
-    """A table of several `Lines`.
-
-    Args:
-        lines: of pairs of tensors.
-        addresses: for each pair, of the first tensor, of the second, and of the first one's means, or 0.
-
-    Returns:
-        The table; how many words there will be; how many bytes are read.
-    """
-    blank, words, read = _blank(lines)
-    table, place = blank[:], 0
-    for first, second, means in addresses:
-        table[place + PACK_ADDRESS] = first
-        table[place + PACK_MEANS] = means
-        place += PACK_FIELDS
-        table[place + PACK_ADDRESS] = second
-        place += PACK_FIELDS
-    return table, words, read
-
-
-def pack_table(
-    table: "array[int]", words: int, read: int, device: torch.device | None = None
-) -> "array[int] | Tensor":
-    """Packs what the lines of a table say, each of which then says whether all its bits are on.
-
-    Args:
-        table: of `Lines`.
+    Attributes:
+        numbers: int64, of `Lines`, each of which says after the call whether all its bits are on.
         words: how many there will be.
-        read: how many bytes are read.
-        device: where the tensors are, if not on the CPU; which are on everywhere is not found out there.
-
-    Returns:
-        All tensors' words: on the CPU no tensor, whose making would take small ones longer than the packing.
+        read: about how many bytes are read.
     """
-    if device is not None:
-        for line in range(0, len(table), PACK_FIELDS):
-            table[line + PACK_FULL] = 0
-        packed: Tensor = gpu().pack(table, words, device)
-        return packed
-    made = NONE * words
-    _run(table, made.buffer_info()[0], words, read)
-    return made
+
+    __slots__ = ("numbers", "read", "words")
+
+    def __init__(self) -> None:
+        self.numbers = array("q")
+        self.words = self.read = 0
+
+    def add(self, lines: Lines, first: int, second: int, means: int = 0) -> int:
+        """Adds two tensors and returns the place of the first number of their lines.
+
+        Args:
+            lines: theirs.
+            first: address of the first tensor.
+            second: of the second.
+            means: of the first one's means, if it has any.
+        """
+        numbers, place = self.numbers, len(self.numbers)
+        numbers += lines.table
+        other = place + PACK_FIELDS
+        numbers[place + PACK_ADDRESS], numbers[other + PACK_ADDRESS] = first, second
+        numbers[place + PACK_MEANS] = means
+        numbers[place + PACK_WORDS] += self.words
+        numbers[other + PACK_WORDS] += self.words
+        self.words += lines.words
+        self.read += lines.read
+        return place
+
+    def pack(self, device: torch.device | None = None) -> "array[int] | Tensor":
+        """Packs what was added.
+
+        Args:
+            device: where the tensors are, if not on the CPU; which are on everywhere is not found out there.
+
+        Returns:
+            All tensors' words: on the CPU no tensor, whose making would take small ones longer than the
+            packing.
+        """
+        table = self.numbers
+        if device is not None:
+            for line in range(0, len(table), PACK_FIELDS):
+                table[line + PACK_FULL] = 0
+            packed: Tensor = gpu().pack(table, self.words, device)
+            return packed
+        made = NONE * self.words
+        _run(table, made.buffer_info()[0], self.words, self.read)
+        return made
 
 
 def without_full(words: "array[int]", table: "array[int]") -> "array[int]":
     """The words of two tensors without those of one of which all bits are on, which nobody will read.
 
     Args:
-        words: see `pack_table`.
+        words: see `PackTable.pack`.
         table: of one `Lines`; where the words lie is changed in it.
     """
     second = PACK_FIELDS + PACK_WORDS

@@ -17,7 +17,9 @@ __all__ = [
     "LINEAR",
     "LOOKUPS",
     "POSITIONS",
+    "REAL",
     "Entry",
+    "Line",
     "Options",
     "Table",
     "addresses",
@@ -81,6 +83,31 @@ class Entry(NamedTuple):
     kind: int = LINEAR
 
 
+# Of a line of a table.
+FRESH, N, ENTRY = 3, 4, 6
+OUTPUTS, INPUTS = (ENTRY + Entry._fields.index(name) for name in ("outputs", "inputs"))
+FIELDS = ENTRY + len(Entry._fields)
+
+
+class Line:
+    """What a table says of a parameter, but for N and addresses, which each step has anew.
+
+    Args:
+        shape: the parameter's.
+        samples: how many may reach it.
+        entry: its only one.
+        held: what lives as long as its window is looked at.
+    """
+
+    __slots__ = ("held", "kind", "numbers", "samples", "shape", "work")
+
+    def __init__(self, shape: torch.Size, samples: int, entry: Entry, held: object = None) -> None:
+        self.shape, self.samples, self.kind, self.held = shape, samples, entry.kind, held
+        each = _work(entry)
+        self.work = entry.rows * each
+        self.numbers = array("q", (0, 0, 0, 0, 0, each, *entry))
+
+
 class Table:
     """What one pass has to do, for parameters of one dtype; addresses hold nothing alive.
 
@@ -91,7 +118,7 @@ class Table:
     __slots__ = ("kinds", "numbers", "size", "work")
 
     def __init__(self, size: int) -> None:
-        self.numbers: list[int] = []
+        self.numbers = array("q")
         self.kinds = 0
         self.work = 0  # about how many nanoseconds one core takes
         self.size = size
@@ -118,14 +145,8 @@ class Table:
             rows, columns = entry[0], entry[1]
             elements = rows * columns
             if elements:
-                # Of a row: what threads are given shares of.
-                each = columns * (UPDATED + COUNTED * entry[4])
-                if entry.values:
-                    each *= entry.values
-                elif entry[-1] == POSITIONS:
-                    each += entry[4] * entry[5] * (SEEN * columns + LAID * (1 + columns / rows))
-                work = int(each) + 1
-                self.numbers += (gradient, parameter, buffer, fresh, batch_size, work, *entry)
+                work = _work(entry)
+                self.numbers.extend((gradient, parameter, buffer, fresh, batch_size, work, *entry))
                 self.kinds |= entry[-1]
                 self.work += rows * work
                 total += elements
@@ -134,9 +155,41 @@ class Table:
                 parameter, buffer = parameter and parameter + passed, buffer and buffer + passed
         return total
 
-    def array(self) -> "array[int]":
-        """Its lines as loops take them, which goes on living as long as their caller holds it."""
-        return array("q", self.numbers)
+    def add_line(
+        self,
+        line: Line,
+        addresses: tuple[int, int, int],
+        fresh: int,
+        batch_size: int,
+        bits: tuple[int, int],
+    ) -> None:
+        """`add` of a parameter that has elements, by its line.
+
+        Args:
+            line: the parameter's.
+            addresses: see `add`.
+            fresh: see `add`.
+            batch_size: N.
+            bits: addresses of its outputs' and of its inputs'.
+        """
+        numbers, place = self.numbers, len(self.numbers)
+        numbers += line.numbers
+        numbers[place], numbers[place + 1], numbers[place + 2] = addresses
+        numbers[place + FRESH], numbers[place + N] = fresh, batch_size
+        numbers[place + OUTPUTS], numbers[place + INPUTS] = bits
+        self.kinds |= line.kind
+        self.work += line.work
+
+
+def _work(entry: Entry) -> int:
+    """About how many nanoseconds one core takes for a row of an entry: threads are given shares of that."""
+    rows, columns = entry[0], entry[1]
+    each = columns * (UPDATED + COUNTED * entry[4])
+    if entry.values:
+        each *= entry.values
+    elif entry[-1] == POSITIONS:
+        each += entry[4] * entry[5] * (SEEN * columns + LAID * (1 + columns / rows))
+    return int(each) + 1
 
 
 class Options(NamedTuple):
@@ -150,9 +203,6 @@ class Options(NamedTuple):
     maximize: bool = False
     eps: float = 1.0
     limit: float | None = None
-
-
-FIELDS = 6 + len(Entry._fields)
 
 
 def takes(*tensors: Tensor) -> bool:
@@ -202,8 +252,7 @@ def run(
     if device is not None:
         gpu().step(table.numbers, _values(options), dtype, device)
     elif table.work:
-        numbers = table.array()
-        address, size = numbers.buffer_info()
+        address, size = table.numbers.buffer_info()
         functions, _ = loops().functions_of(table.kinds, REAL[dtype]).buffer_info()
         shared = _shared(options, dtype)
         place, _ = shared.buffer_info()
@@ -236,8 +285,7 @@ def count(entries: Sequence[Entry], counts: Tensor) -> None:
         table = Table(8)
         elements = table.add((0, 0, 0), 0, 0, [entry])
         if elements:
-            numbers = table.array()
-            address, _ = numbers.buffer_info()
+            address, _ = table.numbers.buffer_info()
             functions, _ = loops().functions_of(entry.kind, np.float32).buffer_info()
             spread(loops().count, entry.rows, table.work, address, functions, shared, place)
             place += 8 * elements

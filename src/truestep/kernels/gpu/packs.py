@@ -97,7 +97,7 @@ def pack(table: "array[int]", words: int, device: torch.device) -> Tensor:
     """Packs what the lines of a table say; which tensors are on everywhere is not found out.
 
     Args:
-        table: see `truestep.kernels.packing.pack_table`; addresses are the device's.
+        table: see `truestep.kernels.packing.PackTable`; addresses are the device's.
         words: how many there will be.
         device: where all of it is.
 
