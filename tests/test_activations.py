@@ -34,6 +34,12 @@ GONE = {
     "hardtanh": {"far off", "on", "far on"},
     "hardsigmoid": {"far off", "on", "far on"},
     "hardswish": {"far off"},
+    "softsign": set(),
+    "logsigmoid": {"far on"},
+    "tanhshrink": set(),
+    "hardshrink": set(),
+    "softshrink": set(),
+    "threshold": {"far off", "off"},
 }
 REASONS = {"off": "is never on, but its output varies", "on": "is always on, and no combination"}
 
@@ -62,7 +68,8 @@ def test_a_unit_goes_where_it_is_constant_and_is_listed_otherwise(name, where):
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_straight_pieces_are_straight_and_rising_functions_rise(name):
     function = ACTIVATIONS[name]().double()
-    known = find_activation(name, (0.2,) if name == "leaky_relu" else (), {})
+    given = {"leaky_relu": (0.2,), "threshold": (-0.1, -0.3)}.get(name, ())
+    known = find_activation(name, given, {})
     z = torch.linspace(-9, 9, 4001).double()
     with torch.no_grad():
         y = function(z)

@@ -789,6 +789,8 @@ def test_nodes_of_another_model_or_data_that_changed_are_refused():
         compress(nn.Linear(3, 2).double(), nodes, x)
     with pytest.raises(TruestepError, match=r"nodes is of type list"):
         compress(model, [], x)
+    with pytest.raises(TruestepError, match=r"optimizer is of type str"):
+        compress(model, nodes, x, "sgd")
     nodes.loader = [x + 1000 * model[0].weight[2].detach()]
     with pytest.raises(TruestepError, match=r"differs by .*find_dummy_nodes again"):
         compress(model, nodes, x)

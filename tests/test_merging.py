@@ -25,6 +25,7 @@ PIECES = {
     "hardtanh": (-1.0, 1.0),
     "hardsigmoid": (-3.0, 3.0),
     "hardswish": (3.0, 40.0),
+    "softshrink": (0.5, 40.0),
 }
 
 
@@ -38,6 +39,15 @@ class Coded(nn.Module):
 
     def forward(self, x):
         return self.second(getattr(functional, self.name)(self.between(self.first(x))))
+
+
+class Cast(nn.Module):
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x):
+        return x.to(self.dtype)
 
 
 def removed_lines(report):
@@ -297,3 +307,17 @@ def test_layers_without_a_bias_get_one(bias):
     fresh.between = nn.BatchNorm2d(12)
     same = shrink_to(fresh.double().eval(), report.checkpoint(small))
     assert torch.equal(same(x), small(x))
+
+
+@pytest.mark.parametrize("first", [torch.float32, torch.float64])
+def test_straight_units_become_fewer_in_the_type_of_their_own_layer(first):
+    other = torch.float64 if first is torch.float32 else torch.float32
+    straight = straighten(busy(nn.Linear(6, 12)), range(8), 0.0, 90.0)
+    behind = [straight, nn.ReLU(), nn.Linear(12, 3), nn.Tanh(), nn.Linear(3, 2)]
+    model = nn.Sequential(
+        busy(nn.Linear(5, 6)).to(first), nn.ReLU(), Cast(other), *[m.to(other) for m in behind]
+    )
+    batch = data(200, 5).to(first)
+    small, report = compress(model, find_dummy_nodes(model, [batch]), batch)
+    assert removed_lines(report)
+    assert [p.dtype for p in small.parameters()] == [p.dtype for p in model.parameters()]

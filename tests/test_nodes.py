@@ -39,6 +39,12 @@ ACTIVATIONS = {
     "hardsigmoid": nn.Hardsigmoid,
     "hardswish": nn.Hardswish,
     "prelu": nn.PReLU,
+    "softsign": nn.Softsign,
+    "logsigmoid": nn.LogSigmoid,
+    "tanhshrink": nn.Tanhshrink,
+    "hardshrink": nn.Hardshrink,
+    "softshrink": nn.Softshrink,
+    "threshold": lambda: nn.Threshold(-0.1, -0.3),
 }
 
 
@@ -290,6 +296,20 @@ def test_no_samples_are_an_error(loader):
     model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
     with pytest.raises(TruestepError, match="gave no samples"):
         find_dummy_nodes(model, loader)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((None,), "loader is of type NoneType; pass batches"),
+        (([torch.ones(1, 2)], "a"), "tolerance is 'a'"),
+        (([torch.ones(1, 2)], -1), "tolerance is -1"),
+    ],
+)
+def test_what_is_no_loader_or_tolerance_is_named(arguments, message):
+    loader, *tolerance = arguments
+    with pytest.raises(TruestepError, match=message):
+        find_dummy_nodes(nn.Linear(2, 2), loader, tolerance=tolerance[0] if tolerance else None)
 
 
 def test_an_empty_batch_among_others_changes_nothing():

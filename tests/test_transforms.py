@@ -121,6 +121,8 @@ def test_refusals():
     model = mlp()
     with pytest.raises(TruestepError, match="LBFGS"):
         truestep.attach(torch.optim.LBFGS(model.parameters()), truestep.directional_boost())
+    with pytest.raises(TruestepError, match="DASGD adds the booster itself"):
+        truestep.attach(truestep.DASGD(model.parameters()), truestep.directional_boost())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(TruestepError, match="no transform"):
         truestep.attach(optimizer)

@@ -117,10 +117,31 @@ def _clamp(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Activation | Non
     return _between(0.0, math.inf if high is None else float(high))
 
 
+def _hardshrink(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Activation:
+    """Beyond the ends it is the identity, but not at them."""
+    end = float(_argument(args, kwargs, 0, "lambd", 0.5))
+    return Activation("hardshrink", (Piece(-end, end, 0.0, 0.0),), rising=True)
+
+
+def _softshrink(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Activation:
+    end = float(_argument(args, kwargs, 0, "lambd", 0.5))
+    below, above = Piece(-math.inf, -end, 1.0, end), Piece(end, math.inf, 1.0, -end)
+    return Activation("softshrink", (below, above, Piece(-end, end, 0.0, 0.0)), rising=True)
+
+
+def _threshold(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Activation:
+    end = float(_argument(args, kwargs, 0, "threshold", 0.0))
+    value = float(_argument(args, kwargs, 1, "value", 0.0))
+    return Activation("threshold", (Piece(-math.inf, end, 0.0, value),), rising=value <= end)
+
+
 def _always(activation: Activation) -> Callable[..., Activation]:
     return lambda _args, _kwargs: activation
 
 
+_LOG_SIGMOID = _always(Activation("logsigmoid", rising=True))
+
+# Some have another name where torch's own module calls them.
 ACTIVATIONS: dict[str, Callable[[tuple[Any, ...], Mapping[str, Any]], Activation | None]] = {
     "relu": _always(Activation("relu", (_ZERO, _IDENTITY), rising=True)),
     "relu6": _always(_between(0.0, 6.0)),
@@ -136,6 +157,14 @@ ACTIVATIONS: dict[str, Callable[[tuple[Any, ...], Mapping[str, Any]], Activation
     "silu": _always(Activation("silu")),
     "mish": _always(Activation("mish")),
     "softplus": _always(Activation("softplus", rising=True)),
+    "softsign": _always(Activation("softsign", rising=True)),
+    "logsigmoid": _LOG_SIGMOID,
+    "log_sigmoid": _LOG_SIGMOID,
+    "tanhshrink": _always(Activation("tanhshrink", rising=True)),
+    "hardshrink": _hardshrink,
+    "softshrink": _softshrink,
+    "threshold": _threshold,
+    "_threshold": _threshold,
     "sigmoid": _always(Activation("sigmoid", rising=True)),
     "tanh": _always(Activation("tanh", rising=True)),
     "hardsigmoid": _always(

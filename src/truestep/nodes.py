@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from truestep.checks import check_kind
+from truestep.checks import check_kind, require_at_least_zero
 from truestep.errors import TruestepError
 from truestep.flow import Flow
 from truestep.layer_nodes import LayerNodes, Statistics, table_of
@@ -59,8 +59,9 @@ def find_dummy_nodes(
         What was found, by layer.
 
     Raises:
-        TruestepError: the loader is empty, a batch is of no known kind, or the model draws random numbers
-            or normalises by batch, as dropout and BatchNorm do in training mode.
+        TruestepError: the loader is empty, a batch is of no known kind, the tolerance is no number of at
+            least 0, or the model draws random numbers or normalises by batch, as dropout and BatchNorm do in
+            training mode.
 
     Example:
         >>> import torch, truestep
@@ -71,6 +72,10 @@ def find_dummy_nodes(
         ([False, False, True], [False, True, False])
     """
     check_kind(model, nn.Module, "model", "a torch.nn.Module")
+    if not hasattr(loader, "__getitem__"):  # or it is a sequence, as a Dataset may be
+        check_kind(loader, Iterable, "loader", "batches, such as a DataLoader or a list")
+    if tolerance is not None:
+        require_at_least_zero(tolerance=tolerance)
     model = uncompiled_model(model)
     found = Statistics(tolerance)
     flow = Flow(model, found)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from truestep.checks import check_kind
 from truestep.errors import TruestepError
 from truestep.optim import AdaptiveBatchSGD
 from truestep.transforms import transform_names
@@ -18,6 +19,7 @@ Slice = Callable[[Tensor], Tensor]
 
 def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
     """Raises `TruestepError` for an optimizer that could not go on with a smaller model."""
+    check_kind(optimizer, Optimizer, "optimizer", "a torch.optim.Optimizer")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise TruestepError(
             "LBFGS keeps the large model's parameters and directions; compress without optimizer= and begin "

@@ -107,12 +107,12 @@ def exchanged(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
 
     Args:
         model: stays as it is.
-        values: by name of a parameter, in the copy in the type and on the device of the others.
+        values: by name of a parameter, in the copy in the type and on the device of its module's.
     """
     copy_of_it = copied(model)
-    like = next(parameter for parameter in model.parameters())
     for name, numbers in values.items():
-        _exchange(copy_of_it, name, numbers.to(like))
+        module = model.get_submodule(name.rpartition(".")[0])
+        _exchange(copy_of_it, name, numbers.to(next(module.parameters())))
     return copy_of_it
 
 

@@ -18,7 +18,7 @@ from truestep.counter import SampleCounter
 from truestep.errors import TruestepError
 from truestep.hooks import uncompiled
 from truestep.kernels import boosting
-from truestep.optim import PREVIOUS, refuse_sparse
+from truestep.optim import DASGD, PREVIOUS, refuse_sparse
 from truestep.update import boosted
 
 __all__ = [
@@ -53,7 +53,8 @@ def attach(optimizer: Optimizer, *transforms: Transform) -> "Handle":
         A handle whose `remove()` undoes it.
 
     Raises:
-        TruestepError: no optimizer, LBFGS, no transform, or the optimizer has transforms already.
+        TruestepError: no optimizer, LBFGS, a booster for DASGD, no transform, or the optimizer has transforms
+            already.
 
     Example:
         >>> import torch, truestep
@@ -83,11 +84,15 @@ def attach(optimizer: Optimizer, *transforms: Transform) -> "Handle":
     makers: tuple[Any, ...] = (mean_effective_gradient, directional_boost)
     for transform in transforms:
         if not callable(transform) or transform in makers:
-            name = getattr(transform, "__name__", type(transform).__name__)
             raise TruestepError(
-                f"attach() got {name}, which is not a transform; "
+                f"attach() got {_name(transform)}, which is not a transform; "
                 "pass mean_effective_gradient(counter), directional_boost() or a callable"
             )
+    if isinstance(optimizer, DASGD) and directional_boost.__name__ in map(_name, transforms):
+        raise TruestepError(
+            "DASGD adds the booster itself, to a gradient that directional_boost() would have boosted before; "
+            "leave directional_boost() out, or attach it to torch.optim.SGD"
+        )
     if _find_handle(optimizer) is not None:
         raise TruestepError(
             "this optimizer has transforms already; remove() their handle, then attach all in one call"
@@ -114,15 +119,17 @@ class Handle:
         self._mark()
 
     def remove(self) -> None:
-        """Takes the transforms off the optimizer."""
+        """Takes the transforms off the optimizer.
+
+        The gradients that a booster has kept stay in the optimizer's state, for one that is attached again.
+        """
         if _find_handle(self._optimizer) is self:
             self._optimizer.param_groups[0].pop(MARK, None)
         for handle in self._handles:
             handle.remove()
 
     def _mark(self) -> None:
-        names = [getattr(t, "__name__", type(t).__name__) for t in self._transforms]
-        self._optimizer.param_groups[0][MARK] = "+".join(names)
+        self._optimizer.param_groups[0][MARK] = "+".join(map(_name, self._transforms))
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         self._mark()  # load_state_dict may have replaced the group
@@ -252,6 +259,11 @@ def _boost(gradients: list[Tensor], previous: list[Tensor]) -> None:
         direction = boosted(gradient, remembered)
         remembered.copy_(gradient)
         gradient.copy_(direction)
+
+
+def _name(transform: Transform) -> str:
+    found: str = getattr(transform, "__name__", type(transform).__name__)
+    return found
 
 
 def _with_gradient(optimizer: Optimizer) -> list[Tensor]:

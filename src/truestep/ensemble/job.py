@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -170,4 +170,17 @@ class Job:
         if schedule == "cosine":
             return (1 + np.cos(np.pi * steps / self.steps)) / 2
         factor = cast("Callable[[int], float]", schedule)
-        return np.array([factor(int(step)) for step in steps], np.float64)
+        return np.array([_factor(factor(int(step)), int(step)) for step in steps], np.float64)
+
+
+def _factor(value: Any, step: int) -> float:
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise TruestepError(
+            f"Optimizer(schedule=...): what it returns for step {step} is {value!r}; return a factor of the "
+            "learning rate."
+        )
+    return found

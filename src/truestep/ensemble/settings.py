@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -178,7 +178,7 @@ class Optimizer:
         if self.factor_limit is not None:
             _check("Optimizer", "factor_limit", self.factor_limit, positive=True)
         betas = self.betas if isinstance(self.betas, tuple | list) else ()
-        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):  # noqa: PLR2004
+        if len(betas) != 2 or not all(_is_number(beta) and 0 <= beta < 1 for beta in betas):  # noqa: PLR2004
             raise TruestepError(
                 f"Optimizer(betas={self.betas}): give two numbers from 0 to below 1."
             )
@@ -253,6 +253,10 @@ class Record:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, whole("Record", name, value, least=1))
+        for name in ("steps", "splits"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, str) or not isinstance(value, Iterable)):
+                raise TruestepError(f"Record({name}={value!r}): give several, such as a tuple.")
         if self.steps is not None:
             steps = tuple(whole("Record", "steps", step) for step in self.steps)
             object.__setattr__(self, "steps", steps)
@@ -345,9 +349,13 @@ def whole(owner: str, name: str, value: Any, least: int = 0) -> int:
 
 
 def _check(owner: str, name: str, value: float, *, positive: bool = False) -> None:
-    if not isinstance(value, int | float | np.number) or isinstance(value, bool):
+    if not _is_number(value):
         raise TruestepError(f"{owner}({name}={value!r}): give a number.")
     if not (math.isfinite(value) and value >= 0) or (positive and value == 0):
         raise TruestepError(
             f"{owner}({name}={value}): give a number {'above 0' if positive else 'of 0 or more'}."
         )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)

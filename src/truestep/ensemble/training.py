@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from truestep.checks import check_kind
 from truestep.ensemble.compiled import Compiled
 from truestep.ensemble.data import Data
-from truestep.ensemble.job import Job, Order
+from truestep.ensemble.job import Block, Job, Order
 from truestep.ensemble.progress import show
 from truestep.ensemble.result import Part, Result
 from truestep.ensemble.settings import Network, Optimizer, Record, Stop, whole
@@ -196,6 +196,12 @@ def _job(
 ) -> Job:
     check_kind(network, Network, "network", "truestep.ensemble.Network")
     check_kind(data, Data, "data", "truestep.ensemble.Data")
+    if record is not None:
+        check_kind(record, Record, "record", "truestep.ensemble.Record")
+    if stop is not None:
+        check_kind(stop, Stop, "stop", "truestep.ensemble.Stop")
+    if order is not None and not callable(order):
+        raise TruestepError(f"train(order={order!r}): give a function of a seed and an epoch.")
     data.check(network)
     samples = data.train.samples
     replicas = whole("train", "replicas", replicas, 1)
@@ -231,6 +237,7 @@ def _job(
             "record and stop."
         )
     _ = job.measured
+    job.schedules(Block(0, 1, range(1)), range(replicas))
     if order is not None:
         job.permutation(int(job.seeds[0]), 0)
     return job
