@@ -201,6 +201,51 @@ def test_a_graph_gone_through_for_other_positions_adds_to_what_arrived(unit):
     torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=0)
 
 
+class Inner(nn.Module):
+    """Keeps what its first layer has made."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        self.inner = self.first(x).relu()
+        return self.second(self.inner)
+
+
+def test_a_backward_pass_from_inside_the_model_adds_to_what_arrived():
+    found = []
+    for asking in (False, True):
+        torch.manual_seed(0)
+        model = Inner()
+        counter = truestep.SampleCounter(model)
+        for _ in range(2):
+            model.zero_grad()
+            output = model(torch.randn(5, 4))
+            output[:2].square().sum().backward(retain_graph=True)
+        assert arrives(counter)
+        if asking:
+            counter.counts()
+        model.inner[1:].sum().backward()
+        found.append(counter.counts())
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    assert int(found[0]["first.bias"].max()) > 2
+
+
+def test_a_layer_called_in_a_usual_and_in_an_unusual_way_has_both_counted():
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 2)
+    model = nn.ModuleList([layer])
+    model.forward = lambda x, y: layer(x) + layer(y.transpose(0, 1)).sum(1)
+    counter = truestep.SampleCounter(model)
+    for _ in range(2):
+        model.zero_grad()
+        x, y = torch.zeros(6, 3), torch.zeros(4, 6, 3)
+        x[:2], y[:, 4:] = 1, 1
+        model(x, y).sum().backward()
+    assert counter.counts()["0.weight"].tolist() == [[4, 4, 4]] * 2
+
+
 def test_a_parameter_that_the_next_batch_does_not_reach_keeps_its_last_counts():
     torch.manual_seed(0)
     model = nn.ModuleDict({"a": nn.Linear(3, 2), "b": nn.Linear(3, 2)})

@@ -90,8 +90,8 @@ def attach(optimizer: Optimizer, *transforms: Transform) -> "Handle":
             )
     if isinstance(optimizer, DASGD) and directional_boost.__name__ in map(_name, transforms):
         raise TruestepError(
-            "DASGD adds the booster itself, to a gradient that directional_boost() would have boosted before; "
-            "leave directional_boost() out, or attach it to torch.optim.SGD"
+            "DASGD adds the booster itself, to gradients that directional_boost() would have boosted "
+            "already; leave directional_boost() out, or attach it to torch.optim.SGD"
         )
     if _find_handle(optimizer) is not None:
         raise TruestepError(
