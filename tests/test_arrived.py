@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import truestep
+from devices import choose, needs_no_cuda, needs_triton
 from truestep.errors import TruestepError
 
 pytestmark = pytest.mark.skipif(
@@ -62,7 +63,7 @@ def arrives(counter):
     return counter.arrived() is not None
 
 
-def trained(make, unit, *, asking, step=None, **options):
+def trained(make, unit, *, asking, steps=5, step=None, **options):
     """Weights, counts and state after some steps, in which counts are asked for or not."""
     torch.manual_seed(0)
     model, batch = make(), BATCHES[make]
@@ -74,7 +75,7 @@ def trained(make, unit, *, asking, step=None, **options):
     else:
         optimizer = step(model, counter)
     torch.manual_seed(1)
-    for index in range(5):
+    for index in range(steps):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(batch()), torch.arange(70)[: len(batch())] % 3).backward()
         if asking:
@@ -91,6 +92,16 @@ def trained(make, unit, *, asking, step=None, **options):
 def test_a_step_is_the_same_with_and_without_records(make, way, unit):
     without, with_records = (
         trained(make, unit, asking=asking, **WAYS[way]) for asking in (False, True)
+    )
+    torch.testing.assert_close(without, with_records, rtol=0, atol=0)
+
+
+@needs_triton
+@needs_no_cuda
+def test_kernels_take_a_step_without_records_too(monkeypatch):
+    choose(monkeypatch, "triton")
+    without, with_records = (
+        trained(vectors, "position", asking=asking, steps=2) for asking in (False, True)
     )
     torch.testing.assert_close(without, with_records, rtol=0, atol=0)
 
