@@ -283,6 +283,27 @@ def test_a_gradient_put_in_the_place_of_one_that_arrived_is_refused():
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
+def test_a_convolution_that_looks_elsewhere_since_the_last_step_is_counted_as_it_is_now():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(1, 1, 3, padding=1))
+    counter = truestep.SampleCounter(model)
+    optimizer = truestep.AdaptiveBatchSGD(model.parameters(), lr=0.1, counter=counter, eps=0.0)
+    batch = torch.zeros(4, 1, 9)
+    batch[0, 0, 4] = batch[1, 0, 0] = 1
+    ends = []
+    for dilation in (1, 1, 8):
+        model[0].dilation = model[0].padding = (dilation,)
+        optimizer.zero_grad()
+        model(batch).sum().backward()
+        before = model[0].weight.detach().clone()
+        optimizer.step()
+        ends.append((before - model[0].weight.detach()).flatten())
+    # eps = 0: lr g N / m, with g the sum of what a tap sees, and m how many samples have any
+    torch.testing.assert_close(ends[1], torch.full((3,), 0.4))
+    # Eight away, the first tap sees the second sample alone, and the last one neither.
+    torch.testing.assert_close(ends[2], torch.tensor([0.4, 0.4, 0.0]))
+
+
 def test_a_parameter_made_smaller_after_the_backward_pass_is_refused():
     model, counter, optimizer, batch = usual()
     backward(model, batch)
@@ -319,6 +340,17 @@ def test_an_optimizer_of_some_parameters_leaves_the_others_counts_to_another():
             optimizer.step()
         ends.append([*model.parameters()])
     torch.testing.assert_close(*ends, rtol=0, atol=0)
+
+
+def test_words_of_which_all_bits_are_on_are_not_held():
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2))
+    counter = truestep.SampleCounter(model)
+    for _ in range(2):
+        model.zero_grad()
+        model(torch.ones(70, 5, 8)).square().sum().backward()
+    made = {use.made for use in counter.arrived()._uses}
+    assert [len(each._words) for each in made] == [0]
+    assert counter.counts()["0.weight"].unique().tolist() == [70]
 
 
 def test_records_take_as_much_memory_as_before_they_are_asked_for():

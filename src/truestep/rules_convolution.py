@@ -38,6 +38,14 @@ def convolution(
     return activity
 
 
+def _padding_of(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, ...]:
+    """As `torch.nn.functional.pad` takes it, of what the module's `forward` looks at."""
+    padding = module.padding
+    if module.padding_mode != "zeros" or isinstance(padding, str):
+        return tuple(module._reversed_padding_repeated_twice)  # noqa: SLF001
+    return tuple(size for size in reversed(padding) for _ in range(2))
+
+
 def window_of(
     module: nn.Conv1d | nn.Conv2d | nn.Conv3d,
     size: tuple[int, ...],
@@ -58,7 +66,7 @@ def window_of(
         kernel=tuple(module.kernel_size),
         stride=tuple(module.stride),
         dilation=tuple(module.dilation),
-        padding=tuple(module._reversed_padding_repeated_twice),  # noqa: SLF001
+        padding=_padding_of(module),
         padding_mode="constant" if module.padding_mode == "zeros" else module.padding_mode,
         channels=module.in_channels,
         groups=module.groups,

@@ -26,9 +26,9 @@ class DirectMap(Direct):
 
     def __init__(self, module: Any, layout: Layout) -> None:
         super().__init__(module, layout)
-        # Of the latest call: how its input and gradient were packed, whether there is anything to count, and
-        # what a step's table says of the parameters.
-        self._known: tuple[Lines, bool, list[Any]] | None = None
+        # Of the latest call: how its input and gradient were packed, whether there is anything to count, how
+        # the input was looked at, and what a step's table says of the parameters.
+        self._known: tuple[tuple[Lines, bool, Window | None], list[Any]] | None = None
 
     def window(self, use: Any) -> Window | None:
         """How it looks at its input, if it is a convolution."""
@@ -50,19 +50,18 @@ class DirectMap(Direct):
         made, known = use.made, self._known
         if made is None or made.device != device:
             return super().seen(use, joined, device)
-        lines, (of, to) = use.lines, use.addresses()
-        counted = bool(of or to)
-        of_all = 1 if use.bias is None else 2
-        if known is None or known[:2] != (lines, counted) or len(known[2]) != of_all:
+        of, to = use.addresses()
+        like, count = (use.lines, bool(of or to), self.window(use)), 1 if use.bias is None else 2
+        if known is None or known[0] != like or len(known[1]) != count:
             found = super().seen(use, joined, device)
-            self._known = None if found is None else (lines, counted, [each[1] for each in found])
+            self._known = None if found is None else (like, [each[1] for each in found])
             return found
-        of_weight, *of_bias = known[2]
+        of_weight, *of_bias = known[1]
         weight = use.weight, of_weight, (to, of)
         if not of_bias:
             return [weight]
         ends = to
-        if lines.second.positions != 1 and not self.apart:
+        if use.positions != 1 and not self.apart:
             there = next(joined).address(device)
             assert there is not None  # noqa: S101
             ends = there
