@@ -60,7 +60,7 @@ WAYS = {
 
 def arrives(counter):
     """Whether a step has something without records."""
-    return counter.arrived() is not None
+    return counter.arrived()[0] is not None
 
 
 def trained(make, unit, *, asking, steps=5, step=None, **options):
@@ -348,7 +348,7 @@ def test_words_of_which_all_bits_are_on_are_not_held():
     for _ in range(2):
         model.zero_grad()
         model(torch.ones(70, 5, 8)).square().sum().backward()
-    made = {use.made for use in counter.arrived()._uses}
+    made = {use.made for use in counter.arrived()[0]._uses}
     assert [len(each._words) for each in made] == [0]
     assert counter.counts()["0.weight"].unique().tolist() == [70]
 

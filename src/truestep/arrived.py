@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from truestep.bits import Bits, join
-from truestep.direct import Use
+from truestep.bits import Bits
+from truestep.direct import Use, join_all
 from truestep.fused import Pass
 from truestep.kernels.dispatch import address_of, device_of, finds_addresses
-from truestep.kernels.stepping import REAL, Line, takes
+from truestep.kernels.stepping import REAL, Line, number_of, takes
 from truestep.layout import Unit
 from truestep.record import Landed, Record, size_of
 from truestep.way import Seen
@@ -40,7 +40,6 @@ class Arrived:
         gradients: by the identities of the parameters, weakly.
         corrected: of those whose gradient was turned into a mean effective gradient in place, the version
             that it has since.
-        size: N of a step, where it is set instead of counted.
         stepped: the identities of those whose gradient an optimizer has used.
     """
 
@@ -54,7 +53,6 @@ class Arrived:
         "call",
         "corrected",
         "gradients",
-        "size",
         "stepped",
     )
 
@@ -71,12 +69,20 @@ class Arrived:
         self._seen: tuple[torch.device | None, dict[int, Seen]] | None = None
         self.call, self.gradients = uses[0].call, gradients
         self.corrected: dict[int, int] = {}
-        self.size: int | None = None
         self.stepped: set[int] = set()
+
+    def split(self, parameters: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The parameters whose gradient was brought, and the others."""
+        own: list[Tensor] = []
+        others: list[Tensor] = []
+        for parameter in parameters:
+            (own if id(parameter) in self.gradients else others).append(parameter)
+        return own, others
 
     def add_to(
         self,
         whole: Pass,
+        size: int | None,
         parameters: Sequence[Tensor],
         buffers: Sequence[Buffer] = (),
         *,
@@ -86,6 +92,7 @@ class Arrived:
 
         Args:
             whole: the pass.
+            size: N, if it is set instead of counted.
             parameters: those with a gradient.
             buffers: theirs of momentum, if there is momentum.
             steps: whether to take a step; otherwise gradients are corrected in place.
@@ -108,14 +115,14 @@ class Arrived:
             if found is None or gradient is None or found() is not gradient:
                 return False
             _, line, bits = seen[key]
-            shape, size = line.shape, self._size_of(line, device)
+            shape, number = line.shape, self._size_of(line, device) if size is None else size
             if not (
                 gradient.dtype is dtype is parameter.dtype
                 and gradient.shape == shape == parameter.shape
                 and (to := address_of(gradient))
                 and (of := address_of(parameter))
                 and (gradient.is_cpu if device is None else gradient.device == device)
-                and size is not None
+                and number is not None
             ):
                 return False
             if buffers:
@@ -124,19 +131,17 @@ class Arrived:
                 if not by:
                     return False
                 changed.append(buffer)
-            table.add_line(line, (to, of if steps else 0, by), fresh, size, bits)
+            table.add_line(line, (to, of if steps else 0, by), fresh, number, bits)
             changed.append(parameter if steps else gradient)
         whole.hold(changed, self)
         return True
 
     def _size_of(self, line: Line, device: torch.device | None) -> int | None:
         """N as a table takes it; None where only the activity tells."""
-        if self.size is not None or self._unit == "sample":
-            return self.size or line.samples
+        if self._unit == "sample":
+            return line.samples
         reached = self.call.reached.get(line.samples)
-        if reached is None or device_of(reached) != device:
-            return None
-        return int(reached) if device is None else -reached.data_ptr()  # it is looked at there
+        return None if reached is None else number_of(reached, device)
 
     def _seen_on(self, device: torch.device | None) -> dict[int, Seen] | None:
         """How a compiled step sees each parameter, by their identities; None where it cannot.
@@ -181,10 +186,7 @@ class Arrived:
     def _join(self) -> list[Bits]:
         """The uses' masks, joined; held here, since steps know their addresses alone."""
         if self._joined is None:
-            masks: list[tuple[Bits, Bits | None]] = []
-            for use in self._uses:
-                masks += use.direct.masks(use)
-            self._joined = join(masks)
+            self._joined = join_all(self._uses)
         return self._joined
 
 

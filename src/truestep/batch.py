@@ -118,10 +118,7 @@ class Batch:
     def arrived(self) -> Arrived | None:
         """What a step of this process alone may take instead of each parameter's `find`."""
         found = self._records.arrived
-        if found is None or found.corrected or self._ranks is not None:
-            return None
-        found.size = self.override
-        return found
+        return None if found is None or found.corrected or self._ranks is not None else found
 
     def counts(self, *, reduce: bool) -> dict[str, Tensor]:
         """Parameter name to counts, of this process or of all ranks."""

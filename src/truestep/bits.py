@@ -9,15 +9,7 @@ from torch import Tensor
 
 from truestep.kernels import dispatch, packing
 from truestep.kernels.dispatch import device_of, finds_addresses
-from truestep.kernels.packing import (
-    PACK_FIELDS,
-    PACK_FULL,
-    PACK_WORDS,
-    WORD,
-    Join,
-    Rows,
-    unpack,
-)
+from truestep.kernels.packing import PACK_FULL, PACK_WORDS, WORD, Join, Rows, unpack
 
 if TYPE_CHECKING:
     from array import array
@@ -198,10 +190,8 @@ class Packed:
     def __init__(
         self, words: "array[int] | Tensor", table: "array[int]", device: torch.device | None
     ) -> None:
-        self._table, self.device = table, device
-        # Nobody will read them where all bits of all tensors are on.
-        self._words = words[:0] if all(table[PACK_FULL::PACK_FIELDS]) else words
-        self._start = start_of(self._words)
+        self._words, self._table, self.device = words, table, device
+        self._start = start_of(words)
 
     def address(self, first: int) -> int:
         """Where loops or kernels find a tensor's words; 0 where all bits are on.

@@ -187,12 +187,12 @@ class SampleCounter:
         chosen = list(self._records.names if parameters is None else parameters)
         self.prepare(chosen)
         rest = [parameter for parameter in chosen if parameter.grad is not None]
-        options, arrived, own = Options(eps=eps, limit=factor_limit), self.arrived(), []
-        whole = Pass(options)
+        options, (arrived, size) = Options(eps=eps, limit=factor_limit), self.arrived()
+        whole, own = Pass(options), list[Tensor]()
         if arrived is not None:
-            own = [parameter for parameter in rest if id(parameter) in arrived.gradients]
-            if arrived.add_to(whole, own, steps=False):
-                rest = [parameter for parameter in rest if id(parameter) not in arrived.gradients]
+            own, others = arrived.split(rest)
+            if arrived.add_to(whole, size, own, steps=False):
+                rest = others
             else:
                 whole, own = Pass(options), []
         corrected: list[Tensor] = []
@@ -271,9 +271,9 @@ class SampleCounter:
         found = iter(self._batch.find_all(counted))
         return (None if p in self._plain else next(found) for p in parameters)
 
-    def arrived(self) -> Arrived | None:
-        """What a step may take instead of `reach_all` of the parameters that it has, if anything."""
-        return self._batch.arrived()
+    def arrived(self) -> tuple[Arrived | None, int | None]:
+        """What a step may take instead of `reach_all` of the parameters that it has, and N if it is set."""
+        return self._batch.arrived(), self._batch.override
 
     def prepare(self, parameters: Iterable[Tensor]) -> None:
         """Starts a step over several ranks, which agree once on all that it will ask for.

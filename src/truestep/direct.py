@@ -9,14 +9,14 @@ until the backward pass ends is done there, for all layers at once.
 
 import weakref
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling
 
-from truestep.bits import Bits, Packed, pack_rows
+from truestep.bits import Bits, Packed, join, pack_rows
 from truestep.calls import Call
 from truestep.errors import TruestepError
 from truestep.hooks import Hook, uncompiled
@@ -40,7 +40,7 @@ from truestep.kernels.packing import (
 if TYPE_CHECKING:
     from truestep.way import Sizes
 
-__all__ = ["ShortHook", "Use", "pack_all"]
+__all__ = ["ShortHook", "Use", "join_all", "pack_all"]
 
 
 class ShortHook(Hook):
@@ -295,6 +295,17 @@ def _weakly(tensor: Tensor) -> Callable[[], Tensor | None]:
     return again
 
 
+def join_all(uses: Iterable[Use]) -> list[Bits]:
+    """The masks that packed uses need with their positions joined, one use's after the other's.
+
+    They are what `truestep.way.Direct.found` and `seen` take, as an iterator.
+    """
+    masks: list[tuple[Bits, Bits | None]] = []
+    for use in uses:
+        masks += use.direct.masks(use)
+    return join(masks)
+
+
 def pack_all(uses: Sequence[Use], *, whole: bool) -> None:
     """`Use.pack` of several at once, by as few calls as possible; those that are packed already stay so.
 
@@ -331,7 +342,7 @@ def pack_all(uses: Sequence[Use], *, whole: bool) -> None:
     if not together:
         return
     words = table.pack(device)
-    if len(together) == 1 and isinstance(words, array):
+    if isinstance(words, array):
         words = without_full(words, table.numbers)
     made = Packed(words, table.numbers, device)
     for use, first, lines in together:

@@ -13,7 +13,7 @@ from truestep.combine import Counts
 from truestep.errors import resized
 from truestep.kernels import stepping
 from truestep.kernels.dispatch import device_of
-from truestep.kernels.stepping import Entry, Options, Table
+from truestep.kernels.stepping import Entry, Options, Table, number_of
 
 __all__ = ["Found", "Pass"]
 
@@ -152,17 +152,15 @@ class Pass:
         if activity.shape != gradient.shape:
             raise resized(gradient.shape, activity.shape)
         self._held.append(found)
-        if device is not None and isinstance(size, Tensor) and device_of(size) == device:
-            size = -size.data_ptr()  # it is looked at there
-        entries = activity.entries(device)
+        number, entries = number_of(size, device), activity.entries(device)
         if entries is not None:
-            table.add(addresses, fresh, int(size), entries)
+            table.add(addresses, fresh, number, entries)
             return
         counts = Counts(activity.count().to(gradient.device).contiguous(), activity.samples)
         self._held.append(counts)
         entries = counts.entries(device)
         assert entries is not None  # noqa: S101
-        elements = table.add(addresses, fresh, int(size), entries)
+        elements = table.add(addresses, fresh, number, entries)
         if elements >= LARGE:
             self.run()
 

@@ -294,20 +294,19 @@ class AdaptiveBatchSGD(Optimizer):
     def _add_arrived(self, groups: list[Group]) -> tuple[list[Planned], list[Group]]:
         """Plans a step for what needs no record, mostly all of it; also returns the groups of the rest."""
         assert self.counter is not None  # noqa: S101
-        arrived = self.counter.arrived()
+        arrived, size = self.counter.arrived()
         if arrived is None or any(group["foreach"] for group, _ in groups):
             return [], groups
-        known = arrived.gradients
         plans: list[Planned] = []
         rest: list[Group] = []
         for group, params in groups:
-            own = [p for p in params if id(p) in known]
+            own, others = arrived.split(params)
             whole, buffers = Pass(_options(group)), self._buffers(group, own)
-            if not arrived.add_to(whole, own, buffers, steps=True):
+            if not arrived.add_to(whole, size, own, buffers, steps=True):
                 return [], groups
             plans.append((whole, own, buffers))
-            if len(own) < len(params):
-                rest.append((group, [p for p in params if id(p) not in known]))
+            if others:
+                rest.append((group, others))
         return plans, rest
 
     def _buffers(self, group: dict[str, Any], params: Sequence[Tensor]) -> list[Buffer]:

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from truestep.activity import Activity
 from truestep.arrived import Arrived, arrived_by
-from truestep.bits import Bits, join
 from truestep.calls import Call, at_end, backward_id
-from truestep.direct import Use, pack_all
+from truestep.direct import Use, join_all, pack_all
 from truestep.distributed import is_sharded, local, nobody
 from truestep.errors import (
     TruestepError,
@@ -26,7 +25,7 @@ from truestep.errors import (
 )
 from truestep.layout import Unit
 from truestep.nested import Unseen
-from truestep.record import Landed, Pending, Record, extended, size_of
+from truestep.record import Landed, Pending, Record, extended
 from truestep.waiting import Waiting
 
 __all__ = ["FORWARD", "Records"]
@@ -199,7 +198,7 @@ class Records:
         use.take(delta)
         if self.follows or not use.begins():
             pack_all([use], whole=self.whole)
-            self.receive(use.call, use.direct.found(use, iter(join(use.direct.masks(use)))))
+            self.receive(use.call, use.direct.found(use, iter(join_all([use]))))
             return
         self._waiting.add(use, delta, task, whole=self.whole)
 
@@ -234,45 +233,16 @@ class Records:
 
     def _settle(self, uses: Sequence[tuple[Use, int]]) -> None:
         self._deliver()
-        whole = self._joined(uses) if uses else {}
-        landed, self.landed = self.landed, []
-        for parameter, reference, version, task in landed:
-            key = id(parameter)
-            single = whole.pop((task, key), None)
-            if single is None:
-                self._commit(parameter, reference, version, task)
-                continue
-            # One use of a parameter that had no gradient: what most records are made of.
-            call, activity, samples = single
-            latest = call, task if self._outermost is None else self._outermost
-            self._committed[key] = Record(
-                activity, samples, reference, version, latest, [activity], None
-            )
-        for (task, key), single in whole.items():  # somebody has asked in the middle of the pass
-            self._pending.get(task, {})[key] = Pending(True, task, {single[0]: [single[1]]})
-
-    def _joined(self, uses: Sequence[tuple[Use, int]]) -> dict[tuple[int, int], "Single"]:
-        """The activity of uses that waited by backward pass and parameter; of further uses it is pending."""
-        masks: list[tuple[Bits, Bits | None]] = []
-        for use, _ in uses:
-            masks += use.direct.masks(use)
-        joined = iter(join(masks))
-        found: dict[tuple[int, int], Single] = {}
+        joined = iter(join_all(use for use, _ in uses))
         for use, task in uses:
             pending = self._pending.get(task, {})
-            call, pairs = use.call, use.direct.found(use, joined)
-            size = call.batch_size if self._unit == "sample" else None  # the layers agree on it
-            for parameter, activity in pairs:
-                key = id(parameter)
-                if key not in pending and (task, key) not in found:
-                    found[task, key] = call, activity, size or size_of(call, activity, self._unit)
-                    continue
-                entry = pending.setdefault(key, Pending(True, task))
-                earlier = found.pop((task, key), None)
-                if earlier is not None:
-                    entry.uses[earlier[0]] = [earlier[1]]
-                entry.uses.setdefault(call, []).append(activity)
-        return found
+            for parameter, activity in use.direct.found(use, joined):
+                # It had no gradient when the use began to wait.
+                entry = pending.setdefault(id(parameter), Pending(True, task))
+                entry.uses.setdefault(use.call, []).append(activity)
+        landed, self.landed = self.landed, []
+        for each in landed:
+            self._commit(*each)
 
     def _deliver(self) -> None:
         """Makes records of what has arrived."""
@@ -430,9 +400,6 @@ class Records:
             raise corrected_already(self.names[parameter])
         return False
 
-
-# A use of a parameter that has no other: the call, the activity and its N.
-Single = tuple[Call, Activity, int | Tensor]
 
 # Stands for a forward pass where others stand for backward passes.
 FORWARD = -1

@@ -248,18 +248,25 @@ class PackTable:
 
 
 def without_full(words: "array[int]", table: "array[int]") -> "array[int]":
-    """The words of two tensors without those of one of which all bits are on, which nobody will read.
+    """The words without those that nobody will read, because all bits of their tensors are on.
+
+    Of more than two tensors, they are left out only where that is so of all.
 
     Args:
         words: see `PackTable.pack`.
-        table: of one `Lines`; where the words lie is changed in it.
+        table: its numbers; where the words lie is changed in it.
     """
+    full = table[PACK_FULL::PACK_FIELDS]
+    if all(full):
+        return words[:0]
+    if len(full) > 2 or not any(full):  # noqa: PLR2004
+        return words
     second = PACK_FIELDS + PACK_WORDS
     cut = table[second]
-    if table[PACK_FULL] and not table[PACK_FIELDS + PACK_FULL]:
-        table[second] = 0
-        return words[cut:]
-    return words[:cut] if table[PACK_FIELDS + PACK_FULL] and not table[PACK_FULL] else words
+    if full[1]:
+        return words[:cut]
+    table[second] = 0
+    return words[cut:]
 
 
 def _run(table: "array[int]", address: int, words: int, read: int) -> None:

@@ -24,6 +24,7 @@ __all__ = [
     "Table",
     "addresses",
     "count",
+    "number_of",
     "run",
     "takes",
 ]
@@ -179,6 +180,18 @@ class Table:
         numbers[place + OUTPUTS], numbers[place + INPUTS] = bits
         self.kinds |= line.kind
         self.work += line.work
+
+
+def number_of(size: int | Tensor, device: torch.device | None) -> int:
+    """N as a table takes it: of one that is where kernels go, the negative address; it is looked at there.
+
+    Args:
+        size: N.
+        device: of the kernels, None for the CPU's loops.
+    """
+    if device is not None and isinstance(size, Tensor) and device_of(size) == device:
+        return -size.data_ptr()
+    return int(size)
 
 
 def _work(entry: Entry) -> int:
