@@ -86,7 +86,7 @@ def test_batches_are_counted_in_one_pass(make, sizes, one, repeat):
     parts = [make(samples) for samples in sizes]
     whole = parts[0]
     for part in parts[1:]:
-        whole = Total((*getattr(whole, "parts", (whole,)), part))
+        whole = Total((*getattr(whole, "parts", (whole,)), part), whole.nbytes + part.nbytes)
     assert (whole.as_one is not None) == one
     expected = sum(dense(part).sum(0) for part in parts)
     assert torch.equal(whole.count(), expected)
@@ -127,7 +127,7 @@ def test_reached_are_the_samples_with_any_output_gradient(make):
     assert reached.shape == (20,)
     # a sample that reaches an element has an output gradient
     assert not (dense(activity).flatten(1).any(1) & ~reached).any()
-    assert torch.equal(Total((activity, activity)).reached(), reached.repeat(2))
+    assert torch.equal(Total((activity,) * 2, 2 * activity.nbytes).reached(), reached.repeat(2))
     assert torch.equal(joint([activity, activity]).reached(), reached)
 
 
@@ -146,7 +146,8 @@ def test_counts_belong_to_who_asked_for_them():
 
 
 def test_bits_that_would_outgrow_the_counts_become_counts():
-    parts = [elements(640) for _ in range(2)]
+    assert isinstance(total([elements(640)] * 2), Total)  # little
+    parts = [elements(64 * 400) for _ in range(2)]
     assert isinstance(total(parts), Counts)
     wide = Outer(torch.Size([40, 30]), pack(mask(64, 40)), pack(mask(64, 30)))
     assert isinstance(total([wide, wide]), Total)

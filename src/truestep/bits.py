@@ -1,8 +1,9 @@
 """Boolean masks with one bit per element."""
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,9 +11,6 @@ from torch import Tensor
 from truestep.kernels import dispatch, packing
 from truestep.kernels.dispatch import device_of, finds_addresses
 from truestep.kernels.packing import PACK_FULL, PACK_WORDS, WORD, Join, Rows, unpack
-
-if TYPE_CHECKING:
-    from array import array
 
 __all__ = ["Bits", "Packed", "appended", "join", "pack", "pack_rows"]
 
@@ -52,6 +50,11 @@ class Bits:
         return self.positions != 1
 
     @property
+    def nbytes(self) -> int:
+        """The memory of the words, in bytes."""
+        return 0 if self.words is None else self.words.nbytes
+
+    @property
     def device(self) -> torch.device | None:
         """Where kernels go over the words; None for the CPU, and where all bits are on."""
         return None if self.words is None else device_of(self.words)
@@ -74,6 +77,20 @@ class Bits:
         if self.words is not None:
             return self.words
         return packing.pack_torch(torch.ones(self.length, self.units, dtype=torch.bool))
+
+    def add_to(self, words: "array[int]") -> bool:
+        """Appends the words to others, and says whether they are where that can be done, on a CPU."""
+        held = self.words
+        if held is None:
+            rows, rest = divmod(self.length, WORD)
+            words.extend(array("q", [-1]) * (rows * self.units))
+            words.extend(array("q", [(1 << rest) - 1]) * (self.units if rest else 0))
+        elif not (held.is_cpu and dispatch.is_plain(held)):
+            return False
+        elif held.numel():
+            numbers: Any = held.contiguous().numpy()
+            words.frombytes(memoryview(numbers).cast("B"))
+        return True
 
     def mask(self, start: int = 0, stop: int | None = None) -> Tensor:
         """The mask of some samples.
@@ -154,10 +171,23 @@ class _Slice(Bits):
     def words(self) -> Tensor:  # type: ignore[override]
         """See `Bits`."""
         count = (self.length + WORD - 1) // WORD
-        shape = count, self.units
         held = self._all
         whole = held if isinstance(held, Tensor) else torch.frombuffer(held, dtype=torch.int64)
-        return whole[self._place : self._place + count * self.units].view(shape)
+        return whole[self._place : self._place + count * self.units].view(count, self.units)
+
+    def add_to(self, words: "array[int]") -> bool:
+        held = self._all
+        if isinstance(held, Tensor) and not held.is_cpu:
+            return False
+        size = self.nbytes // 8
+        if size:
+            numbers: Any = held.numpy() if isinstance(held, Tensor) else held
+            words.frombytes(memoryview(numbers)[self._place : self._place + size].cast("B"))
+        return True
+
+    @property
+    def nbytes(self) -> int:
+        return 8 * ((self.length + WORD - 1) // WORD) * self.units
 
     @property
     def device(self) -> torch.device | None:
@@ -288,7 +318,10 @@ def appended(parts: Sequence[Bits]) -> Bits:
     if len(parts) == 1:
         return parts[0]
     length, units = sum(part.length for part in parts), parts[0].units
-    device = next((part.words.device for part in parts if part.words is not None), None)
-    if device is None:
+    if not any(part.nbytes for part in parts):
         return Bits(None, length, 1, units)
+    words = array("q")
+    if finds_addresses() and all(part.add_to(words) for part in parts):
+        return _Slice(words, start_of(words), 0, length, 1, units, None)
+    device = next(part.words.device for part in parts if part.words is not None)
     return Bits(torch.cat([part.dense().to(device) for part in parts]), length, 1, units)

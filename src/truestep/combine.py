@@ -17,6 +17,11 @@ from truestep.kernels.stepping import Entry
 __all__ = ["Counts", "Joint", "Shared", "Total", "joint", "one_batch", "total"]
 
 
+# So many bytes of bits are kept even where counts would take fewer: it takes long to count small things, and
+# most biases' bits are held for the weights anyway.
+LITTLE = 1 << 16
+
+
 @dataclass(frozen=True)
 class Joint(Activity):
     """Several uses of one parameter by the same samples: a sample counts once."""
@@ -49,9 +54,19 @@ class Joint(Activity):
 
 @dataclass(frozen=True)
 class Total(Activity):
-    """Separate batches: their counts add."""
+    """Separate batches: their counts add.
+
+    Attributes:
+        parts: of each batch.
+        held: the memory of all, in bytes.
+    """
 
     parts: tuple[Activity, ...]
+    held: int
+
+    @property
+    def nbytes(self) -> int:  # noqa: D102
+        return self.held
 
     @property
     def shape(self) -> torch.Size:  # type: ignore[override]
@@ -224,9 +239,9 @@ def total(parts: Sequence[Activity]) -> Activity:
             offsets.append(samples)
             samples += part.samples
         return _append([part.spread() for part in parts], offsets, samples)  # type: ignore[attr-defined]
-    whole = Total(tuple(flat for part in parts for flat in _parts(part)))
-    counts_bytes = 8 * whole.shape.numel()
-    if sum(tensor.nbytes for tensor in whole.tensors()) <= counts_bytes:
+    nbytes = sum(part.nbytes for part in parts)
+    whole = Total(tuple(flat for part in parts for flat in _parts(part)), nbytes)
+    if nbytes <= max(LITTLE, 8 * whole.shape.numel()):
         return whole
     return Counts(whole.count(), whole.samples)
 
@@ -268,13 +283,13 @@ def _on_end(*masks: Sequence[Bits]) -> list[Bits] | None:
     if any((b.positions, b.units) != (m[0].positions, m[0].units) for m in masks for b in m):
         return None
     samples = sum(bits.samples for bits in masks[0])
-    if any(bits.words is not None for mask in masks for bits in mask):
+    if any(bits.nbytes for mask in masks for bits in mask):
         whole = all(bits.length % WORD == 0 for mask in masks for bits in mask[:-1])
         if not whole:
             if any(mask[0].positions != 1 for mask in masks):
                 return None
             samples += sum(-bits.samples % WORD for bits in masks[0][:-1])
-    return [replace(appended(mask), samples=samples, positions=mask[0].positions) for mask in masks]
+    return [appended(mask).shaped(samples, mask[0].positions) for mask in masks]
 
 
 def _as_outer(use: Activity) -> Outer | None:
@@ -318,7 +333,7 @@ def _side_by_side(parts: Sequence[Bits]) -> Bits:
         stop = min(start + step, samples)
         masks = [part.mask(start, stop).reshape(stop - start, -1, units) for part in parts]
         found.append(pack(torch.cat(masks, 1)).apart())
-    return replace(appended(found), samples=samples, positions=positions)
+    return appended(found).shaped(samples, positions)
 
 
 def _append(parts: Sequence[Rows], offsets: Sequence[int], samples: int) -> Rows:

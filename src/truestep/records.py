@@ -196,10 +196,15 @@ class Records:
         if self._arrived is not None and self._arrived.call is use.call:
             self._deliver()
         use.take(delta)
-        if self.follows or not use.begins():
+        if self.follows or use.given is None:
             pack_all([use], whole=self.whole)
             self.receive(use.call, use.direct.found(use, iter(join_all([use]))))
             return
+        if not use.begins():
+            pending = self._pending[task]
+            for parameter in (use.weight, use.bias):
+                if parameter is not None:
+                    self._entry(pending, parameter, task)
         self._waiting.add(use, delta, task, whole=self.whole)
 
     def _pending_of(self, task: int) -> dict[int, Pending]:

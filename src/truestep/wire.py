@@ -114,7 +114,8 @@ def of_rows(activity: Activity, start: int, stop: int) -> Activity:  # noqa: PLR
         case Joint():
             return Joint(tuple(of_rows(use, start, stop) for use in activity.uses))
         case Total():
-            return Total(tuple(of_rows(part, start, stop) for part in activity.parts))
+            batches = tuple(of_rows(part, start, stop) for part in activity.parts)
+            return Total(batches, sum(batch.nbytes for batch in batches))
         case Shared():
             return Shared(of_rows(activity.use, start, stop), activity.times)
         case _:
