@@ -348,7 +348,7 @@ def test_words_of_which_all_bits_are_on_are_not_held():
     for _ in range(2):
         model.zero_grad()
         model(torch.ones(70, 5, 8)).square().sum().backward()
-    made = {use.made for use in counter.arrived()[0]._uses}
+    made = {use.made for brought in counter.arrived()[0]._passes for use in brought._uses}
     assert [len(each._words) for each in made] == [0]
     assert counter.counts()["0.weight"].unique().tolist() == [70]
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from truestep.activity import Elements, Outer, Rows
 from truestep.bits import pack
-from truestep.combine import Counts, Shared, Total, joint, total
+from truestep.combine import Counts, Shared, Total, joint, nbytes, total
 
 SHAPE = torch.Size([4, 3])
 
@@ -86,7 +86,7 @@ def test_batches_are_counted_in_one_pass(make, sizes, one, repeat):
     parts = [make(samples) for samples in sizes]
     whole = parts[0]
     for part in parts[1:]:
-        whole = Total((*getattr(whole, "parts", (whole,)), part), whole.nbytes + part.nbytes)
+        whole = Total((*getattr(whole, "parts", (whole,)), part), nbytes(whole) + nbytes(part))
     assert (whole.as_one is not None) == one
     expected = sum(dense(part).sum(0) for part in parts)
     assert torch.equal(whole.count(), expected)
@@ -127,7 +127,7 @@ def test_reached_are_the_samples_with_any_output_gradient(make):
     assert reached.shape == (20,)
     # a sample that reaches an element has an output gradient
     assert not (dense(activity).flatten(1).any(1) & ~reached).any()
-    assert torch.equal(Total((activity,) * 2, 2 * activity.nbytes).reached(), reached.repeat(2))
+    assert torch.equal(Total((activity,) * 2, 2 * nbytes(activity)).reached(), reached.repeat(2))
     assert torch.equal(joint([activity, activity]).reached(), reached)
 
 

@@ -48,11 +48,6 @@ class Activity(ABC):
         """The tensors held, for their memory."""
 
     @property
-    def nbytes(self) -> int:
-        """The memory that the tensors take, in bytes."""
-        return sum(tensor.nbytes for tensor in self.tensors())
-
-    @property
     def device(self) -> torch.device:
         """Where the tensors are; only a CPU holds none."""
         return next((tensor.device for tensor in self.tensors()), torch.device("cpu"))
@@ -128,10 +123,6 @@ class Elements(Activity):
 
     def reached(self) -> Tensor:  # noqa: D102
         return self.bits.mask().any(-1)
-
-    @property
-    def nbytes(self) -> int:  # noqa: D102
-        return self.bits.nbytes
 
     def tensors(self) -> Iterator[Tensor]:  # noqa: D102
         if self.bits.words is not None:
@@ -312,10 +303,6 @@ class Outer(Activity):
         if self.by_position:
             return mask.flatten()
         return mask.any(-1) if mask.dim() > 1 else mask
-
-    @property
-    def nbytes(self) -> int:  # noqa: D102
-        return self.outputs.nbytes + self.inputs.nbytes
 
     def tensors(self) -> Iterator[Tensor]:  # noqa: D102
         for bits in (self.outputs, self.inputs):

@@ -1,83 +1,131 @@
-"""What the latest backward pass has brought, before anybody asks for records.
+"""What backward passes have brought, before anybody asks for records.
 
-A usual step needs less than records: where the bits are of parameters that had no gradient, each used once
-by samples of one call of the model. That is kept instead, and becomes records only where somebody asks for
-more.
+A usual step needs less than records: where the bits are of parameters that each pass used once, by samples of
+one call of the model. That is kept instead, and becomes records only where somebody asks for more.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from truestep.bits import Bits
-from truestep.direct import Use, join_all
+from truestep.brought import Brought
+from truestep.combine import total
 from truestep.fused import Pass
 from truestep.kernels.dispatch import address_of, device_of, finds_addresses
-from truestep.kernels.stepping import REAL, Line, number_of, takes
+from truestep.kernels.stepping import REAL, Line, takes
 from truestep.layout import Unit
-from truestep.record import Landed, Record, size_of
+from truestep.record import Landed, Record, any_on, size_of
+from truestep.succession import as_one
 from truestep.way import Seen
 
-__all__ = ["Arrived", "Buffer", "arrived_by"]
+if TYPE_CHECKING:
+    from truestep.calls import Call
 
+__all__ = ["Arrived", "Buffer"]
+
+# So many bytes of bits are kept even where counts would take fewer.
+LITTLE_OF_ALL = 1 << 20
 # Of momentum, and whether it holds nothing yet.
 Buffer = tuple[Tensor, bool]
 
 
 class Arrived:
-    """Packed uses, and their parameters' gradients.
+    """What the present gradients of some parameters are made of, by one backward pass or several.
 
     Args:
-        uses: of one call of the model, each with parameters of its own.
-        landed: those parameters.
-        gradients: theirs.
-        task: the backward pass.
+        brought: by the first of them.
         unit: what counts as a sample.
 
     Attributes:
-        call: of the model.
-        gradients: by the identities of the parameters, weakly.
-        corrected: of those whose gradient was turned into a mean effective gradient in place, the version
-            that it has since.
+        calls: of the model, one of each pass.
+        corrected: of parameters whose gradient was turned into a mean effective gradient in place, the
+            version that it has since.
         stepped: the identities of those whose gradient an optimizer has used.
     """
 
     __slots__ = (
-        "_joined",
-        "_landed",
+        "_device",
+        "_each",
+        "_held",
+        "_nbytes",
+        "_passes",
         "_seen",
-        "_task",
         "_unit",
-        "_uses",
-        "call",
+        "calls",
         "corrected",
-        "gradients",
         "stepped",
     )
 
-    def __init__(
-        self,
-        uses: Sequence[Use],
-        landed: Sequence[Landed],
-        gradients: dict[int, Callable[[], Tensor | None]],
-        task: int,
-        unit: Unit,
-    ) -> None:
-        self._uses, self._landed, self._task, self._unit = uses, landed, task, unit
-        self._joined: list[Bits] | None = None
-        self._seen: tuple[torch.device | None, dict[int, Seen]] | None = None
-        self.call, self.gradients = uses[0].call, gradients
+    def __init__(self, brought: Brought, unit: Unit) -> None:
+        self._passes, self._unit = [brought], unit
+        self._nbytes: int | None = None  # of all passes' words, once there are several
+        # How a step on a device sees each pass and all as one, and what the addresses in that lead to.
+        self._device: torch.device | None = None
+        self._each: list[dict[int, Seen]] = []
+        self._seen: dict[int, Seen] | None = None
+        self._held: list[object] = []
+        self.calls: set[Call] = {brought.call}
         self.corrected: dict[int, int] = {}
         self.stepped: set[int] = set()
+
+    @property
+    def gradients(self) -> Mapping[int, Landed]:
+        """By the identities of the parameters, weakly."""
+        return self._passes[-1].landed
 
     def split(self, parameters: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """The parameters whose gradient was brought, and the others."""
         own: list[Tensor] = []
         others: list[Tensor] = []
+        known = self.gradients
         for parameter in parameters:
-            (own if id(parameter) in self.gradients else others).append(parameter)
+            (own if id(parameter) in known else others).append(parameter)
         return own, others
+
+    def goes_on(self, parameters: Iterable[Tensor]) -> bool | None:
+        """Whether gradients that are about to reach parameters are added to those that are here.
+
+        Returns:
+            False where they begin anew; None where only records can tell.
+        """
+        known, found = self.gradients, set[bool]()
+        for parameter in parameters:
+            key, gradient = id(parameter), parameter.grad
+            landed = known.get(key)
+            if gradient is None or landed is None or landed[1]() is not gradient:
+                return None
+            if key in self.corrected or gradient.is_sparse:
+                return None
+            if key not in self.stepped and gradient._version == landed[2]:  # noqa: SLF001
+                found.add(True)
+            elif key in self.stepped and not any_on(gradient):
+                found.add(False)
+            else:
+                return None
+        return found.pop() if len(found) == 1 else None
+
+    def extend(self, brought: Brought) -> bool:
+        """Takes what one more pass has added to the gradients.
+
+        Returns:
+            Whether it did: of the same parameters, while bits take no more memory than counts would.
+        """
+        if self.gradients.keys() != brought.landed.keys():
+            return False
+        own, more = self._nbytes, brought.nbytes()
+        if own is None:
+            own = self._passes[0].nbytes()
+        if own is None or more is None:
+            return False
+        most = 8 * sum(landed[0].numel() for landed in brought.landed.values())
+        if own + more > max(most, LITTLE_OF_ALL):
+            return False
+        self._passes.append(brought)
+        self._nbytes, self._each, self._held = own + more, [], []
+        self.calls.add(brought.call)
+        return True
 
     def add_to(
         self,
@@ -111,11 +159,11 @@ class Arrived:
         changed: list[Tensor] = []
         for place, parameter in enumerate(parameters):
             key, gradient = id(parameter), parameter.grad
-            found = gradients.get(key)
-            if found is None or gradient is None or found() is not gradient:
+            landed = gradients.get(key)
+            if landed is None or gradient is None or landed[1]() is not gradient:
                 return False
             _, line, bits = seen[key]
-            shape, number = line.shape, self._size_of(line, device) if size is None else size
+            shape, number = line.shape, self._size_of(key, line, device) if size is None else size
             if not (
                 gradient.dtype is dtype is parameter.dtype
                 and gradient.shape == shape == parameter.shape
@@ -136,12 +184,17 @@ class Arrived:
         whole.hold(changed, self)
         return True
 
-    def _size_of(self, line: Line, device: torch.device | None) -> int | None:
+    def _size_of(self, key: int, line: Line, device: torch.device | None) -> int | None:
         """N as a table takes it; None where only the activity tells."""
         if self._unit == "sample":
             return line.samples
-        reached = self.call.reached.get(line.samples)
-        return None if reached is None else number_of(reached, device)
+        number = 0
+        for brought, seen in zip(self._passes, self._each, strict=True):
+            size = brought.positions_of(seen[key][1], device)
+            if size is None:
+                return None
+            number += size
+        return number
 
     def _seen_on(self, device: torch.device | None) -> dict[int, Seen] | None:
         """How a compiled step sees each parameter, by their identities; None where it cannot.
@@ -149,17 +202,19 @@ class Arrived:
         Args:
             device: where all are, None for the CPU.
         """
-        if self._seen is not None and self._seen[0] == device:
-            return self._seen[1]
-        joined, found = iter(self._join()), dict[int, Seen]()
-        for use in self._uses:
-            seen = use.direct.seen(use, joined, device)
+        if self._each and self._device == device:
+            return self._seen
+        each, several = list[dict[int, Seen]](), len(self._passes) > 1
+        self._each, self._seen, self._device = each, None, device
+        if several and device is not None:
+            return None
+        for brought in self._passes:
+            seen = brought.seen(device)
             if seen is None:
                 return None
-            for each in seen:
-                found[id(each[0])] = each
-        self._seen = device, found
-        return found
+            each.append(seen)
+        self._seen = as_one(each, self._held) if several else each[0]
+        return self._seen
 
     def note_corrected(self, parameters: Iterable[Tensor]) -> None:
         """Notes that gradients were turned into mean effective gradients in place."""
@@ -167,60 +222,19 @@ class Arrived:
             if parameter.grad is not None:
                 self.corrected[id(parameter)] = parameter.grad._version  # noqa: SLF001
 
-    def records(self) -> Iterator[tuple[int, Record]]:
+    def records(self) -> Iterable[tuple[int, Record]]:
         """The records, with the identities of their parameters."""
-        latest = self.call, self._task
-        joined, activities = iter(self._join()), {}
-        for use in self._uses:
-            for parameter, activity in use.direct.found(use, joined):
-                activities[id(parameter)] = activity
-        for parameter, gradient, version, _ in self._landed:
-            key = id(parameter)
-            activity = activities[key]
-            size = size_of(self.call, activity, self._unit)
-            record = Record(activity, size, gradient, version, latest, [activity], None)
-            record.stepped, record.corrected = key in self.stepped, key in self.corrected
-            record.version = self.corrected.get(key, version)
-            yield key, record
-
-    def _join(self) -> list[Bits]:
-        """The uses' masks, joined; held here, since steps know their addresses alone."""
-        if self._joined is None:
-            self._joined = join_all(self._uses)
-        return self._joined
-
-
-def arrived_by(
-    uses: Sequence[tuple[Use, int]],
-    landed: Sequence[Landed],
-    task: int,
-    unit: Unit,
-    apart: Iterable[int],
-) -> Arrived | None:
-    """What uses that waited and the gradients of their parameters are, or None where that takes records.
-
-    Args:
-        uses: with their backward passes.
-        landed: the gradients that have reached `.grad`, of other parameters too.
-        task: the backward pass that is just ending.
-        unit: what counts as a sample.
-        apart: the identities of parameters that it used otherwise as well.
-    """
-    call = uses[0][0].call
-    used: set[int] = set()
-    found: list[Use] = []
-    count = 0
-    for use, brought in uses:
-        if use.call is not call or brought != task:
-            return None
-        found.append(use)
-        for parameter in (use.weight,) if use.bias is None else (use.weight, use.bias):
-            count += 1
-            used.add(id(parameter))
-    own = [each for each in landed if id(each[0]) in used]
-    gradients = {id(each[0]): each[1] for each in own if each[3] == task}
-    # No parameter twice.
-    alone = count == len(used) == len(own) == len(gradients)
-    if not alone or not used.isdisjoint(apart):
-        return None
-    return Arrived(found, own, gradients, task, unit)
+        found: dict[int, Record] = {}
+        for brought in self._passes:
+            latest = brought.call, brought.task
+            for key, activity in brought.activities():
+                whole, size, before = activity, size_of(brought.call, activity, self._unit), None
+                if key in found:
+                    before = found[key].activity, found[key].batch_size
+                    whole, size = total([before[0], activity]), before[1] + size
+                _, gradient, version, _ = self.gradients[key]
+                record = Record(whole, size, gradient, version, latest, [activity], before)
+                record.stepped, record.corrected = key in self.stepped, key in self.corrected
+                record.version = self.corrected.get(key, version)
+                found[key] = record
+        return found.items()

@@ -223,6 +223,11 @@ class Packed:
         self._words, self._table, self.device = words, table, device
         self._start = start_of(words)
 
+    @property
+    def nbytes(self) -> int:
+        """The memory of the words, in bytes."""
+        return 8 * len(self._words)
+
     def address(self, first: int) -> int:
         """Where loops or kernels find a tensor's words; 0 where all bits are on.
 

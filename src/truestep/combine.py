@@ -14,7 +14,7 @@ from truestep.blocks import Blocks
 from truestep.kernels.packing import WORD
 from truestep.kernels.stepping import Entry
 
-__all__ = ["Counts", "Joint", "Shared", "Total", "joint", "one_batch", "total"]
+__all__ = ["Counts", "Joint", "Shared", "Total", "joint", "nbytes", "one_batch", "total"]
 
 
 # So many bytes of bits are kept even where counts would take fewer: it takes long to count small things, and
@@ -63,10 +63,6 @@ class Total(Activity):
 
     parts: tuple[Activity, ...]
     held: int
-
-    @property
-    def nbytes(self) -> int:  # noqa: D102
-        return self.held
 
     @property
     def shape(self) -> torch.Size:  # type: ignore[override]
@@ -239,11 +235,22 @@ def total(parts: Sequence[Activity]) -> Activity:
             offsets.append(samples)
             samples += part.samples
         return _append([part.spread() for part in parts], offsets, samples)  # type: ignore[attr-defined]
-    nbytes = sum(part.nbytes for part in parts)
-    whole = Total(tuple(flat for part in parts for flat in _parts(part)), nbytes)
-    if nbytes <= max(LITTLE, 8 * whole.shape.numel()):
+    held = sum(map(nbytes, parts))
+    whole = Total(tuple(flat for part in parts for flat in _parts(part)), held)
+    if held <= max(LITTLE, 8 * whole.shape.numel()):
         return whole
     return Counts(whole.count(), whole.samples)
+
+
+def nbytes(activity: Activity) -> int:
+    """The memory that it takes, in bytes."""
+    if isinstance(activity, Total):
+        return activity.held
+    if isinstance(activity, Outer):
+        return activity.outputs.nbytes + activity.inputs.nbytes
+    if isinstance(activity, Elements):
+        return activity.bits.nbytes
+    return sum(tensor.nbytes for tensor in activity.tensors())
 
 
 def _parts(activity: Activity) -> tuple[Activity, ...]:

@@ -90,6 +90,7 @@ class Use:
 
     Attributes:
         call: of the model.
+        adds: whether its gradients are added to those of an earlier backward pass.
         direct: the layer's short way.
         weight: the layer's in this call.
         bias: the same.
@@ -111,6 +112,7 @@ class Use:
         "_outputs",
         "_versions",
         "_watch",
+        "adds",
         "bias",
         "call",
         "delta",
@@ -128,6 +130,7 @@ class Use:
         self, watch: Callable[[], Any], layer: Any, call: Call, given: Tensor, node: Any
     ) -> None:
         self._watch, self._layer, self.call = watch, layer, call
+        self.adds = False
         direct = self.direct = layer.direct
         # Of indices autograd may hold a copy, and does not guard the caller's.
         self.given: Tensor | None = given if direct.numbers else node._saved_indices  # noqa: SLF001
@@ -179,13 +182,14 @@ class Use:
                     "call the model again"
                 )
 
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """The weight, and the bias if there is one."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
     def begins(self) -> bool:
-        """Whether the parameters have no gradient yet, and the input no bits."""
-        return (
-            self.given is not None
-            and self.weight.grad is None
-            and (self.bias is None or self.bias.grad is None)
-        )
+        """Whether the parameters have no gradient yet."""
+        return self.weight.grad is None and (self.bias is None or self.bias.grad is None)
 
     def wait(self, most: int) -> int | None:
         """Keeps input and output gradient as they are now for a while; returns how many bytes that takes.

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import Tensor
 
 from truestep.activity import Activity
-from truestep.arrived import Arrived, arrived_by
+from truestep.arrived import Arrived
+from truestep.brought import Brought, brought_by
 from truestep.calls import Call, at_end, backward_id
 from truestep.direct import Use, join_all, pack_all
 from truestep.distributed import is_sharded, local, nobody
@@ -193,18 +194,23 @@ class Records:
         task = backward_id()
         if task not in self._pending:
             self._pending_of(task)  # where the same use may still wait, with another gradient
-        if self._arrived is not None and self._arrived.call is use.call:
+        arrived = self._arrived
+        if arrived is not None and use.call in arrived.calls:
             self._deliver()
         use.take(delta)
         if self.follows or use.given is None:
             pack_all([use], whole=self.whole)
             self.receive(use.call, use.direct.found(use, iter(join_all([use]))))
             return
+        use.adds = False
         if not use.begins():
-            pending = self._pending[task]
-            for parameter in (use.weight, use.bias):
-                if parameter is not None:
+            adds = None if self._arrived is None else self._arrived.goes_on(use.parameters)
+            if adds is None:
+                pending = self._pending[task]
+                for parameter in use.parameters:
                     self._entry(pending, parameter, task)
+            else:
+                use.adds = adds
         self._waiting.add(use, delta, task, whole=self.whole)
 
     def _pending_of(self, task: int) -> dict[int, Pending]:
@@ -242,8 +248,7 @@ class Records:
         for use, task in uses:
             pending = self._pending.get(task, {})
             for parameter, activity in use.direct.found(use, joined):
-                # It had no gradient when the use began to wait.
-                entry = pending.setdefault(id(parameter), Pending(True, task))
+                entry = pending.setdefault(id(parameter), Pending(not use.adds, task))
                 entry.uses.setdefault(use.call, []).append(activity)
         landed, self.landed = self.landed, []
         for each in landed:
@@ -259,20 +264,30 @@ class Records:
         """Keeps what a backward pass has brought until somebody asks, if it is nothing unusual."""
         if not uses or self._outermost is not None or self._held or self._unseen:
             return False
-        found = arrived_by(uses, self.landed, task, self._unit, self._pending.get(task, ()))
+        found = brought_by(uses, self.landed, task, self._pending.get(task, ()))
         if found is None:
             return False
-        known, earlier = found.gradients, self._arrived
-        if earlier is not None and not earlier.gradients.keys() <= known.keys():
-            self._deliver()
+        known = found.landed
+        if not self._follow_up(found):
+            return False
         if self._committed:
             for key in known:
                 self._committed.pop(key, None)
-        landed, self.landed, self._arrived = self.landed, [], found
+        landed, self.landed = self.landed, []
         if len(landed) > len(known):
             for each in landed:
                 if id(each[0]) not in known:
                     self._commit(*each)
+        return True
+
+    def _follow_up(self, found: Brought) -> bool:
+        """Puts what a pass has brought behind what arrived before, or in its place."""
+        earlier = self._arrived
+        if found.adds:
+            return earlier is not None and earlier.extend(found)
+        if earlier is not None and not earlier.gradients.keys() <= found.landed.keys():
+            self._deliver()
+        self._arrived = Arrived(found, self._unit)
         return True
 
     def hold(self, parameter: Tensor) -> None:
@@ -348,7 +363,7 @@ class Records:
 
     def enter(self, call: Call) -> None:
         """Notes that the backward pass has come to the output of a call."""
-        if self._arrived is not None and self._arrived.call is call:
+        if self._arrived is not None and call in self._arrived.calls:
             self._deliver()
         self.current = call
         self._entered.add(call)

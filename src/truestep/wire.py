@@ -14,7 +14,7 @@ from torch import Tensor
 from truestep.activity import Activity, Elements, Outer, Rows, Window
 from truestep.bits import Bits, pack
 from truestep.blocks import Blocks
-from truestep.combine import Counts, Joint, Shared, Total
+from truestep.combine import Counts, Joint, Shared, Total, nbytes
 
 __all__ = ["Message", "message", "of_rows", "read"]
 
@@ -115,7 +115,7 @@ def of_rows(activity: Activity, start: int, stop: int) -> Activity:  # noqa: PLR
             return Joint(tuple(of_rows(use, start, stop) for use in activity.uses))
         case Total():
             batches = tuple(of_rows(part, start, stop) for part in activity.parts)
-            return Total(batches, sum(batch.nbytes for batch in batches))
+            return Total(batches, sum(map(nbytes, batches)))
         case Shared():
             return Shared(of_rows(activity.use, start, stop), activity.times)
         case _:

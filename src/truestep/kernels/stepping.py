@@ -4,7 +4,7 @@ import functools
 import math
 from array import array
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -97,13 +97,14 @@ class Line:
         shape: the parameter's.
         samples: how many may reach it.
         entry: its only one.
-        held: what lives as long as its window is looked at.
+        held: what lives as long as its window is looked at, a convolution's.
     """
 
-    __slots__ = ("held", "kind", "numbers", "samples", "shape", "work")
+    __slots__ = ("entry", "held", "kind", "numbers", "samples", "shape", "work")
 
-    def __init__(self, shape: torch.Size, samples: int, entry: Entry, held: object = None) -> None:
+    def __init__(self, shape: torch.Size, samples: int, entry: Entry, held: Any = None) -> None:
         self.shape, self.samples, self.kind, self.held = shape, samples, entry.kind, held
+        self.entry = entry
         each = _work(entry)
         self.work = entry.rows * each
         self.numbers = array("q", (0, 0, 0, 0, 0, each, *entry))
