@@ -55,7 +55,7 @@ class Activation:
         Returns:
             Slopes and intercepts, float64 ``[units]``; nan for units on no single piece.
         """
-        slopes = torch.full(lowest.shape, math.nan, dtype=torch.float64)
+        slopes = torch.full(lowest.shape, math.nan, dtype=torch.float64, device="cpu")
         intercepts = slopes.clone()
         for piece in self.pieces:
             inside = (lowest >= piece.low) & (highest <= piece.high)

@@ -68,7 +68,7 @@ class Activity(ABC):
         device = None if first is None else device_of(first)
         entries = self.entries(device) if device is not None or dispatch.installed() else None
         if entries is not None:
-            counts = torch.zeros(self.shape, dtype=torch.int64, device=device)
+            counts = torch.zeros(self.shape, dtype=torch.int64, device=device or "cpu")
             stepping.count(entries, counts)
             return counts
         return self.count_masks()
@@ -167,7 +167,8 @@ class Window:
         ones = (1,) * lead
         sizes = (self.size, self.positions, self.kernel, self.stride, self.dilation)
         axes = [number for values in sizes for number in (*ones, *values)]
-        return torch.tensor([*axes, *(0,) * lead, *before, self.channels, self.groups])
+        axes += [*(0,) * lead, *before, self.channels, self.groups]
+        return torch.tensor(axes, device="cpu")
 
     def unfold(self, inputs: Tensor) -> Tensor:
         """What the kernel sees at each output position.

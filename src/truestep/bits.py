@@ -76,7 +76,9 @@ class Bits:
         """The words, also where all bits are on."""
         if self.words is not None:
             return self.words
-        return packing.pack_torch(torch.ones(self.length, self.units, dtype=torch.bool))
+        return packing.pack_torch(
+            torch.ones(self.length, self.units, dtype=torch.bool, device="cpu")
+        )
 
     def add_to(self, words: "array[int]") -> bool:
         """Appends the words to others, and says whether they are where that can be done, on a CPU."""
@@ -106,7 +108,7 @@ class Bits:
         stop = max(start, stop)
         rows, first = (stop - start) * self.positions, start * self.positions
         if self.words is None:
-            mask = torch.ones(rows, self.units, dtype=torch.bool)
+            mask = torch.ones(rows, self.units, dtype=torch.bool, device="cpu")
         else:
             words = self.words[first // WORD : -(-(first + rows) // WORD)]
             mask = unpack(words, first % WORD + rows)[first % WORD :]

@@ -63,7 +63,7 @@ class Duplicates:
 
     def __init__(self, units: int, tolerance: float) -> None:
         self._tolerance = tolerance
-        self._silent = torch.ones(units, dtype=torch.bool)
+        self._silent = torch.ones(units, dtype=torch.bool, device="cpu")
         self._classes: list[_Class] = []
         self._generator = torch.Generator().manual_seed(0)
 
@@ -107,8 +107,8 @@ class Duplicates:
         Returns:
             Units, what each is a multiple of, and the factors (float64).
         """
-        empty = torch.empty(0, dtype=torch.int64)
-        units, firsts, factors = [empty], [empty], [torch.empty(0, dtype=torch.float64)]
+        empty = torch.empty(0, dtype=torch.int64, device="cpu")
+        units, firsts, factors = [empty], [empty], [empty.double()]
         largest, size = largest.double(), size.double()
         for found in self._classes:
             rounding = size[found.members] / largest[found.members]
@@ -146,14 +146,15 @@ class Duplicates:
 
     def _candidates(self, values: Tensor) -> list[Tensor]:
         """Groups of columns whose projections agree."""
-        rows = torch.randn(PROJECTIONS, len(values), generator=self._generator).to(values)
+        size = PROJECTIONS, len(values)
+        rows = torch.randn(size, generator=self._generator, device="cpu").to(values)
         projected = (rows @ values).double().cpu()
         projected /= values.norm(dim=0).double().cpu()
         # Factors may be negative: the largest projection is made positive.
         largest = projected.abs().argmax(0, keepdim=True)
         projected *= projected.gather(0, largest).sign()
         groups: list[Tensor] = []
-        taken = torch.zeros(projected.shape[1], dtype=torch.bool)
+        taken = torch.zeros(projected.shape[1], dtype=torch.bool, device="cpu")
         for start in range(0, projected.shape[1], ROWS_AT_ONCE):
             some = projected[:, start : start + ROWS_AT_ONCE]
             near = (some[0].unsqueeze(1) - projected[0]).abs() < CLOSE

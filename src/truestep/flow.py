@@ -186,7 +186,7 @@ class Flow(TorchFunctionMode):
         made = Channels(units.dim, units.slots, fixed=units.fixed)
         if self._whole:
             made.starts = ledger.start("units", len(ledger.sites), len(units.slots))
-            made.scale = torch.ones(len(units.slots), dtype=torch.float64)
+            made.scale = torch.ones(len(units.slots), dtype=torch.float64, device="cpu")
             made.shift = torch.zeros_like(made.scale)
             if call.name == "prelu":
                 flow_rules.join_slopes(ledger, call, units)

@@ -99,7 +99,7 @@ def _both(
         return Channels(dims[0], slots, layers)
     fixed = None
     if first.fixed is not None or second.fixed is not None:
-        nothing = torch.zeros(len(slots), dtype=torch.bool)
+        nothing = torch.zeros(len(slots), dtype=torch.bool, device="cpu")
         a, b = (nothing if f is None else f for f in (first.fixed, second.fixed))
         fixed = a & b
         if call.name == "mul":
@@ -164,11 +164,14 @@ def choose(ledger: Ledger, call: Call, output: Tensor) -> Channels | None:
 
 def _zeros(tracked: list[tuple[Tensor, Channels]], numbers: list[Any]) -> Tensor:
     """The units that are 0 whichever is chosen."""
-    fixed = torch.ones(len(tracked[0][1].slots), dtype=torch.bool)
+    fixed = torch.ones(len(tracked[0][1].slots), dtype=torch.bool, device="cpu")
     for tensor, units in tracked:
         known = torch.zeros_like(fixed) if units.fixed is None else units.fixed
         fixed &= known & (values_of(tensor, units.dim) == 0)
-    return fixed & all(bool((torch.as_tensor(number) == 0).all()) for number in numbers)
+    return fixed & all(
+        bool((number == 0).all()) if isinstance(number, Tensor) else number == 0
+        for number in numbers
+    )
 
 
 ARITHMETIC: dict[str, Callable[[Ledger, Call, Any], Any]] = {

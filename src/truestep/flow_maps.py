@@ -110,7 +110,7 @@ def _map(ledger: Ledger, call: Call, output: Tensor, parts: _Parts) -> Channels 
         if units is not None and units.fixed is not None:
             outputs.fixed = units.fixed.repeat_interleave(each)
     outputs.starts = ledger.start("rows", len(ledger.uses), len(rows))
-    outputs.scale = torch.ones(len(rows), dtype=torch.float64)
+    outputs.scale = torch.ones(len(rows), dtype=torch.float64, device="cpu")
     outputs.shift = torch.zeros_like(outputs.scale)
     use = Use(
         weight=view.name,
@@ -146,7 +146,7 @@ def _columns(ledger: Ledger, name: str, in_dim: int, weight: Tensor, parts: _Par
 
 def _constants(data: Tensor, units: Channels | None, number: int) -> Tensor:
     """The numbers of the inputs that are the same at all samples and positions; nan for others."""
-    constants = torch.full((number,), torch.nan, dtype=torch.float64)
+    constants = torch.full((number,), torch.nan, dtype=torch.float64, device="cpu")
     if units is not None and units.fixed is not None and data.numel():
         rows = data.detach().movedim(units.dim, -1).reshape(-1, number)
         held = units.fixed & (rows == rows[0]).all(0).cpu()

@@ -109,7 +109,7 @@ def _side_by_side(
 
 
 def _or_none(values: Tensor | None, slots: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(len(slots), dtype=dtype) if values is None else values
+    return torch.zeros(len(slots), dtype=dtype, device="cpu") if values is None else values
 
 
 def _labels(tensor: Tensor, dim: int) -> Tensor:
@@ -146,7 +146,7 @@ def _along(labels: Tensor, dim: int) -> Tensor:
 def _taken(ledger: Ledger, units: Channels, dim: int, places: Tensor) -> Channels:
     """Those of the units that are at some places, in their order."""
     starts = ledger.onward(units.starts)
-    if torch.equal(places, torch.arange(len(units.slots))):
+    if torch.equal(places, torch.arange(len(units.slots), device="cpu")):
         return units.but(dim=dim, starts=starts)
     key = ("taken", id(units.slots), id(places))
     slots, *_ = ledger.moved.setdefault(key, (units.slots[places], units.slots, places))

@@ -123,7 +123,7 @@ def _readers(flow: Flow) -> list[tuple[str, Site, Use, Tensor]]:
         numbers = {slot: unit for unit, slot in enumerate(site.outputs.slots.tolist())}
         units = [numbers.get(slot, -1) for slot in use.inputs.slots.tolist()]
         if set(units) == set(range(len(site.outputs.slots))):
-            found[site.key] = (site.key[0], site, use, torch.tensor(units))
+            found[site.key] = (site.key[0], site, use, torch.tensor(units, device="cpu"))
     return list(found.values())
 
 
@@ -160,8 +160,8 @@ class _Link:
     def clear(self) -> None:
         """Begins anew."""
         self._samples = 0
-        self._fired = torch.zeros(self.units, dtype=torch.bool)
-        self._missed = torch.zeros(self.units, dtype=torch.bool)
+        self._fired = torch.zeros(self.units, dtype=torch.bool, device="cpu")
+        self._missed = torch.zeros(self.units, dtype=torch.bool, device="cpu")
 
     def see(self, activity: Activity) -> None:
         """Takes the bits of a batch."""
@@ -199,10 +199,10 @@ def _inputs(activity: Activity) -> list[Bits]:
 def _any(bits: Bits) -> tuple[Tensor, Tensor]:
     """Bool ``[units]``: on anywhere, and off anywhere."""
     if bits.words is None:
-        on = torch.full((bits.units,), bits.length > 0)
-        return on, torch.zeros(bits.units, dtype=torch.bool)
+        on = torch.full((bits.units,), bits.length > 0, device="cpu")
+        return on, torch.zeros(bits.units, dtype=torch.bool, device="cpu")
     words = bits.words.cpu()
-    full = torch.full((len(words), 1), FULL)
+    full = torch.full((len(words), 1), FULL, device="cpu")
     left = bits.length % 64
     if left:
         full[-1] = (1 << left) - 1

@@ -185,8 +185,8 @@ class _Total:
     def __init__(self, units: int, tolerance: float) -> None:
         self.units, self._tolerance = units, tolerance
         self._rows = 0
-        self._on = torch.zeros(units, dtype=torch.int64)
-        highest = torch.full((units,), -torch.inf, dtype=torch.float64)
+        self._on = torch.zeros(units, dtype=torch.int64, device="cpu")
+        highest = torch.full((units,), -torch.inf, dtype=torch.float64, device="cpu")
         self._highest, self._high = highest, highest.clone()
         self._lowest, self._low = -highest, -highest
         self._ends: Tensor | None = None
@@ -229,8 +229,8 @@ class _Total:
         largest = torch.maximum(self._low.abs(), self._high.abs())
         size = torch.maximum(self._lowest.abs(), self._highest.abs())
         units, firsts, ratios = self._duplicates.pairs(largest, size)
-        twin = torch.full((self.units,), -1)
-        ratio = torch.full((self.units,), torch.nan, dtype=torch.float64)
+        twin = torch.full((self.units,), -1, device="cpu")
+        ratio = torch.full((self.units,), torch.nan, dtype=torch.float64, device="cpu")
         twin[units], ratio[units] = firsts, ratios
         rate = self._on.double() / max(self._rows, 1)
         ends = (self._lowest, self._highest, self._low, self._high)

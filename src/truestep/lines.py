@@ -77,7 +77,7 @@ def _matrix(flow: Flow, use: Use) -> tuple[Tensor, Tensor]:
     """A map's weight ``[outputs, everything read]`` and its bias, float64."""
     owned = flow.ledger.owned
     weight = owned[use.weight].detach().double().cpu().movedim(use.out_dim, 0)
-    bias = torch.zeros(len(weight), dtype=torch.float64)
+    bias = torch.zeros(len(weight), dtype=torch.float64, device="cpu")
     if use.bias is not None:
         bias = owned[use.bias].detach().double().cpu()
     return weight.flatten(1), bias
@@ -90,7 +90,7 @@ def _dependent(
     if len(units) < 2:  # noqa: PLR2004
         return []
     basis = _basis(rows, max(layer.tolerance, torch.finfo(torch.float64).eps))
-    others = torch.ones(len(units), dtype=torch.bool)
+    others = torch.ones(len(units), dtype=torch.bool, device="cpu")
     others[basis] = False
     places = others.nonzero().squeeze(1)
     if not len(places) or not len(basis):
@@ -125,7 +125,7 @@ def _basis(rows: Tensor, tolerance: float) -> Tensor:
         for _again in range(2):  # twice is enough against rounding
             left -= (left @ direction)[:, None] * direction
         left[best] = 0
-    return torch.tensor(sorted(chosen), dtype=torch.int64)
+    return torch.tensor(sorted(chosen), dtype=torch.int64, device="cpu")
 
 
 @dataclass

@@ -86,10 +86,10 @@ def _merger(flow: Flow, site: Site, layer: LayerNodes) -> Merger | None:
     first, units, lines, constants = rows
     chosen = _removable(flow.ledger, site, units)
     units, lines, constants = units[chosen], lines[chosen], constants[chosen]
-    if len(units) < 2 or not _alone(flow.ledger, first):  # noqa: PLR2004
+    readers = _readers(flow.ledger, site, units) if len(units) > 1 else []
+    if not readers or not _alone(flow.ledger, first):
         return None
-    readers = _readers(flow.ledger, site, units)
-    weights = torch.cat([reader.weights() for reader in readers]) if readers else torch.empty(0)
+    weights = torch.cat([reader.weights() for reader in readers])
     if not 0 < len(weights) < len(units) or not all(reader.takes() for reader in readers):
         return None
     made = _fewer(weights, lines)
@@ -138,7 +138,9 @@ def _removable(ledger: Ledger, site: Site, units: Tensor) -> Tensor:
             accepted |= {one.unit for one in plan.removals}
     roots = ledger.slots.roots(site.outputs.slots)
     return torch.tensor(
-        [unit in accepted and roots.count(roots[unit]) == 1 for unit in numbers], dtype=torch.bool
+        [unit in accepted and roots.count(roots[unit]) == 1 for unit in numbers],
+        dtype=torch.bool,
+        device="cpu",
     )
 
 
@@ -156,7 +158,7 @@ def _readers(ledger: Ledger, site: Site, units: Tensor) -> list["_Reader"]:
         if any(columns.values()):
             if len({len(places) for places in columns.values()}) > 1:
                 return []
-            found.append(_Reader(ledger, use, torch.tensor(list(columns.values()))))
+            found.append(_Reader(ledger, use, torch.tensor(list(columns.values()), device="cpu")))
     return found
 
 
@@ -280,14 +282,18 @@ def _known(layer: LayerNodes, units: Tensor, kept: Tensor, home: Piece, news: _N
     outputs = [home.slope * ends[name][kept] + home.intercept for name in ("lowest", "highest")]
     ends["low"][kept] = torch.minimum(*outputs)
     ends["high"][kept] = torch.maximum(*outputs)
-    alone = torch.isin(torch.arange(len(layer)), units) | torch.isin(layer.twin, units)
+    alone = torch.isin(torch.arange(len(layer), device="cpu"), units) | torch.isin(
+        layer.twin, units
+    )
     twin = torch.where(alone, -1, layer.twin)
     return replace(layer, **ends, twin=twin, ratio=torch.where(alone, torch.nan, layer.ratio))
 
 
 def _bias(ledger: Ledger, use: Use) -> Tensor:
     if use.bias is None:
-        return torch.zeros(ledger.owned[use.weight].shape[use.out_dim], dtype=torch.float64)
+        return torch.zeros(
+            ledger.owned[use.weight].shape[use.out_dim], dtype=torch.float64, device="cpu"
+        )
     return _wide(ledger, use.bias).clone()
 
 

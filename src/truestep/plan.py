@@ -252,7 +252,7 @@ class _Reach:
         """What is left of a combination besides multiples of other columns, float64 ``[columns]``."""
         assert use.inputs is not None  # noqa: S101
         scale, shift = _scale(use.inputs), _shift(use.inputs)
-        rest = torch.full((len(columns),), candidate.constant, dtype=torch.float64)
+        rest = torch.full((len(columns),), candidate.constant, dtype=torch.float64, device="cpu")
         for unit, factor in candidate.terms:
             others = self._of_unit(use, candidate.site, unit)
             rest -= factor * shift[others] / scale[others]

@@ -54,7 +54,8 @@ class Sequences:
         if self.packed is None:
             return None
         sizes = self.packed.batch_sizes
-        return (torch.arange(int(sizes[0])) < sizes.unsqueeze(1)).unsqueeze(-1).to(device)
+        steps = torch.arange(int(sizes[0]), device="cpu")
+        return (steps < sizes.unsqueeze(1)).unsqueeze(-1).to(device)
 
     def pack(self, values: Tensor) -> Bits:
         """The bits of ``[time, samples, units]``."""

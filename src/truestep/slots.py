@@ -40,7 +40,7 @@ class Slots:
         """New slots, int64 ``[number]``."""
         first = len(self._parents)
         self._parents.extend(range(first, first + number))
-        return torch.arange(first, first + number)
+        return torch.arange(first, first + number, device="cpu")
 
     def join(self, left: Tensor, right: Tensor) -> None:
         """Makes one set of each pair of slots.
@@ -89,4 +89,6 @@ class Slots:
     def inside(self, slots: Tensor, chosen: Iterable[int]) -> Tensor:
         """Bool: which slots belong to the sets that `chosen` roots stand for."""
         wanted = set(chosen)
-        return torch.tensor([root in wanted for root in self.roots(slots)], dtype=torch.bool)
+        return torch.tensor(
+            [root in wanted for root in self.roots(slots)], dtype=torch.bool, device="cpu"
+        )

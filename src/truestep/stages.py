@@ -41,7 +41,7 @@ class Work:
             if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1  # noqa: SLF001
         }
         # The numbers that units had in the beginning.
-        self._numbers = {key_of(layer): torch.arange(len(layer)) for layer in nodes}
+        self._numbers = {key_of(layer): torch.arange(len(layer), device="cpu") for layer in nodes}
 
     def remove(self, find: Callable[[Flow, DummyNodes], list[Candidate]]) -> None:
         """Takes units out; one forward call shows where they arrive."""

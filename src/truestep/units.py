@@ -244,7 +244,9 @@ class Ledger:
         long = [dim for dim, size in enumerate(tensor.shape) if size > 1]
         if name is None or len(long) != 1:
             return None
-        fixed = torch.ones(tensor.shape[long[0]], dtype=torch.bool) if self.whole else None
+        fixed = None
+        if self.whole:
+            fixed = torch.ones(tensor.shape[long[0]], dtype=torch.bool, device="cpu")
         return Channels(long[0], self.rows(name, long[0]), fixed=fixed)
 
     def from_data(self, tensor: Any) -> bool:
@@ -288,7 +290,7 @@ class Ledger:
             units: how many.
         """
         self.origins.append((kind, number))
-        return torch.full((units,), len(self.origins) - 1)
+        return torch.full((units,), len(self.origins) - 1, device="cpu")
 
     def onward(self, starts: Tensor | None) -> Tensor | None:
         """The starts of units to all of which the same is done, and to no others."""

@@ -110,7 +110,7 @@ def pack(values: Tensor, means: Tensor | None = None) -> Tensor | None:
     if device is not None:
         packed: Tensor = gpu().pack(table, count * units, device)
         return packed.view(count, units)
-    words = torch.empty(count, units, dtype=torch.int64)
+    words = torch.empty(count, units, dtype=torch.int64, device="cpu")
     _run(table, words.data_ptr(), words.numel(), samples * positions * units * size)
     return None if table[PACK_FULL] else words
 

@@ -31,7 +31,7 @@ def scan(values: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
         return scan_torch(values, dim)
     units = values.shape[-1]
     low, high = values.new_empty(units), values.new_empty(units)
-    positive = torch.empty(units, dtype=torch.int64)
+    positive = torch.empty(units, dtype=torch.int64, device="cpu")
     spread(
         loops().scan,
         units,
