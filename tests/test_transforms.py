@@ -246,3 +246,47 @@ def test_a_handle_that_was_removed_leaves_a_later_one_alone():
         copy.deepcopy(optimizer).step()
     second.remove()
     copy.deepcopy(optimizer).step()
+
+
+@pytest.fixture
+def one_rank():
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_an_optimizer_inside_the_transformed_one_takes_its_step(one_rank):
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # noqa: PLC0415 - it warns
+
+    found = []
+    for wrapped in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        counter = truestep.SampleCounter(model)
+        if wrapped:
+            optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
+        else:
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        transforms = truestep.mean_effective_gradient(counter), truestep.directional_boost()
+        truestep.attach(optimizer, *transforms)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(5, 3)).square().sum().backward()
+            optimizer.step()
+        found.append([*model.parameters()])
+    torch.testing.assert_close(*found)
+    with pytest.raises(TruestepError, match="attach the transforms again"):
+        copy.deepcopy(optimizer.optim).step()
+
+
+def test_a_wrapper_without_hooks_is_refused():
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer):
+            self.param_groups = optimizer.param_groups
+
+    optimizer = Wrapper(torch.optim.SGD([torch.zeros(1, requires_grad=True)]))
+    with pytest.raises(TruestepError, match="attach the transforms to the one that it wraps"):
+        truestep.attach(optimizer, truestep.directional_boost())

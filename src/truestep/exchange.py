@@ -121,7 +121,9 @@ class Exchange:
             if any(wanted) and not all(wanted):
                 raise TruestepError(
                     f"{share.name!r} has a gradient to correct on ranks {_where(wanted)} alone; give it "
-                    "one on every rank, zeros where it was not used"
+                    "one on every rank, zeros where it was not used, or, where each rank's optimizer has "
+                    "some of the parameters (ZeroRedundancyOptimizer), attach mean_effective_gradient() to "
+                    "the one that has all"
                 )
             missing = [not line.counted for line in told]
             lenient = not strict or self._ranks.may_skip or not any(wanted)

@@ -4,6 +4,7 @@ A transform is a callable that edits the `.grad` of an optimizer's parameters ju
 may return a function to call just after it.
 """
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -35,6 +36,9 @@ Transform = Callable[[Optimizer], Callable[[], None] | None]
 # Kept in the first parameter group, the only place that copies, pickles and state_dicts carry along.
 MARK = "transforms"
 
+# Whose optimizers are in the middle of a step, which may take that of an optimizer inside.
+_stepping: "weakref.WeakSet[Handle]" = weakref.WeakSet()
+
 
 def attach(optimizer: Optimizer, *transforms: Transform) -> "Handle":
     """Lets every `optimizer.step()` first transform the gradients, in the order given.
@@ -53,8 +57,8 @@ def attach(optimizer: Optimizer, *transforms: Transform) -> "Handle":
         A handle whose `remove()` undoes it.
 
     Raises:
-        TruestepError: no optimizer, LBFGS, a booster for DASGD, no transform, or the optimizer has transforms
-            already.
+        TruestepError: no optimizer, one that takes no hooks, LBFGS, a booster for DASGD, no transform, or the
+            optimizer has transforms already.
 
     Example:
         >>> import torch, truestep
@@ -67,6 +71,11 @@ def attach(optimizer: Optimizer, *transforms: Transform) -> "Handle":
         >>> optimizer.step()
     """
     check_kind(optimizer, Optimizer, "optimizer", "a torch.optim.Optimizer")
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        raise TruestepError(
+            f"{type(optimizer).__name__} wraps an optimizer and takes no hooks; attach the transforms to the "
+            "one that it wraps"
+        )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise TruestepError(
             "LBFGS compares losses and gradients along a line, which transformed gradients do not fit; "
@@ -131,7 +140,13 @@ class Handle:
     def _mark(self) -> None:
         self._optimizer.param_groups[0][MARK] = "+".join(map(_name, self._transforms))
 
+    def serves(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer has some of the same parameters, as the one in ZeroRedundancyOptimizer."""
+        own = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        return all(id(p) in own for group in optimizer.param_groups for p in group["params"])
+
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        _stepping.add(self)
         self._mark()  # load_state_dict may have replaced the group
         self._finish.clear()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -165,6 +180,7 @@ class Handle:
                 self._finish.append(finish)
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        _stepping.discard(self)
         for finish in self._finish:
             finish()
         self._finish.clear()
@@ -281,7 +297,9 @@ def _find_handle(optimizer: Optimizer) -> Handle | None:
 
 def _guard(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     mark = optimizer.param_groups[0].get(MARK) if optimizer.param_groups else None
-    if mark is not None and _find_handle(optimizer) is None:
+    if mark is None or _find_handle(optimizer) is not None:
+        return
+    if not any(handle.serves(optimizer) for handle in _stepping):
         raise TruestepError(
             f"this optimizer's gradients were transformed by {mark}, but it is a copy, or was unpickled, or "
             "has loaded such an optimizer's state: attach the transforms again with truestep.attach(), or "
