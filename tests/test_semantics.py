@@ -655,3 +655,63 @@ def test_many_batches_zeroed_in_place_without_a_step_are_forgotten():
             model(torch.rand(samples, 6) + 1).sum().backward()
         assert counter.batch_size == 139
         assert counter.counts()["weight"].tolist() == [[139] * 6] * 2
+
+
+def test_samples_whose_inputs_are_zero_count_in_n_though_the_gradient_is_clipped_before_the_next():
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(2))
+    counter = truestep.SampleCounter(model)
+    model(-torch.ones(4, 2)).sum().backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    model(torch.ones(4, 2)).sum().backward()
+    statistics = counter.statistics()
+    assert [statistics[name]["batch_size"] for name in ("0.weight", "2.weight")] == [8, 8]
+    assert counter.counts()["2.weight"].tolist() == [[4, 4]]
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_the_batch_size_is_that_of_the_present_batch_though_it_leaves_a_branch_unused(set_to_none):
+    model = nn.ModuleDict({"a": nn.Linear(3, 2), "b": nn.Linear(3, 2)})
+    model.forward = lambda x, name: model[name](x)
+    counter = truestep.SampleCounter(model)
+    for size, name in ((64, "a"), (5, "b")):
+        model.zero_grad(set_to_none=set_to_none)
+        model(torch.rand(size, 3), name).sum().backward()
+        assert counter.batch_size == size
+
+
+@both_forms
+def test_a_gradient_of_zeros_that_nobody_counted_is_left_alone(make, model):
+    optimizer = make(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    before = copy.deepcopy(model.state_dict())
+    optimizer.step()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not optimizer.counter.counts()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_state_goes_through_distributed_checkpoints(momentum):
+    from torch.distributed.checkpoint import state_dict  # noqa: PLC0415 - takes a second
+
+    def made():
+        model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        counter = truestep.SampleCounter(model)
+        options = {"lr": 0.1, "momentum": momentum, "counter": counter}
+        return model, truestep.AdaptiveBatchSGD(model.parameters(), **options)
+
+    def train(model, optimizer):
+        optimizer.zero_grad()
+        model(torch.ones(5, 3)).square().sum().backward()
+        optimizer.step()
+
+    first, second = made(), made()
+    train(*first)
+    first[1].zero_grad()
+    saved = copy.deepcopy(state_dict.get_state_dict(*first))
+    state_dict.set_state_dict(*second, model_state_dict=saved[0], optim_state_dict=saved[1])
+    for each in (first, second):
+        train(*each)
+    torch.testing.assert_close([*first[0].parameters()], [*second[0].parameters()])

@@ -163,11 +163,10 @@ class Window:
         if self.padding_mode != "constant" and any(self.padding):
             return None
         lead = 3 - len(self.size)
-        before = self.padding[-2::-2]  # of each axis; the last axis comes first in `padding`
-        ones = (1,) * lead
+        before, ones = self.padding[-2::-2], (1,) * lead  # the last axis comes first in `padding`
         sizes = (self.size, self.positions, self.kernel, self.stride, self.dilation)
         axes = [number for values in sizes for number in (*ones, *values)]
-        axes += [*(0,) * lead, *before, self.channels, self.groups]
+        axes += (*(0,) * lead, *before, self.channels, self.groups)
         return torch.tensor(axes, device="cpu")
 
     def unfold(self, inputs: Tensor) -> Tensor:
@@ -292,6 +291,9 @@ class Outer(Activity):
         outputs, inputs = (factor.squeeze(2).transpose(0, 1) for factor in self.factors())
         with torch.autocast(outputs.device.type, enabled=False):  # 16-bit sums would be rounded
             return (outputs.transpose(-1, -2) @ inputs).to(torch.int64).reshape(self.shape)
+
+    def reaches(self) -> bool:  # noqa: D102
+        return bool(self.count().any())
 
     def reached(self) -> Tensor:  # noqa: D102
         bits = self.outputs

@@ -1,6 +1,7 @@
 """The batch that a step is about: this process's records, or those of all ranks together."""
 
 from collections.abc import Container, Iterable, Sequence
+from operator import itemgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,8 +46,11 @@ class Batch:
             return self.override
         committed = self._records.committed
         found = [(p.grad, committed.get(id(p))) for p in self._records.names]
-        living = [r for grad, r in found if grad is not None and r and r.gradient() is grad]
-        return max((int(r.batch_size) for r in living or committed.values()), default=0)
+        living = [(int(r.batch_size), g, r) for g, r in found if g is not None and r and r.is_of(g)]
+        for size, gradient, record in sorted(living, key=itemgetter(0), reverse=True):
+            if not record.was_zeroed(gradient):
+                return size
+        return max((int(record.batch_size) for record in committed.values()), default=0)
 
     def size_of(self, record: Record) -> int | Tensor:
         """This process's N of a record."""

@@ -1,5 +1,6 @@
 """What one parameter's gradient is made of: as a record, and on its way to one."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -8,11 +9,21 @@ from torch import Tensor
 from truestep.activity import Activity
 from truestep.calls import Call
 from truestep.combine import joint, total
-from truestep.distributed import local
+from truestep.distributed import is_sharded, local, nobody
 from truestep.errors import TruestepError
 from truestep.layout import Unit
 
-__all__ = ["Landed", "Pending", "Record", "any_on", "extended", "size_of"]
+__all__ = [
+    "Landed",
+    "Pending",
+    "Record",
+    "any_on",
+    "extended",
+    "is_zero",
+    "size_of",
+    "unreached",
+    "version_of",
+]
 
 # A gradient that has reached `.grad`: its parameter, the gradient (weakly), its version then, and the
 # backward pass.
@@ -35,6 +46,8 @@ class Record:
         stepped: whether an optimizer has used it.
         mixed: whether plain gradients were added to a corrected one after its step.
         nonzero: of a sharded gradient, whether this rank's part had anything but zeros at first.
+        ended: whether the gradient was dropped before the latest backward pass; since then other ranks' may
+            have come to lie in its memory.
     """
 
     activity: Activity
@@ -48,11 +61,20 @@ class Record:
     stepped: bool = False
     mixed: bool = False
     nonzero: Tensor | None = None
+    ended: bool = False
+
+    def is_of(self, gradient: Tensor | None) -> bool:
+        """Whether it describes this gradient."""
+        return not self.ended and self.gradient() is gradient
+
+    def was_zeroed(self, gradient: Tensor) -> bool:
+        """Whether it describes this gradient, which is zero because of `zero_grad`."""
+        changed = self.stepped or version_of(gradient) != self.version
+        return changed and self.gradient() is gradient and self.zeroed(gradient)
 
     def zeroed(self, gradient: Tensor) -> bool:
         """Whether its gradient, changed since or used by a step, was zeroed in place."""
-        values = gradient._values() if gradient.is_sparse else local(gradient)  # noqa: SLF001
-        if any_on(values):
+        if any_on(_values(gradient)):
             return False
         if self.stepped:
             return True
@@ -128,6 +150,28 @@ def size_of(call: Call, activity: Activity, unit: Unit) -> int | Tensor:
         return activity.samples
     at_output = call.reached.get(activity.samples)
     return activity.reached().sum() if at_output is None else at_output
+
+
+def unreached(parameter: Tensor, gradient: Tensor, batch_size: int) -> Record:
+    """The record of a gradient that came from elsewhere, of no sample among so many."""
+    activity, reference = nobody(parameter), weakref.ref(gradient)
+    latest, version = (Call(), -1), version_of(gradient)
+    return Record(activity, batch_size, reference, version, latest, [activity], None)
+
+
+def version_of(gradient: Tensor) -> int:
+    """How often it was written to."""
+    return gradient._version  # noqa: SLF001
+
+
+def is_zero(gradient: Tensor) -> bool:
+    """Whether a gradient is known to be zero, on all ranks."""
+    return not (gradient.is_meta or is_sharded(gradient) or any_on(_values(gradient)))
+
+
+def _values(gradient: Tensor) -> Tensor:
+    """Those that are stored, on this rank."""
+    return gradient._values() if gradient.is_sparse else local(gradient)  # noqa: SLF001
 
 
 def any_on(values: Tensor) -> bool:

@@ -16,7 +16,7 @@ from truestep.arrived import Arrived
 from truestep.brought import Brought, brought_by
 from truestep.calls import Call, at_end, backward_id
 from truestep.direct import Use, join_all, pack_all
-from truestep.distributed import is_sharded, local, nobody
+from truestep.distributed import is_sharded, local
 from truestep.errors import (
     TruestepError,
     corrected_already,
@@ -26,7 +26,15 @@ from truestep.errors import (
 )
 from truestep.layout import Unit
 from truestep.nested import Unseen
-from truestep.record import Landed, Pending, Record, extended
+from truestep.record import (
+    Landed,
+    Pending,
+    Record,
+    extended,
+    is_zero,
+    unreached,
+    version_of,
+)
 from truestep.waiting import Waiting
 
 __all__ = ["FORWARD", "Records"]
@@ -113,7 +121,7 @@ class Records:
         if parameter in self._unseen:
             return None
         record = self.committed.get(id(parameter))
-        if record is None or parameter.grad is None or record.gradient() is parameter.grad:
+        if record is None or parameter.grad is None or record.is_of(parameter.grad):
             if record is not None and parameter.is_meta:
                 raise without_numbers(self.names[parameter])
             return record
@@ -124,22 +132,20 @@ class Records:
         gradient = parameter.grad
         if gradient is None or self.of(parameter) is not None:
             return
-        reference, version = weakref.ref(gradient), _version(gradient)
-        activity, latest = nobody(parameter), (Call(), -1)
-        self.committed[id(parameter)] = Record(
-            activity, batch_size, reference, version, latest, [activity], None
-        )
+        self.committed[id(parameter)] = unreached(parameter, gradient, batch_size)
 
     def find(self, parameter: Tensor) -> Record:
-        """The record of the parameter's present gradient.
+        """The record of the parameter's present gradient; zeros that nobody counted are of no sample.
 
         Raises:
             TruestepError: there is none.
         """
-        record = self._records_of([parameter]).get(id(parameter))
+        record, gradient = self._records_of([parameter]).get(id(parameter)), parameter.grad
         if parameter in self._unseen:
             raise hidden_use(self.names[parameter])
-        if record is None or record.gradient() is not parameter.grad:
+        if record is None or gradient is None or not record.is_of(gradient):
+            if gradient is not None and not self.closed and is_zero(gradient):
+                return unreached(parameter, gradient, 1)
             raise without_record(self.names[parameter], closed=self.closed)
         if record.mixed:
             raise corrected_already(self.names[parameter])
@@ -158,7 +164,7 @@ class Records:
             if record is not None
             and not record.mixed
             and not parameter.is_meta
-            and record.gradient() is parameter.grad
+            and record.is_of(parameter.grad)
             else self.find(parameter)
             for parameter, record in zip(parameters, records, strict=True)
         ]
@@ -359,7 +365,7 @@ class Records:
         record = self.find(parameter)
         assert parameter.grad is not None  # noqa: S101
         record.corrected = True
-        record.version = _version(parameter.grad)
+        record.version = version_of(parameter.grad)
 
     def enter(self, call: Call) -> None:
         """Notes that the backward pass has come to the output of a call."""
@@ -389,12 +395,15 @@ class Records:
         """Notes which gradients have a record, before a pass that `follow` ends may replace them."""
         if self.follows:
             self._deliver()
-            found = {p: (p.grad, self._committed.get(id(p))) for p in self.names}
-            self._living[task] = {
-                p: _version(gradient) == record.version
-                for p, (gradient, record) in found.items()
-                if gradient is not None and record is not None and record.gradient() is gradient
-            }
+            living = self._living[task] = {}
+            for parameter in self.names:
+                record, gradient = self._committed.get(id(parameter)), parameter.grad
+                if record is None:
+                    continue
+                # Only now: other ranks' gradients may come to lie where this one was.
+                record.ended = record.ended or gradient is None or record.was_zeroed(gradient)
+                if gradient is not None and record.is_of(gradient):
+                    living[parameter] = version_of(gradient) == record.version
 
     def follow(self, task: int) -> None:
         """Binds records to the tensors that have been put in place of their gradients since `watch`."""
@@ -402,16 +411,16 @@ class Records:
             record = self._committed.get(id(parameter))
             if record is not None and parameter.grad is not None:
                 record.gradient = weakref.ref(parameter.grad)
-                record.version = _version(parameter.grad) if unchanged else -1
+                record.version = version_of(parameter.grad) if unchanged else -1
 
     def _starts_anew(self, parameter: Tensor, task: int) -> bool:
         """Whether a gradient about to be accumulated is the first of a new batch."""
         self._deliver()
         gradient, record = parameter.grad, self._committed.get(id(parameter))
-        if gradient is None or record is None or record.gradient() is not gradient:
+        if gradient is None or record is None or not record.is_of(gradient):
             return True
         # After a step the content is looked at: `.grad.data.zero_()` leaves the version as it is.
-        unchanged = _version(gradient) == record.version and not record.stepped
+        unchanged = version_of(gradient) == record.version and not record.stepped
         if self._living.get(task, {}).get(parameter, unchanged) and not record.corrected:
             return False
         if record.zeroed(gradient):
@@ -426,7 +435,3 @@ FORWARD = -1
 
 # Backward passes can nest (activation checkpointing), though not this deep.
 MOST_BACKWARDS = 64
-
-
-def _version(tensor: Tensor) -> int:
-    return tensor._version  # noqa: SLF001

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import itertools
 import weakref
 
 import pytest
@@ -27,7 +28,7 @@ from ranks.reference import (
     globally_normalised,
     wide,
 )
-from truestep import wire
+from truestep import combine, wire
 from truestep.activity import Outer
 from zoo import ZOO, classify, mlp, sparse_inputs
 
@@ -252,6 +253,44 @@ def whole_batch(counter):
     counter.mark_step([])
     assert len(sizes) == 1
     return sizes.pop()
+
+
+def what_a_rank_has_left_unused_since_adds_nothing():
+    """In a batch that all used, then in one in which rank 0 alone goes left."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    way = "left" if rank == 0 else "right"
+    for view, to_none, steps in itertools.product((False, True), repeat=3):
+        wrapped, counter, optimizer = parallel(
+            Fork(), find_unused_parameters=True, gradient_as_bucket_view=view
+        )
+        for ways in ("both", way, way):
+            optimizer.zero_grad(set_to_none=to_none)
+            wrapped(torch.rand(5, 4).double() + 0.1, ways).sum().backward()
+            counts = counter.counts(reduce=True)
+            if steps:
+                optimizer.step()
+        assert int(counts["left.bias"].max()) <= 5
+        assert int(counts["right.bias"].max()) <= 5 * (ranks - 1)
+        assert (rank == 0) == ("left.bias" in counter.counts())
+        assert counter.batch_size == 5
+
+
+def gradients_added_up_by_hand_may_be_zeros_that_nobody_counted():
+    model = Fork().double()
+    counter = truestep.SampleCounter(model, process_group=dist.group.WORLD)
+    optimizer = truestep.AdaptiveBatchSGD(model.parameters(), lr=0.1, counter=counter)
+    before = copy.deepcopy(model.state_dict())
+    for to_none in (True, False, False):
+        optimizer.zero_grad(set_to_none=to_none)
+        model(torch.rand(5, 4).double(), "right").sum().backward()
+        for parameter in model.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+        optimizer.step()
+    after = model.state_dict()
+    assert torch.equal(before["left.weight"], after["left.weight"])
+    assert not torch.equal(before["right.bias"], after["right.bias"])
 
 
 def transforms_clip_and_schedulers_see_the_joint_batch():
@@ -499,9 +538,13 @@ def counts_that_outgrew_their_bits_are_reduced():
     model, inputs = nn.Linear(3, 2), sparse_inputs(900, 3).double()
     joint, (wrapped, counter, _) = Joint(model), parallel(model)
     joint.model(inputs).sum().backward()
-    with wrapped.no_sync():
-        for part in deal(inputs).split(50):
-            wrapped(part).sum().backward()
+    little, combine.LITTLE = combine.LITTLE, 0
+    try:
+        with wrapped.no_sync():
+            for part in deal(inputs).split(50):
+                wrapped(part).sum().backward()
+    finally:
+        combine.LITTLE = little
     assert type(counter._records.committed[id(wrapped.module.weight)].activity).__name__ == "Counts"
     assert_same_counts(counter, joint)
 
@@ -517,6 +560,8 @@ CASES = [
     even_batches_need_no_normalisation,
     accumulation_under_no_sync_equals_the_joint_batch,
     ranks_may_leave_parameters_unused,
+    what_a_rank_has_left_unused_since_adds_nothing,
+    gradients_added_up_by_hand_may_be_zeros_that_nobody_counted,
     transforms_clip_and_schedulers_see_the_joint_batch,
     positions_add_up_over_ranks,
     a_counter_on_the_wrapped_model_joins_when_it_is_called,
