@@ -263,3 +263,20 @@ def test_linear_maps_of_transformers():
     inputs = inputs.double()
     assert_counts_equal_oracle(model.double(), functional.cross_entropy, inputs, targets)
     assert truestep.rules.find_rule(model[2], truestep.RULES) is truestep.rules.transposed_linear
+
+
+@pytest.mark.parametrize("name", ["spectral_norm", "orthogonal"])
+def test_a_parametrization_may_be_taken_away_while_samples_are_counted(name):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    getattr(nn.utils.parametrizations, name)(model[0])
+    counter = truestep.SampleCounter(model)
+    inputs = torch.randn(6, 4) * (torch.rand(6, 4) < 0.5)
+    model(inputs).sum().backward()
+    nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+    model.zero_grad()
+    model(inputs).sum().backward()
+    counts = counter.counts()
+    (weight,) = [counts[key] for key in counts if key.startswith("0.") and key != "0.bias"]
+    expected = truestep.oracle.counts(model, lambda y, _: y.sum(), inputs, torch.zeros(6))
+    assert torch.equal(weight, expected["0.weight"])

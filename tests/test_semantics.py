@@ -715,3 +715,34 @@ def test_the_state_goes_through_distributed_checkpoints(momentum):
     for each in (first, second):
         train(*each)
     torch.testing.assert_close([*first[0].parameters()], [*second[0].parameters()])
+
+
+@pytest.mark.parametrize("usual", [False, True])
+def test_gradients_in_batches_and_transforms_of_functions_count_nothing(usual):
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(5, 3)
+    counter = truestep.SampleCounter(model)
+    if usual:
+        model(x).sum().backward()
+        model.zero_grad()
+    given = x.clone().requires_grad_()
+    many = torch.eye(2).unsqueeze(1).expand(2, 5, 2)
+    torch.autograd.grad(model(given), given, many, is_grads_batched=True)
+    torch.autograd.functional.jacobian(model, x, vectorize=True)
+    torch.func.vjp(model, x)[1](torch.ones(5, 2))
+
+    def loss(parameters, sample):
+        return torch.func.functional_call(model, parameters, sample.unsqueeze(0)).square().sum()
+
+    own = {name: p.detach() for name, p in model.named_parameters()}
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(own, x)
+    model(x).square().sum().backward()
+    assert counter.batch_size == 5
+    for name, counts in counter.counts().items():
+        assert torch.equal(counts, (each[name] != 0).sum(0))
+
+
+def test_a_gradient_s_gradient_may_be_none():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double()
+    counter = truestep.SampleCounter(model)
+    assert torch.autograd.gradgradcheck(model, torch.randn(2, 3).double().requires_grad_())
+    assert counter.batch_size == 0

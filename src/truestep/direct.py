@@ -26,6 +26,7 @@ from truestep.kernels.dispatch import (
     channels_last,
     device_of,
     finds_addresses,
+    is_wrapped,
 )
 from truestep.kernels.packing import (
     ALONE,
@@ -150,6 +151,9 @@ class Use:
         """Takes the output's gradient; in its place it may return another, which says when it is used."""
         watch, delta, passed = self._watch(), gradients[0], None
         if watch is None or delta is None:
+            return None
+        # Those of is_grads_batched and torch.func.vjp never reach `.grad`.
+        if is_wrapped(delta) or (self.given is not None and is_wrapped(self.given)):
             return None
         if not is_grad_enabled():
             self._followed = None

@@ -10,6 +10,7 @@ from torch import Tensor
 from truestep.activity import Activity
 from truestep.calls import Call
 from truestep.hooks import uncompiled
+from truestep.kernels.dispatch import is_wrapped
 from truestep.layout import Layout
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Gradients:
         if self.place is not None:
             gradients = deltas[0]
             delta = gradients[self.place]
-            if delta is None:
+            if delta is None or is_wrapped(delta):  # see Use
                 return None
             if not differentiable:
                 self.given = None

@@ -15,6 +15,7 @@ from truestep.distributed import is_sharded
 from truestep.errors import TruestepError
 from truestep.graph import Recording
 from truestep.hooks import Hook
+from truestep.kernels.dispatch import is_wrapped
 from truestep.layout import Given, Inside, Layout, Rule, tensors_in
 from truestep.rules import backward_is_known, find_rule, refused
 from truestep.rules_bare import LEAVE_OUT, UncountableError, bare, holders_in, own_parameters
@@ -111,7 +112,17 @@ class Layer:
             self.began.append(Recording())
 
     def rule_of_call(self) -> Rule:
-        """The rule, for the call that has just returned."""
+        """The rule, for the call that has just returned.
+
+        Raises:
+            TruestepError: parameters were spread over ranks while it ran.
+        """
+        for name, spread in self.sharded.items():
+            if self.module.get_parameter(name) is spread:
+                raise TruestepError(
+                    f"{name!r} of {self.name!r} is spread over ranks while the layer runs (tensor "
+                    "parallelism); only rows that are gathered for each call can be counted: use fully_shard"
+                )
         if not self.began:
             return self.rule
         recording = self.began.pop()
@@ -183,7 +194,8 @@ class Layer:
                     "prune.remove() and the like, or make the counter afterwards"
                 )
         for name, parameter in names.items():
-            if parameter.requires_grad and parameter.is_leaf:
+            # What torch.func's transforms put there gets no gradient in `.grad`.
+            if parameter.requires_grad and parameter.is_leaf and not is_wrapped(parameter):
                 owner = self.owner(name, parameter)
                 if owner not in known:
                     raise TruestepError(

@@ -99,8 +99,10 @@ def _count(
     call: Call,
     given: Tensor,
     delta: Tensor,
-    gradient: Tensor,
+    gradient: Tensor | None,
 ) -> None:
+    if gradient is None:
+        return
     arrived, module = gradient.detach(), cast("Any", layer.module)
     if layer.rule is normalization:
         activity = normalization_twice(layout, module, given, arrived)

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.nn.utils.parametrize import is_parametrized
 
 from truestep.activity import CHUNK_ELEMENTS, Activity, Elements, Outer, Rows
 from truestep.bits import pack
-from truestep.layout import Given, Layout, Rule
+from truestep.layout import Given, Inside, Layout, Rule
 from truestep.placed import everything
 
 __all__ = ["parametrized", "slices"]
@@ -49,8 +50,11 @@ def _parametrized(
     module: nn.Module,
     *args: Any,
     **kwargs: Any,
-) -> Given:
-    given = rule(layout, _stand_in(module, shapes), *args, **kwargs)
+) -> Given | Inside:
+    whole = is_parametrized(module)
+    given = rule(layout, _stand_in(module, shapes) if whole else module, *args, **kwargs)
+    if not whole:  # any more
+        return given
     lists: Any = module.parametrizations
 
     def activity(*deltas: Tensor | None) -> dict[str, Activity]:

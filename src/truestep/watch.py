@@ -27,6 +27,7 @@ from truestep.direct import ShortHook, Use
 from truestep.errors import TruestepError
 from truestep.gradients import Gradients, landing
 from truestep.hooks import Hook, Pausable, hang, on_gradients, on_node
+from truestep.kernels.dispatch import is_wrapped
 from truestep.layers import (
     Layer,
     batch_of,
@@ -367,7 +368,7 @@ class Watch:
 
     def _on_output_gradient(self, call: Call, delta: Tensor | None) -> None:
         self._records.enter(call)
-        if self._unit == "position" and delta is not None:
+        if self._unit == "position" and delta is not None and not is_wrapped(delta):
             call.note_positions(delta)
 
     def on_gradients(

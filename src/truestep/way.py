@@ -15,6 +15,7 @@ from truestep.activity import Activity
 from truestep.bits import Bits, pack_rows
 from truestep.calls import Call
 from truestep.graph import saved_tensors_are_packed
+from truestep.kernels.dispatch import PLAIN
 from truestep.kernels.packing import ALONE, Lines, Rows
 from truestep.kernels.stepping import Line
 from truestep.layout import Layout
@@ -70,6 +71,8 @@ class Direct(ABC):
         trained = all(parameter.requires_grad for parameter in module.parameters())
         held = module._parameters if trained else {}  # noqa: SLF001
         self.weight, self.bias = held.get("weight"), held.get("bias")
+        if type(self.weight) not in PLAIN:
+            self.weight = None
 
     def node(self, module: nn.Module, args: Any, output: Any, call: Call) -> Any:
         """The autograd node to wait at, or None where anything about the call is unusual.

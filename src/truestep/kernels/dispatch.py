@@ -28,6 +28,7 @@ __all__ = [
     "gpu",
     "installed",
     "is_plain",
+    "is_wrapped",
     "loops",
     "machine_code",
     "on_triton",
@@ -45,6 +46,8 @@ LIKE: dict[torch.dtype, NDArray[Any]] = {
 }
 # Looked up once: torch's namespaces are large, and out of the processor's caches when a step asks for them.
 _peek = torch._C._functorch.peek_interpreter_stack  # noqa: SLF001
+_is_of_transform: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor  # noqa: SLF001
+_is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor  # noqa: SLF001
 STRIDED = torch.strided
 CHANNELS_LAST, IMAGES = torch.channels_last, 4  # dimensions
 # What has memory of its own to read; subclasses may not.
@@ -110,8 +113,12 @@ def compiled_loops(tensor: Tensor) -> bool:
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor has numbers of its own, which can be looked at."""
-    wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # noqa: SLF001
-    return type(tensor) in PLAIN and not wrapped
+    return type(tensor) in PLAIN and not is_wrapped(tensor)
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether it stands for others, in torch.func's transforms or in batched backward passes."""
+    return _is_of_transform(tensor) or _is_batched(tensor)
 
 
 def finds_addresses() -> bool:
