@@ -9,7 +9,8 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn import functional
 
 import truestep
@@ -270,6 +271,12 @@ def other_ways_to_shard_are_refused():
     fully_shard(other, mesh=mesh(), shard_placement_fn=lambda _: Shard(1))
     with pytest.raises(truestep.TruestepError, match=r"'weight' is placed as .*Shard\(0\)"):
         truestep.SampleCounter(other)
+    spread = mlp()
+    parallelize_module(spread, mesh(), {"0": ColwiseParallel(output_layouts=Replicate())})
+    counter = truestep.SampleCounter(spread[0])
+    with pytest.raises(truestep.TruestepError, match="tensor parallelism"):
+        spread(torch.ones(3, 4))
+    assert not counter.counts()
     partly = mlp()
     fully_shard(partly[0], mesh=mesh())
     with pytest.raises(truestep.TruestepError, match=r"'2.weight', '2.bias' are not sharded"):
