@@ -279,3 +279,12 @@ def test_lines_that_differ_are_not_made_one():
     passes = [{1: (parameter, line, (0, 0))} for line in lines]
     assert succession.as_one(passes, []) is None
     assert succession.as_one(passes[:1] * 2, [])[1][1].samples == 8
+
+
+def test_what_autograd_kept_is_not_held_for_all_micro_batches():
+    model, counter, _ = usual()
+    for _ in range(4):
+        model(torch.randn(5, 7)).square().sum().backward()
+    kept = [[use.kept for use in brought._uses] for brought in counter.arrived()[0]._passes]
+    assert len(kept) == 4
+    assert all(means is None for passed in kept[:-1] for means in passed)

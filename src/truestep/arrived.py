@@ -122,6 +122,7 @@ class Arrived:
         most = 8 * sum(landed[0].numel() for landed in brought.landed.values())
         if own + more > max(most, LITTLE_OF_ALL):
             return False
+        self._passes[-1].release()
         self._passes.append(brought)
         self._nbytes, self._each, self._held = own + more, [], []
         self.calls.add(brought.call)

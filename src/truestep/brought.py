@@ -45,6 +45,11 @@ class Brought:
         found: int = sum(made.nbytes for made in together) + sum(alone)
         return found
 
+    def release(self) -> None:
+        """`truestep.direct.Use.release` of its uses."""
+        for use in self._uses:
+            use.release()
+
     def seen(self, device: torch.device | None) -> dict[int, Seen] | None:
         """How a compiled step sees each parameter, by their identities; None where it cannot.
 

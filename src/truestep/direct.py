@@ -258,6 +258,11 @@ class Use:
             self._again = _weakly(self.given)
         self.given = self.delta = None
 
+    def release(self) -> None:
+        """Lets go of what autograd kept of a graph that is gone."""
+        if self._again is None or self._again() is None:
+            self.kept = None
+
     @property
     def reached(self) -> bool:
         """Whether `inputs` and `outputs` are the samples that reach a norm's weight and bias."""

@@ -1,11 +1,9 @@
 """Several backward passes, whose gradients are added up, as a compiled step sees them: as one."""
 
 import ctypes
-import functools
 import math
 from array import array
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 from truestep.kernels.packing import WORD
@@ -63,7 +61,7 @@ def as_one(passes: Sequence[dict[int, Seen]], held: list[object]) -> dict[int, S
     size = 0
     for key in passes[-1]:
         of_passes = [seen[key] for seen in passes]
-        plan = _plan(*[line for _, line, _ in of_passes])
+        plan = _plan([line for _, line, _ in of_passes])
         line = None if plan is None else plan.exact
         found: list[int | None] = []
         for number in (0, 1):
@@ -93,22 +91,32 @@ def _at(start: int, place: int | None) -> int:
     return 0 if place is None else start + 8 * place
 
 
-# Layers without norms have the same lines in each step.
-@functools.lru_cache(maxsize=1024)
-def _plan(*lines: Line) -> _Plan | None:
-    """How lines of one parameter become one; None where they differ in more than their samples."""
-    last, entry = lines[-1], lines[-1].entry
-    if not all(_alike(*two) for two in pairwise(lines)):
+def _plan(lines: Sequence[Line]) -> _Plan | None:
+    """How lines of one parameter become one; None where they differ in more than their samples.
+
+    Most layers' last line is that of the step before, and keeps the plan.
+    """
+    last = lines[-1]
+    if not all(_alike(line, last) for line in lines):
         return None
-    samples, window, positions = [line.entry.samples for line in lines], last.held, entry.positions
+    sizes = tuple([(line.entry.samples, line.samples, line.kind) for line in lines])
+    if last.plan is None or last.plan[0] != sizes:
+        last.plan = sizes, _made(last, *zip(*sizes, strict=True))
+    plan: _Plan = last.plan[1]
+    return plan
+
+
+def _made(
+    last: Line, samples: Sequence[int], reached: Sequence[int], kinds: Sequence[int]
+) -> _Plan:
+    entry, window, positions = last.entry, last.held, last.entry.positions
     seen = positions if window is None else math.prod(window.size)
     read = entry.columns if window is None else window.channels
     sides = _side(samples, positions, entry.rows), _side(samples, seen, read)
     whole = all(length % WORD == 0 for side in sides for length in side.lengths[:-1])
     gaps = 0 if whole else sum(-count % WORD for count in samples[:-1])
-    kind, reached = max(line.kind for line in lines), sum(line.samples for line in lines)
     exact, padded = (
-        Line(last.shape, reached, entry._replace(samples=count, kind=kind), window)
+        Line(last.shape, sum(reached), entry._replace(samples=count, kind=max(kinds)), window)
         for count in (sum(samples), sum(samples) + gaps)
     )
     return _Plan(exact, padded if whole or positions == seen == 1 else None, sides)

@@ -98,13 +98,17 @@ class Line:
         samples: how many may reach it.
         entry: its only one.
         held: what lives as long as its window is looked at, a convolution's.
+
+    Attributes:
+        plan: how lines of several batches, of which this was the last, became one (`truestep.succession`).
     """
 
-    __slots__ = ("entry", "held", "kind", "numbers", "samples", "shape", "work")
+    __slots__ = ("entry", "held", "kind", "numbers", "plan", "samples", "shape", "work")
 
     def __init__(self, shape: torch.Size, samples: int, entry: Entry, held: Any = None) -> None:
         self.shape, self.samples, self.kind, self.held = shape, samples, entry.kind, held
         self.entry = entry
+        self.plan: Any = None
         each = _work(entry)
         self.work = entry.rows * each
         self.numbers = array("q", (0, 0, 0, 0, 0, each, *entry))
