@@ -23,7 +23,7 @@ from models import MODELS
 from tasks import TASKS, Task
 from timing import chosen, compare, machine, machine_line, run
 
-WIDE = "784-1024-1024-10 b256"
+WIDE, SMALL = "784-1024-1024-10 b256", "784-128-128-10 b256"
 LR, MICRO_BATCHES, LONGEST, FEWEST = 0.005, 4, 30.0, 8
 Step = Callable[[], None]
 
@@ -47,6 +47,7 @@ def in_bfloat16(name: str) -> Task:
 CASES = {name: Case(make) for name, make in MODELS.items()} | {
     f"{WIDE}, momentum": Case(TASKS[WIDE], momentum=0.9),
     f"{WIDE}, {MICRO_BATCHES} micro-batches": Case(TASKS[WIDE], batches=MICRO_BATCHES),
+    f"{SMALL}, {MICRO_BATCHES} micro-batches": Case(TASKS[SMALL], batches=MICRO_BATCHES),
     f"{WIDE}, autocast": Case(TASKS[WIDE], autocast=True),
     f"{WIDE}, bfloat16": Case(lambda: in_bfloat16(WIDE)),
     f"{WIDE}, torch.compile": Case(TASKS[WIDE], compiled=True),

@@ -288,3 +288,4 @@ def test_what_autograd_kept_is_not_held_for_all_micro_batches():
     kept = [[use.kept for use in brought._uses] for brought in counter.arrived()[0]._passes]
     assert len(kept) == 4
     assert all(means is None for passed in kept[:-1] for means in passed)
+    assert any(means is not None for means in kept[-1])
