@@ -1,4 +1,5 @@
 import json
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -98,6 +99,31 @@ def test_a_users_file_counts_by_its_content(tmp_path):
     changed.write_text(FILE.read_text() + "\n")
     hashes = [hash_of(describe(TASK, SPLITS, file)) for file in (FILE, copy, changed)]
     assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_a_file_that_imports_nothing_of_its_users_has_no_imports():
+    assert "imports" not in describe(TASK, SPLITS, FILE)
+    assert describe(TASKS["digits"], SPLITS).keys() == describe(TASK, SPLITS).keys()
+
+
+def test_what_a_users_file_imports_counts_by_its_content(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "importing_task.py"
+    file.write_text(f"import own_losses\n{FILE.read_text()}")
+    own = {"own_losses": "from own_numbers import SCALE\n", "own_numbers": "SCALE = 1\n"}
+
+    def imports():
+        for name, source in own.items():
+            (tmp_path / f"{name}.py").write_text(source)
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        task = find_task(str(file))
+        return describe(task, SPLITS, file)
+
+    before = imports()
+    assert list(before["imports"]) == ["own_losses", "own_numbers"]
+    assert hash_of(imports()) == hash_of(before)
+    own["own_numbers"] = "SCALE = 3\n"
+    assert hash_of(imports()) != hash_of(before)
 
 
 def test_addresses_of_objects_do_not_count():

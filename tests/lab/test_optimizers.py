@@ -1,3 +1,4 @@
+import hashlib
 import importlib
 import sys
 from itertools import pairwise
@@ -250,6 +251,19 @@ def test_a_changed_user_optimizer_is_stored_as_another(module):
     assert stored_name("user_changes:Mine") == before
     module("user_changes", source + "# another comment\n")
     assert stored_name("user_changes:Mine") != before
+
+
+def test_what_an_optimizers_module_imports_counts_too(module):
+    source = "import torch\nclass Mine(torch.optim.SGD): pass\n"
+    module("user_imports", source)
+    alone = stored_name("user_imports:Mine")
+    assert alone.endswith(f"#{hashlib.sha256(source.encode()).hexdigest()[:8]}")
+    names = []
+    for factor in (1, 2):
+        module("user_factors", f"FACTOR = {factor}\n")
+        module("user_imports", f"from user_factors import FACTOR\n{source}")
+        names.append(stored_name("user_imports:Mine"))
+    assert len({alone, *names}) == 3
 
 
 @pytest.mark.parametrize("name", [*NAMES, *JOINS])

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
@@ -12,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from truestep.lab.tasks import Splits, Task
+from truestep.lab.sources import own_imports
+from truestep.lab.tasks import Splits, Task, module_name
 
 __all__ = ["describe", "fingerprint", "hash_of"]
 
@@ -27,7 +29,8 @@ def describe(task: Task, splits: Splits, file: Path | None = None) -> dict[str, 
     Args:
         task: With the epochs that the race really has.
         splits: The task's data.
-        file: The file that holds a user's task; its whole content counts.
+        file: The file that holds a user's task; its whole content counts, and that of the user's
+            modules that it reaches.
 
     Returns:
         The task's parts, fingerprints of the data and of a model's start, and the versions of
@@ -40,6 +43,7 @@ def describe(task: Task, splits: Splits, file: Path | None = None) -> dict[str, 
     return {
         "task": task.name,
         "file": "" if file is None else hashlib.sha256(file.read_bytes()).hexdigest(),
+        **_imports(file),
         "data": fingerprint(*(tensor for part in parts for tensor in (part.inputs, part.targets))),
         "model": _without_addresses(repr(model)),
         "parameters": {name: list(value.shape) for name, value in model.named_parameters()},
@@ -72,6 +76,15 @@ def fingerprint(*tensors: Tensor) -> str:
         flat = tensor.detach().to_dense().contiguous().flatten()
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _imports(file: Path | None) -> dict[str, dict[str, str]]:
+    """What a task's file reaches of its user's; no entry where that is nothing."""
+    module = None if file is None else sys.modules.get(module_name(file))
+    own = {} if module is None else own_imports(module)
+    if not own:
+        return {}
+    return {"imports": {name: hashlib.sha256(code).hexdigest() for name, code in own.items()}}
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -22,6 +22,7 @@ from truestep import (
     directional_boost,
     mean_effective_gradient,
 )
+from truestep.lab.sources import own_imports
 
 __all__ = ["NAMES", "Recipe", "build", "find_optimizer", "learning_rates", "stored_name"]
 
@@ -207,17 +208,22 @@ def stored_name(name: str) -> str:
     """The name under which a store keeps an optimizer.
 
     Returns:
-        For an import path the name with a fingerprint of its module's source, so that an optimizer
-        that has changed is another one; other names as they are.
+        For an import path the name with a fingerprint of its module's source and of what that
+        reaches of the user's, so that an optimizer that has changed is another one; other names as
+        they are.
     """
     recipe = find_optimizer(name)
     if not recipe.module:
         return recipe.name
     _import(recipe.base)
-    source = getattr(sys.modules[recipe.module], "__file__", None)
+    module = sys.modules[recipe.module]
+    source = getattr(module, "__file__", None)
     if source is None:
         return recipe.name
-    return f"{recipe.name}#{hashlib.sha256(Path(source).read_bytes()).hexdigest()[:8]}"
+    digest = hashlib.sha256(Path(source).read_bytes())
+    for imported, code in own_imports(module).items():
+        digest.update(f"{imported} {len(code)} ".encode() + code)
+    return f"{recipe.name}#{digest.hexdigest()[:8]}"
 
 
 def _grid(lowest: int) -> tuple[float, ...]:

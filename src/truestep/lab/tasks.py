@@ -21,7 +21,7 @@ from truestep.errors import TruestepError
 from truestep.lab.language_id import LanguageNetwork, load_language_id
 from truestep.lab.task import Split, Splits, Task
 
-__all__ = ["TASKS", "Split", "Splits", "Task", "find_task"]
+__all__ = ["TASKS", "Split", "Splits", "Task", "find_task", "module_name"]
 
 _PLANE_SIZES = (512, 512, 2048)  # generated samples are free, so the test split is large
 
@@ -54,23 +54,28 @@ def find_task(name_or_path: str) -> Task:
     )
 
 
+def module_name(path: Path) -> str:
+    """The name in `sys.modules` under which `find_task` runs a task's file."""
+    return f"truestep_task_{path.stem}"
+
+
 def _task_of_file(path: Path) -> Task:
     if not path.is_file():
         raise TruestepError(
             f"There is no task file {path}; give the path of a Python file that holds "
             "`task = Task(...)`."
         )
-    module_name = f"truestep_task_{path.stem}"
-    spec = importlib.util.spec_from_file_location(module_name, path.resolve())
+    name = module_name(path)
+    spec = importlib.util.spec_from_file_location(name, path.resolve())
     if spec is None or spec.loader is None:
         raise TruestepError(f"Task file {path} is not Python; give a file that ends in .py.")
     module = importlib.util.module_from_spec(spec)
     # dataclasses and pickle look the module of a class up by name
-    sys.modules[module_name] = module
+    sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        del sys.modules[module_name]
+        del sys.modules[name]
         raise TruestepError(
             f"Task file {path}{_line(error, path)}: {type(error).__name__}: {error}; "
             "correct the file (`python` on it shows the whole traceback)."
