@@ -78,6 +78,7 @@ LAYERS = [
         "transforms",
         "doctor",
         "monitor",
+        "files",
         "ensemble",
         "layer_nodes",
         "nodes",
@@ -90,7 +91,7 @@ LAYERS = [
     {"terminal", "cli_nodes", "cli_paper", "cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-CORE = sorted(set().union(*LAYERS[:7]) - {"kernels", "doctor", "ensemble"})
+CORE = sorted(set().union(*LAYERS[:7]) - {"kernels", "doctor", "files", "ensemble"})
 
 
 def imports(path):

@@ -1,4 +1,5 @@
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,48 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_work(call, monkeypat
     code, out, err = call(*arguments)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "can't be written (Read-only file system); choose another folder" in err
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """A disk that has no more than a kilobyte left for each file."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limit[1]))
+
+    yield fill
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+@pytest.mark.parametrize("exported", [False, True])
+def test_a_full_disk_leaves_the_earlier_model(call, tmp_path, full_disk, exported):  # noqa: F811
+    file, out = FILE, tmp_path / "small.pt"
+    if exported:
+        file, out = tmp_path / "model.pt2", tmp_path / "small.pt2"
+        model = saved_model.model.eval()
+        torch.export.save(torch.export.export(model, (saved_model.loader[0],)), file)
+        np.save(tmp_path / "x.npy", torch.cat(saved_model.loader).numpy())
+    data = ("--data", "x.npy") if exported else ()
+    out.write_text("an earlier model")
+    before = sorted(tmp_path.iterdir())
+    full_disk()
+    code, _, err = call("compress", file, *data, "--out", out, "--quiet")
+    assert code == 1
+    assert f"truestep: Can't write {out}: File too large. What was there is left as it was." in err
+    assert err.count("truestep: ") == 1
+    assert out.read_text() == "an earlier model"
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_full_disk_leaves_no_half_of_a_figure(call, tmp_path, full_disk):  # noqa: F811
+    full_disk()
+    code, _, err = call("nodes", FILE, "--figure", "map.png", "--quiet")
+    assert code == 1
+    assert err.startswith("truestep: Can't write map.png: File too large.")
+    assert "give --figure another folder" in err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")

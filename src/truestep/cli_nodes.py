@@ -1,6 +1,7 @@
 """`truestep nodes` and `truestep compress`: parses, calls, prints."""
 
 import contextlib
+import io
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sized
@@ -11,6 +12,7 @@ import typer
 from rich.console import Console
 
 from truestep.errors import TruestepError
+from truestep.files import write_whole
 from truestep.terminal import Debug, Json, lab_installed, print_json
 
 __all__ = ["add_commands"]
@@ -74,7 +76,9 @@ def add_commands(app: typer.Typer) -> None:
             saved = _load(model, data, batch_size, as_json=as_json)
             found = _find(saved, quiet=quiet)
             if figure is not None:
-                node_report.heat_map(node_report.unit_frame(found)).savefig(figure, dpi=150)
+                drawn, content = node_report.heat_map(node_report.unit_frame(found)), io.BytesIO()
+                drawn.savefig(content, format=figure.suffix.removeprefix("."), dpi=150)
+                _write(figure, content, "--figure")
             if as_json:
                 print_json(found.to_dict())
                 return
@@ -145,6 +149,17 @@ def _check_file(path: Path, kinds: tuple[str, ...], option: str) -> None:
         ) from error
 
 
+def _write(path: Path, content: io.BytesIO, option: str) -> None:
+    """Writes a file that is whole or, with an error that names it, as it was."""
+    try:
+        write_whole(path, content.getbuffer())
+    except OSError as error:
+        raise TruestepError(
+            f"Can't write {path}: {error.strerror}. What was there is left as it was. Make space, or give "
+            f"{option} another folder, and give the command again."
+        ) from error
+
+
 def _load(model: Path, data: Path | None, batch_size: int | None, *, as_json: bool) -> Any:
     from truestep.lab.saved_models import check_first_batch, load_saved  # noqa: PLC0415
 
@@ -192,12 +207,15 @@ def _compress(saved: Any, out: Path, *, quiet: bool) -> Any:
     loader.title = "comparing outputs"
     example = next(iter(saved.loader))
     small, report = compress(saved.model, found, example)
+    # In memory first: on a full disk torch's own writer fails with an error that is no OSError.
+    content = io.BytesIO()
     if saved.exported:
         inputs = example[0] if isinstance(example, list | tuple) else example
         shapes = ({0: torch.export.Dim.AUTO},) if saved.free else None
-        torch.export.save(torch.export.export(small, (inputs,), dynamic_shapes=shapes), out)
+        torch.export.save(torch.export.export(small, (inputs,), dynamic_shapes=shapes), content)
     else:
-        torch.save(report.checkpoint(small), out)
+        torch.save(report.checkpoint(small), content)
+    _write(out, content, "--out")
     return report
 
 

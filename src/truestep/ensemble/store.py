@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from truestep.ensemble.job import Job
 from truestep.errors import TruestepError
+from truestep.files import replacing, write_whole
 
 __all__ = ["Store"]
 
@@ -50,7 +51,7 @@ class Store:
                 f"{folder} holds files, but no ensemble's. Give store= an empty or a new folder."
             )
         else:
-            _write(path, json.dumps(description, indent=1).encode())
+            write_whole(path, json.dumps(description, indent=1).encode())
 
     def add(self, replicas: range, fields: dict[str, NDArray[Any]]) -> Path:
         """Keeps the results of some replicas.
@@ -63,13 +64,11 @@ class Store:
             The file.
         """
         path = self._folder / f"replicas-{replicas.start:07d}-{replicas.stop:07d}.npz"
-        part = _unfinished(path)
-        with part.open("wb") as file:
+        with replacing(path) as part, part.open("wb") as file:
             arrays: dict[str, Any] = {"keys": np.array(_keys(self._job, replicas)), **fields}
             np.savez_compressed(file, **arrays)
             file.flush()
             os.fsync(file.fileno())
-        part.replace(path)
         return path
 
     def parts(self) -> dict[range, Path]:
@@ -164,14 +163,3 @@ def _key(job: Job, replica: int) -> str:
         for epoch in range(min(2, -(-job.steps // job.steps_per_epoch))):
             digest.update(job.permutation(seed, epoch).astype(np.int64).tobytes())
     return digest.hexdigest()
-
-
-def _unfinished(path: Path) -> Path:
-    """Where a process writes what will be a file."""
-    return path.with_name(f"{path.stem}.{os.getpid()}.part")
-
-
-def _write(path: Path, content: bytes) -> None:
-    part = _unfinished(path)
-    part.write_bytes(content)
-    part.replace(path)

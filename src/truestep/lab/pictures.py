@@ -1,7 +1,6 @@
-"""Figures as files and as parts of a page, and files that are whole or not there."""
+"""Figures as files and as parts of a page."""
 
 import io
-import os
 import re
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from truestep.errors import TruestepError
+from truestep.files import write_whole
 from truestep.lab.panels import PAPER
 
 __all__ = ["inline_svg", "png", "write_file"]
@@ -54,15 +54,9 @@ def write_file(path: Path, content: bytes) -> None:
     Raises:
         TruestepError: It can't be written.
     """
-    # Beside its place, since a rename is atomic only within a file system.
-    half = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            half.write_bytes(content)
-            half.replace(path)
-        finally:
-            half.unlink(missing_ok=True)
+        write_whole(path, content)
     except OSError as error:
         raise TruestepError(
             f"Can't write {path}: {error.strerror}. Every result is in the store; make space or "
