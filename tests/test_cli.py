@@ -317,6 +317,20 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     assert (done.returncode, done.stderr) == (1, "")
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_an_output_that_lacks_characters_is_no_error(tmp_path, encoding):
+    done = subprocess.run(  # noqa: S603 - truestep itself
+        [SCRIPT, "race", TINY, "--jobs", "1", "--seeds", "2", "--out", tmp_path / "größe"],
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"Report: " in done.stdout
+    name = "größe" if encoding == "latin-1" else "gr??e"
+    assert name.encode(encoding) in done.stdout
+
+
 def test_data_sets_are_listed(call):
     code, out, _ = call("data", "list")
     assert code == 0

@@ -1,6 +1,7 @@
 """The command line: parses, calls, prints."""
 
 import contextlib
+import io
 import os
 import shlex
 import sys
@@ -53,6 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
         arguments: Without the program's name; by default those of this process.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    _print_what_can_be()
     try:
         code = app(arguments or ["--help"], standalone_mode=False, obj=arguments)
         sys.stdout.flush()
@@ -275,6 +277,13 @@ def options(
     ] = False,
 ) -> None:
     del show_version
+
+
+def _print_what_can_be() -> None:
+    """Lets a question mark stand for what an output that is not UTF-8 lacks: no reason to lose a race."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _print_version() -> None:
