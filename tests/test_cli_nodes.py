@@ -156,6 +156,30 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_work(call, monkeypat
     assert "can't be written (Read-only file system); choose another folder" in err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "written"),
+    [
+        (("compress", "model.pt2", "--data", "x.npy", "--out", "./model.pt2"), "model.pt2"),
+        (("compress", "model.pt2", "--data", "x.npy", "--out", "link.pt2"), "link.pt2"),
+        (("compress", FILE, "--data", "x.pt", "--out", "x.pt"), "x.pt"),
+        (("nodes", FILE, "--figure", "link.png"), "link.png"),
+    ],
+)
+def test_files_that_are_read_are_not_written(call, tmp_path, monkeypatch, arguments, written):  # noqa: F811
+    def load(*_):
+        pytest.fail("the work has begun")
+
+    monkeypatch.setattr("truestep.lab.saved_models.load_saved", load)
+    for name in ("model.pt2", "x.npy", "x.pt"):
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "link.pt2").symlink_to("model.pt2")
+    (tmp_path / "link.png").symlink_to(FILE)
+    code, out, err = call(*arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"{written} would overwrite " in err
+    assert "which the command reads; give another name" in err
+
+
 @pytest.fixture
 def full_disk(monkeypatch):
     """A disk that has no more than a kilobyte left for each file."""

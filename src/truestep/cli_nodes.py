@@ -73,6 +73,7 @@ def add_commands(app: typer.Typer) -> None:
 
             if figure is not None:
                 _check_file(figure, ("png", "svg"), "--figure")
+                _check_other(figure, (model, data), "--figure")
             saved = _load(model, data, batch_size, as_json=as_json)
             found = _find(saved, quiet=quiet)
             if figure is not None:
@@ -111,6 +112,7 @@ def add_commands(app: typer.Typer) -> None:
             from truestep.lab.node_report import compression_tables  # noqa: PLC0415
 
             _check_file(out, ("pt", "pt2"), "--out")
+            _check_other(out, (model, data), "--out")
             saved = _load(model, data, batch_size, as_json=as_json)
             if (out.suffix == ".pt2") != saved.exported:
                 wanted = ".pt2" if saved.exported else ".pt"
@@ -147,6 +149,16 @@ def _check_file(path: Path, kinds: tuple[str, ...], option: str) -> None:
             f"{path.parent} can't be written ({error.strerror}); choose another folder",
             param_hint=option,
         ) from error
+
+
+def _check_other(path: Path, read: Iterable[Path | None], option: str) -> None:
+    """Raises a usage error for a file that is one of those that the command reads."""
+    for file in read:
+        if file is not None and path.exists() and path.samefile(file):
+            raise typer.BadParameter(
+                f"{path} would overwrite {file}, which the command reads; give another name",
+                param_hint=option,
+            )
 
 
 def _write(path: Path, content: io.BytesIO, option: str) -> None:
