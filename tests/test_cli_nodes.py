@@ -180,6 +180,29 @@ def test_files_that_are_read_are_not_written(call, tmp_path, monkeypatch, argume
     assert "which the command reads; give another name" in err
 
 
+@pytest.mark.parametrize(
+    "arguments", [("nodes", FILE), ("compress", FILE, "--out", "small.pt")], ids=str
+)
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt, 130, "interrupted."),
+        (OSError(5, "Input/output error", "x"), 1, "Input/output error (x). Mend that, then give"),
+        (OSError("no more handles"), 1, "no more handles. Mend that, then give the command again."),
+    ],
+    ids=str,
+)
+def test_who_keeps_nothing_does_not_say_so(call, monkeypatch, arguments, error, code, message):  # noqa: F811
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("truestep.find_dummy_nodes", fail)
+    found, _, err = call(*arguments)
+    assert found == code
+    assert f"truestep: {message}" in err
+    assert "kept" not in err
+
+
 @pytest.fixture
 def full_disk(monkeypatch):
     """A disk that has no more than a kilobyte left for each file."""
@@ -213,10 +236,11 @@ def test_a_full_disk_leaves_the_earlier_model(call, tmp_path, full_disk, exporte
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_full_disk_leaves_no_half_of_a_figure(call, tmp_path, full_disk):  # noqa: F811
+def test_a_full_disk_leaves_the_table_and_no_half_of_a_figure(call, tmp_path, full_disk):  # noqa: F811
     full_disk()
-    code, _, err = call("nodes", FILE, "--figure", "map.png", "--quiet")
+    code, out, err = call("nodes", FILE, "--figure", "map.png", "--quiet")
     assert code == 1
+    assert "640 samples" in out
     assert err.startswith("truestep: Can't write map.png: File too large.")
     assert "give --figure another folder" in err
     assert not list(tmp_path.iterdir())

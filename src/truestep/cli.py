@@ -34,6 +34,9 @@ from truestep.terminal import (
 __all__ = ["app", "main"]
 
 INTERRUPTED = 130
+# Commands that keep what is done, so that the same command goes on after any interruption.
+KEEPING = (["race"], ["paper", "run"], ["data", "get"])
+KEPT = " What is done is kept: the same command goes on."
 
 app = typer.Typer(
     name="truestep",
@@ -67,13 +70,13 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        reason = _reason(error)
+        reason = _reason(error, arguments)
         if reason is None:
             raise
         code = complain(reason, getattr(error, "exit_code", 1))
     # Some versions of typer turn the exception into this code.
     if code == INTERRUPTED:
-        complain("interrupted. What is done is kept: the same command goes on.")
+        complain(f"interrupted.{KEPT if _keeps(arguments) else ''}")
     sys.exit(code)
 
 
@@ -316,13 +319,19 @@ def _number(text: str, kind: type[Any], option: str) -> Any:
         raise typer.BadParameter(f"{text!r} is not {wanted}", param_hint=option) from None
 
 
-def _reason(error: Exception) -> str | None:
+def _keeps(arguments: list[str]) -> bool:
+    """Whether a command that was cut short has kept what it had done."""
+    return any(arguments[: len(command)] == command for command in KEEPING)
+
+
+def _reason(error: Exception, arguments: list[str]) -> str | None:
     """One line for the errors that users can do something about."""
     if isinstance(error, TruestepError):
         return str(error)
     if isinstance(error, OSError):
         where = f" ({error.filename})" if error.filename else ""
-        return f"{error.strerror}{where}. What is done is kept: the same command goes on."
+        way_out = KEPT if _keeps(arguments) else " Mend that, then give the command again."
+        return f"{error.strerror or error}{where}.{way_out}"
     # What typer raises for wrong options derives from click's classes, which are in click or, in
     # newer versions, in a private module of typer.
     if hasattr(error, "format_message"):

@@ -76,14 +76,14 @@ def add_commands(app: typer.Typer) -> None:
                 _check_other(figure, (model, data), "--figure")
             saved = _load(model, data, batch_size, as_json=as_json)
             found = _find(saved, quiet=quiet)
+            if as_json:
+                print_json(found.to_dict())
+            else:
+                _print_nodes(found)
             if figure is not None:
                 drawn, content = node_report.heat_map(node_report.unit_frame(found)), io.BytesIO()
                 drawn.savefig(content, format=figure.suffix.removeprefix("."), dpi=150)
                 _write(figure, content, "--figure")
-            if as_json:
-                print_json(found.to_dict())
-                return
-            _print_nodes(found)
 
     @app.command()
     def compress(
