@@ -88,7 +88,7 @@ LAYERS = [
     {"compression_report", "stages", "compression", "history"},
     {""},  # the public names
     {"lab", "integrations"},
-    {"terminal", "cli_nodes", "cli_paper", "cli"},
+    {"terminal", "cli_nodes", "cli_paper", "cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 CORE = sorted(set().union(*LAYERS[:7]) - {"kernels", "doctor", "files", "ensemble"})

@@ -38,6 +38,17 @@ def test_the_version_is_the_packages(call):
     assert (code, out) == (0, f"truestep {importlib.metadata.version('truestep')}\n")
 
 
+def test_python_runs_the_package():
+    done = subprocess.run(
+        [sys.executable, "-m", "truestep", "data", "list", "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)
+
+
 @pytest.mark.parametrize("arguments", [(), ("--help",)])
 def test_help_names_the_commands(call, arguments):
     code, out, err = call(*arguments)

@@ -120,6 +120,9 @@ def test_an_exported_program_comes_back_as_one(call, tmp_path, dynamic, suffix):
         ),
         (("compress", "bare.py", "--data", "x.npy", "--out", "small.pt2"), 2, "should end in .pt"),
         (("compress", "bare.py"), 2, "--out"),
+        (("nodes", FILE, "--batch-size", "8"), 2, "leave --batch-size out"),
+        (("nodes", FILE, "--data", FILE, "--batch-size", "8"), 2, "leave --batch-size out"),
+        (("compress", FILE, "--out", "x.pt", "--batch-size", "8"), 2, "leave --batch-size out"),
     ],
 )
 def test_what_is_wrong_is_said_with_the_way_out(call, tmp_path, arguments, code, message):  # noqa: F811

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +11,7 @@ import typer
 from rich.console import Console
 
 from truestep.errors import TruestepError
-from truestep.files import write_whole
+from truestep.files import unwritable, write_whole
 from truestep.terminal import Debug, Json, lab_installed, print_json
 
 __all__ = ["add_commands"]
@@ -74,6 +73,7 @@ def add_commands(app: typer.Typer) -> None:
             if figure is not None:
                 _check_file(figure, ("png", "svg"), "--figure")
                 _check_other(figure, (model, data), "--figure")
+            _check_batch_size(batch_size, data)
             saved = _load(model, data, batch_size, as_json=as_json)
             found = _find(saved, quiet=quiet)
             if as_json:
@@ -113,6 +113,7 @@ def add_commands(app: typer.Typer) -> None:
 
             _check_file(out, ("pt", "pt2"), "--out")
             _check_other(out, (model, data), "--out")
+            _check_batch_size(batch_size, data)
             saved = _load(model, data, batch_size, as_json=as_json)
             if (out.suffix == ".pt2") != saved.exported:
                 wanted = ".pt2" if saved.exported else ".pt"
@@ -142,13 +143,9 @@ def _check_file(path: Path, kinds: tuple[str, ...], option: str) -> None:
         )
     if not path.parent.is_dir():
         raise typer.BadParameter(f"there is no folder {path.parent}; make it", param_hint=option)
-    try:
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise typer.BadParameter(
-            f"{path.parent} can't be written ({error.strerror}); choose another folder",
-            param_hint=option,
-        ) from error
+    reason = unwritable(path.parent)
+    if reason:
+        raise typer.BadParameter(f"{reason}; choose another folder", param_hint=option)
 
 
 def _check_other(path: Path, read: Iterable[Path | None], option: str) -> None:
@@ -159,6 +156,16 @@ def _check_other(path: Path, read: Iterable[Path | None], option: str) -> None:
                 f"{path} would overwrite {file}, which the command reads; give another name",
                 param_hint=option,
             )
+
+
+def _check_batch_size(batch_size: int | None, data: Path | None) -> None:
+    """Raises a usage error for a batch size where a file's own loader makes the batches."""
+    if batch_size is not None and (data is None or data.suffix == ".py"):
+        raise typer.BadParameter(
+            "the batches are those of `loader`, and only inputs of --data FILE, .npy or .pt, are cut "
+            "into others; leave --batch-size out",
+            param_hint="--batch-size",
+        )
 
 
 def _write(path: Path, content: io.BytesIO, option: str) -> None:

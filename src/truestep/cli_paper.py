@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from truestep.errors import TruestepError
+from truestep.files import unwritable
 from truestep.terminal import DataDir, Debug, Json, complain, lab_installed, print_json
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ def paper_run(
         planned = changed(experiment.units(scale, seeds), parse_options(option or []))
     except TruestepError as error:
         raise typer.BadParameter(str(error)) from error
+    _check_store(store)
     command = shlex.join(["truestep", *_without_places(context.obj)])
     console = Console(stderr=True, quiet=quiet)
     with UnitStore(store) as units:
@@ -174,6 +176,19 @@ def paper_report(
         complain(
             f"{evidence.unknown} units of the store are in no experiment's plan and are left out: "
             "another version of truestep, or options of no unit that is there, made them"
+        )
+
+
+def _check_store(store: Path) -> None:
+    """Raises a usage error for a store that could not keep a unit when it is done."""
+    reason = unwritable(store.parent)
+    if store.is_dir():
+        reason = f"{store} is a folder"
+    elif store.exists() and not os.access(store, os.W_OK):
+        reason = f"{store} can't be written"
+    if reason:
+        raise typer.BadParameter(
+            f"{reason}; name a file in a folder that can be written", param_hint="--store"
         )
 
 

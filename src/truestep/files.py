@@ -1,11 +1,12 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and folders that can hold them."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replacing", "write_whole"]
+__all__ = ["replacing", "unwritable", "write_whole"]
 
 
 @contextmanager
@@ -45,3 +46,22 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
     """
     with replacing(path) as part:
         part.write_bytes(content)
+
+
+def unwritable(folder: Path) -> str:
+    """Why no file can be made in a folder, or in the one where it would be made; "" where one can.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile() as file:
+        ...     unwritable(Path(file.name, "below")) == f"{file.name} is a file"
+        True
+    """
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        return f"{there} is a file"
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        return f"{there} can't be written ({error.strerror})"
+    return ""

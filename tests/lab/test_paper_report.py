@@ -329,6 +329,10 @@ def test_a_verdict_on_the_console_says_what_it_is_under(call, tmp_path, monkeypa
         (("run", "asgd-mnist", "--option", "strat=torch"), 2, "Perhaps start is meant"),
         (("run", "asgd-mnist", "--option", "noise=1"), 2, "has no option noise"),
         (("run", "asgd-synthetic", "--option", "start=bar"), 2, "choose one of torch"),
+        (("run", "asgd-mnist", "--option", "eps=1", "--option", "eps=2"), 2, "eps is 1.0 and 2.0"),
+        (("run", "asgd-mnist", "--store", "."), 2, ". is a folder; name a file"),
+        (("run", "asgd-mnist", "--store", "notes.txt/p.db"), 2, "notes.txt is a file; name"),
+        (("run", "asgd-mnist", "--store", "/proc/x/p.db"), 2, "/proc can't be written"),
         (("report",), 2, "there is no store results/papers/papers.db"),
         (("report", "--store", "notes.txt"), 1, "not a database"),
         (("list", "--store", "notes.txt"), 1, "not a database"),
@@ -341,6 +345,15 @@ def test_wrong_usage_is_one_line(call, tmp_path, arguments, code, complaint):
     assert complaint in err
     assert err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_store_that_may_not_be_written_is_one_line(call, tmp_path, monkeypatch):
+    # Not by its permissions: the superuser may write anywhere.
+    monkeypatch.setattr("os.access", lambda _, mode: mode != os.W_OK)
+    UnitStore(tmp_path / "p.db").close()
+    code, out, err = call("run", "asgd-synthetic", "--scale", "smoke", "--store", "p.db")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "p.db can't be written; name a file in a folder that can be written" in err
 
 
 def test_units_that_fail_alike_are_told_once_and_end_with_1(call, monkeypatch):

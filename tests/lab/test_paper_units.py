@@ -128,6 +128,12 @@ def test_impossible_options_say_what_is_possible(text, complaint):
         parse_options([text])
 
 
+def test_an_option_has_one_value():
+    assert parse_options(["eps=1", "start=torch", "eps=1.0"]) == {"eps": 1.0, "start": "torch"}
+    with pytest.raises(TruestepError, match=r"--option eps is 1\.0 and 2\.0: give one"):
+        parse_options(["eps=1", "eps=2"])
+
+
 def test_options_of_other_experiments_are_refused():
     with pytest.raises(TruestepError, match="has no option output"):
         changed(EXPERIMENTS["asgd-synthetic"].units("smoke"), {"output": "softmax"})

@@ -291,7 +291,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_happens(
     def refused(dir):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("tempfile.TemporaryDirectory", refused)
+    monkeypatch.setattr("tempfile.TemporaryFile", refused)
     with pytest.raises(UsageError, match="can't be written"):
         race(tiny, console)
     assert trained == []

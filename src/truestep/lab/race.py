@@ -5,7 +5,6 @@ What the store has is never run again, so the same command goes on after any int
 
 import os
 import secrets
-import tempfile
 from collections.abc import Container, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from truestep.errors import TruestepError
+from truestep.files import unwritable
 from truestep.lab.board import Board
 from truestep.lab.engines import Engines, choose_engines
 from truestep.lab.ensembles import Ensembles
@@ -260,15 +260,9 @@ def _check_folder(folder: Path) -> None:
     Raises:
         UsageError: It can't.
     """
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not there.is_dir():
-        raise UsageError(f"{folder} can't be a folder: {there} is a file. Give --out another.")
-    try:
-        tempfile.TemporaryDirectory(dir=there).cleanup()
-    except OSError as error:
-        raise UsageError(
-            f"{there} can't be written ({error.strerror}). Give --out a folder that can."
-        ) from error
+    reason = unwritable(folder)
+    if reason:
+        raise UsageError(f"{folder} can't hold results: {reason}. Give --out another folder.")
 
 
 def _report(

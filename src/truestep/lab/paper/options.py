@@ -34,13 +34,14 @@ def parse_options(texts: Iterable[str]) -> dict[str, Any]:
     """Options such as ``start=torch`` and ``own_data=true``.
 
     Raises:
-        TruestepError: One is unknown, or its value is of another kind or too small.
+        TruestepError: One is unknown, its value is of another kind or too small, or it is given
+            twice with different values.
 
     Example:
         >>> parse_options(["start=torch", "eps=2"])
         {'start': 'torch', 'eps': 2.0}
     """
-    options = {}
+    options: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or name not in OPTIONS:
@@ -49,12 +50,16 @@ def parse_options(texts: Iterable[str]) -> dict[str, Any]:
             raise TruestepError(f"--option {text} is not NAME=VALUE of a known option. {hint}")
         kind = OPTIONS[name]
         try:
-            options[name] = TRUTH[value.lower()] if kind is bool else kind(value)
+            given = TRUTH[value.lower()] if kind is bool else kind(value)
         except (ValueError, KeyError):
             wanted = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
             raise TruestepError(f"--option {text}: give {wanted}.") from None
-        if name in LEAST and not LEAST[name] <= options[name] < math.inf:
+        if name in LEAST and not LEAST[name] <= given < math.inf:
             raise TruestepError(f"--option {text}: give {LEAST[name]} or more.")
+        if options.setdefault(name, given) != given:
+            raise TruestepError(
+                f"--option {name} is {options[name]} and {given}: give one, and run the command for each."
+            )
     return options
 
 
