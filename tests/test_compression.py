@@ -512,6 +512,47 @@ def test_sizes_in_the_code_are_found_out(kind):
     assert small.first.out_channels == 4
 
 
+class Picking(nn.Module):
+    """Of one layer's units every second is read, or all by the numbers that others had."""
+
+    def __init__(self, pick, read):
+        super().__init__()
+        self.pick = pick
+        self.first = plant(busy(nn.Linear(4, 6)), {1: "true", 4: "constant", 5: "true"})
+        self.second = nn.Linear(read, 2)
+        self.other = plant(busy(nn.Linear(4, 5)), {2: "true", 3: "true"})
+        self.last = nn.Linear(5, 2)
+
+    def forward(self, x):
+        picked = self.pick(torch.relu(self.first(x)))
+        return self.second(picked) + self.last(torch.relu(self.other(x)))
+
+
+@pytest.mark.parametrize(
+    ("pick", "read", "name"),
+    [
+        (lambda h: h[:, ::2], 3, "getitem"),
+        (lambda h: h[:, 1::3], 2, "getitem"),
+        (lambda h: h[:, [0, 2, 3]], 3, "getitem"),
+        (lambda h: h.roll(2, -1), 6, "roll"),
+        (lambda h: torch.roll(h, (1, -1), (0, 1)), 6, "roll"),
+    ],
+)
+def test_units_that_are_picked_by_their_numbers_stay_and_others_go(pick, read, name):
+    _, report, _ = compressed(Picking(pick, read).double(), data(40, 4))
+    assert {(one.layer, one.unit) for one in report.removed} == {("other", 2), ("other", 3)}
+    assert {(one.layer, one.unit) for one in report.kept} == {("first", unit) for unit in (1, 4, 5)}
+    assert {one.reason for one in report.kept} == {f"is spread or picked out by {name}"}
+
+
+@pytest.mark.parametrize(
+    "pick", [lambda h: h.flip(-1), lambda h: h.roll(1, 0), lambda h: h[::2].repeat(2, 1)]
+)
+def test_units_that_stay_neighbours_go(pick):
+    _, report, _ = compressed(Picking(pick, 6).double(), data(40, 4))
+    assert units(report.removed) >= {1, 4, 5}
+
+
 def test_sizes_that_the_code_asks_for_are_no_obstacle():
     small, report, _ = compressed(Sized("free").double(), data(40, 2, 3))
     assert units(report.removed) == {2, 3}

@@ -40,7 +40,10 @@ def move(ledger: Ledger, call: Call, output: Any) -> Any:
     by_index = len(call.tensors) > 1 and any(
         f is not None and f.slots.tolist() != units.slots.tolist() for f in found
     )
-    if any(f is None for f in found) or by_index:
+    apart = call.name in _PICKING and any(
+        place is not None and _apart(place[1]) for place in places
+    )
+    if any(f is None for f in found) or by_index or apart:
         ledger.slots.pin(units.slots, f"is spread or picked out by {call}")
     return found if isinstance(output, list | tuple) else found[0]
 
@@ -137,6 +140,11 @@ def _places(labels: Tensor) -> tuple[int, Tensor] | None:
     return None
 
 
+def _apart(places: Tensor) -> bool:
+    """Whether units that were neighbours are none, so that the same call on fewer units takes others."""
+    return bool((places.diff().abs() > 1).any())
+
+
 def _along(labels: Tensor, dim: int) -> Tensor:
     index: list[Any] = [0] * labels.dim()
     index[dim] = slice(None)
@@ -185,5 +193,7 @@ _MOVES = (
     *("cat", "concat", "concatenate", "stack", "pixel_shuffle", "pixel_unshuffle", "view_as"),
     *("channel_shuffle", "broadcast_to", "_unsafe_view"),
 )
+# What picks units by their numbers, as a slice with a step does, or turns them around.
+_PICKING = ("getitem", "slice", "roll")
 
 MOVES: dict[str, Callable[[Ledger, Call, Any], Any]] = {**dict.fromkeys(_MOVES, move), "pad": pad}
