@@ -129,6 +129,59 @@ def trained(
     return found, [parameter.detach() for parameter in model.parameters()]
 
 
+class Cast(nn.Module):
+    """Layers that are given other numbers than autograd holds, with and without bias and positions."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype = dtype
+        self.first, self.norm = nn.Linear(3, 4, bias=False), nn.LayerNorm(4)
+        self.second, self.look = nn.Linear(4, 4), nn.Conv1d(4, 3, 2)
+        self.last = nn.Linear(3, 2)
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=self.dtype):
+            inner = self.second(self.norm(self.first(x)).relu()).relu()
+            seen = self.look(inner.float().transpose(1, 2)).relu().mean(2)
+            return self.last(seen.float()).float()
+
+
+@pytest.mark.parametrize("held", [0, waiting.MOST_OF_ALL])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("unit", ["sample", "position"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_both_ways_lead_to_the_same_under_autocast(
+    held, accumulate, unit, dtype, monkeypatch, uses
+):
+    batches = [torch.randn(size, 5, 3).relu() for size in (5, 70, 64, 1, 7, 6)]
+    options = {"make": lambda: Cast(dtype), "accumulate": accumulate, "unit": unit}
+    one, other = (trained(short, held, monkeypatch, batches, **options) for short in (True, False))
+    # Not the norm, which autograd keeps a copy for.
+    assert sorted(set(uses)) == ["first", "last", "look", "second"]
+    assert_same(one, other)
+
+
+def test_another_gradient_under_autocast_is_counted_with_all_bits(uses):
+    torch.manual_seed(0)
+    model = Cast(torch.bfloat16)
+    counter = truestep.SampleCounter(model)
+    model(torch.randn(6, 5, 3)).sum().backward()
+    found = []
+    for ask in (False, True):
+        model.zero_grad()
+        torch.manual_seed(1)
+        output = model(torch.randn(6, 5, 3))
+        output[:4].sum().backward(retain_graph=True)
+        if ask:
+            counter.counts()
+        output[2:].square().sum().backward()
+        found.append((counter.batch_size, counter.counts()))
+    assert uses
+    assert found[0][0] == found[1][0] == 12
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=0)
+    assert all(int(counts.max()) <= 8 for counts in found[0][1].values())
+
+
 def assert_same(one, other):
     """What `trained` found on both ways."""
     for (size, counts), (same_size, same_counts) in zip(one[0], other[0], strict=True):
@@ -364,7 +417,7 @@ def under_autocast(model):
         (nn.Sequential, of_rows, ["0", "1"]),
         (nn.Sequential, of_positions, ["0", "1"]),
         (nn.Sequential, of_strided_positions, ["1"]),
-        (nn.Sequential, under_autocast, ["1"]),  # what "1" is given is in bfloat16 already
+        (nn.Sequential, under_autocast, ["0", "1"]),
         (Checkpointed, of_rows, []),
     ],
 )

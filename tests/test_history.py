@@ -4,7 +4,7 @@ from torch import nn
 
 import truestep
 from planting import plant
-from truestep import NodeHistory, SampleCounter, TruestepError
+from truestep import NodeHistory, SampleCounter, TruestepError, combine
 from zoo import sparse_inputs
 
 
@@ -85,7 +85,8 @@ def test_without_a_gradient_there_is_nothing_to_add():
         history.add()
 
 
-def test_bits_that_became_counts_are_an_error():
+def test_bits_that_became_counts_are_an_error(monkeypatch):
+    monkeypatch.setattr(combine, "LITTLE", 0)
     model = mlp()
     counter = SampleCounter(model)
     history = NodeHistory(counter, model, torch.randn(2, 4))

@@ -468,10 +468,16 @@ def test_steps_of_any_precision_are_the_formula(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("make", [mlp, convolutional])
-def test_autocast_counts_what_it_computes(dtype, make):
+@pytest.mark.parametrize("usual", [False, True])
+def test_autocast_counts_what_it_computes(dtype, make, usual):
     model = make()
     counter = truestep.SampleCounter(model)
     inputs = sparse_inputs(8, 4) if make is mlp else sparse_inputs(8, 2, 8)
+    inputs *= torch.where(torch.rand_like(inputs) < 0.2, 1e-9, 1.0)  # nothing in float16
+    if usual:
+        with torch.autocast("cpu", dtype=dtype):
+            model(inputs).sum().backward()
+        model.zero_grad()
     with torch.autocast("cpu", dtype=dtype):
         output = model(inputs)
     assert output.dtype == dtype

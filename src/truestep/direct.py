@@ -70,7 +70,9 @@ class ShortHook(Hook):
         node = layer.direct.node(module, args, output, call)
         if node is None:
             return self._other(module, args, kwargs, output)
-        node.register_prehook(Use(self.counter, layer, call, args[0], node))
+        given = args[0]
+        held = given if given.dtype is output.dtype else layer.direct.held(node, given)
+        node.register_prehook(Use(self.counter, layer, call, given, node, held))
         return None
 
     uncompiled(__call__, inside=False)
@@ -88,6 +90,7 @@ class Use:
         call: of the model.
         given: the layer's input.
         node: see `truestep.way.Direct.node`.
+        held: the input as autograd holds it.
 
     Attributes:
         call: of the model.
@@ -95,6 +98,7 @@ class Use:
         direct: the layer's short way.
         weight: the layer's in this call.
         bias: the same.
+        copied: whether what autograd holds is a copy of the input, which has to be packed whole.
         given: the layer's input, until it is packed.
         kept: what else autograd keeps, see `truestep.way.Direct.kept`; as long as it may be asked for.
         delta: the gradient of the node's output, from its arrival until it is packed.
@@ -116,6 +120,7 @@ class Use:
         "adds",
         "bias",
         "call",
+        "copied",
         "delta",
         "direct",
         "given",
@@ -128,15 +133,21 @@ class Use:
     )
 
     def __init__(
-        self, watch: Callable[[], Any], layer: Any, call: Call, given: Tensor, node: Any
+        self,
+        watch: Callable[[], Any],
+        layer: Any,
+        call: Call,
+        given: Tensor,
+        node: Any,
+        held: Tensor,
     ) -> None:
         self._watch, self._layer, self.call = watch, layer, call
         self.adds = False
         direct = self.direct = layer.direct
-        # Of indices autograd may hold a copy, and does not guard the caller's.
-        self.given: Tensor | None = given if direct.numbers else node._saved_indices  # noqa: SLF001
+        self.given: Tensor | None = held
+        self.copied = held is not given
         self._again: Callable[[], Tensor | None] | None = None
-        self._followed: Tensor | None = given if layer.followed else None
+        self._followed = held if layer.followed and not self.copied else None
         self.sizes: Sizes
         self.delta: Tensor | None = None
         self.weight, self.bias = direct.weight, direct.bias
@@ -208,7 +219,8 @@ class Use:
         assert delta is not None  # noqa: S101
         if not self.direct.waits:
             return None
-        size = delta.nbytes + (given.nbytes if given.requires_grad else 0)
+        kept_anyway = not (given.requires_grad or self.copied)
+        size = delta.nbytes + (0 if kept_anyway else given.nbytes)
         if size > most:
             return None
         self._versions = given._version + delta._version  # noqa: SLF001
@@ -341,7 +353,7 @@ def pack_all(uses: Sequence[Use], *, whole: bool) -> None:
                 of, last = address_of(given, CHANNELS_LAST), True
             to = address_of(delta, CHANNELS_LAST) if last else address_of(delta)
             use.sizes = given.shape, delta.shape
-            every = whole or there is not None
+            every = whole or there is not None or use.copied
             lines = direct.lines(use.sizes, dtype, use.rows, last=last, whole=every)
             if lines and means is not None and means.dtype is dtype:
                 by = address_of(means) if means.numel() == lines.means else 0

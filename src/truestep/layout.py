@@ -4,11 +4,22 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from truestep.activity import Activity
 
-__all__ = ["Given", "Inside", "Layout", "Rule", "Unit", "outputs_in", "tensors_given", "tensors_in"]
+__all__ = [
+    "Given",
+    "Inside",
+    "Layout",
+    "Rule",
+    "Unit",
+    "as_read",
+    "outputs_in",
+    "tensors_given",
+    "tensors_in",
+]
 
 Unit = Literal["sample", "position"]
 Given = Callable[..., dict[str, Activity]]
@@ -115,3 +126,15 @@ def _attributes_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
     items += [getattr(value, name, None) for name in getattr(value, "__slots__", ())]
     for item in items:
         yield from _attributes_in(item, seen)
+
+
+def as_read(given: Tensor) -> Tensor:
+    """A layer's input as a linear operation reads it: in 16 bits, as autocast makes it, a number may be zero.
+
+    Args:
+        given: what the layer was given, inside the same autocast.
+    """
+    kind = given.device.type
+    if given.dtype is not torch.float32 or not torch.is_autocast_enabled(kind):
+        return given
+    return given.to(torch.get_autocast_dtype(kind))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from truestep.activity import Activity, Elements, Outer
 from truestep.bits import pack
-from truestep.layout import Layout, Rule
+from truestep.layout import Layout, Rule, as_read
 from truestep.rules_attention import attention
 from truestep.rules_bare import HOLDERS, bare
 from truestep.rules_convolution import CONVOLUTIONS, convolution, transposed_convolution
@@ -41,7 +41,7 @@ def linear(
     parameters = module._parameters  # noqa: SLF001
     weight, bias = parameters["weight"], parameters["bias"]
     assert weight is not None  # noqa: S101
-    inputs = pack(layout.arrange(input)) if weight.requires_grad else None
+    inputs = pack(layout.arrange(as_read(input))) if weight.requires_grad else None
 
     def activity(delta: Tensor) -> dict[str, Activity]:
         found: dict[str, Activity] = {}
@@ -60,7 +60,7 @@ def transposed_linear(
 ) -> Callable[[Tensor], dict[str, Activity]]:
     """`transformers.pytorch_utils.Conv1D`: `nn.Linear` with a weight ``[inputs, outputs]``."""
     weight, bias = module.get_parameter("weight"), module.get_parameter("bias")
-    inputs = pack(layout.arrange(x)) if weight.requires_grad else None
+    inputs = pack(layout.arrange(as_read(x))) if weight.requires_grad else None
 
     def activity(delta: Tensor) -> dict[str, Activity]:
         found: dict[str, Activity] = {}

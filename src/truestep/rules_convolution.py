@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from truestep.activity import Activity, Elements, Outer, Window
 from truestep.bits import pack
-from truestep.layout import Layout
+from truestep.layout import Layout, as_read
 
 __all__ = ["CONVOLUTIONS", "convolution", "transposed_convolution", "window_of"]
 
@@ -22,7 +22,7 @@ def convolution(
     rank, weight, bias = len(module.kernel_size), module.weight, module.bias
     inputs, size = None, tuple(input.shape[-rank:])
     if weight.requires_grad:
-        inputs = pack(_channels_last(input, rank, layout.batch_dim))
+        inputs = pack(_channels_last(as_read(input), rank, layout.batch_dim))
 
     def activity(delta: Tensor) -> dict[str, Activity]:
         outputs = pack(_channels_last(delta, rank, layout.batch_dim))
@@ -99,7 +99,7 @@ def transposed_convolution(
     rank = len(module.kernel_size)
     inputs, positions = None, tuple(input.shape[-rank:])
     if module.weight.requires_grad:
-        inputs = pack(_channels_last(input, rank, layout.batch_dim))
+        inputs = pack(_channels_last(as_read(input), rank, layout.batch_dim))
 
     def activity(delta: Tensor) -> dict[str, Activity]:
         outputs = pack(_channels_last(delta, rank, layout.batch_dim))

@@ -5,7 +5,7 @@ units, and what their bits say about its parameters.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -45,13 +45,15 @@ class Direct(ABC):
         apart: whether each position counts as a sample.
     """
 
-    # What the layer adds to the autograd graph whose backward pass reads the input that it was given.
-    NODES: frozenset[str]
+    # What the layer adds to the autograd graph, whose backward pass reads the input that it was given, and
+    # what that calls the input.
+    NODES: Mapping[str, str]
+    # Whether autograd may hold a copy, of the output's type (autocast), of what it was given.
+    casts = False
     groups = 0
     # Whether input and output may lie with their channels last.
     images = False
-    # Whether the input is numbers, which autograd holds where they are of the output's type (autocast makes
-    # a copy), not indices.
+    # Whether the input is numbers, not indices.
     numbers = True
     # Whether autograd keeps more that is asked for.
     keeps_more = False
@@ -96,7 +98,7 @@ class Direct(ABC):
             and (node := output.grad_fn) is not None
             and args
             and (len(args) == 1 or not self.numbers)
-            and ((given := args[0]).dtype is output.dtype or not self.numbers)
+            and ((given := args[0]).dtype is output.dtype or self.casts)
             and not saved_tensors_are_packed()  # checkpointing would not hold the input
         ):
             return None
@@ -107,6 +109,11 @@ class Direct(ABC):
                 return None
             self._kind = kind
         return node
+
+    def held(self, node: Any, given: Tensor) -> Tensor:
+        """What autograd holds in the place of an input of another type than the output's."""
+        found: Tensor = getattr(node, self.NODES[type(node).__name__])
+        return found.detach().view(given.shape)
 
     @abstractmethod
     def reader(self, given: Tensor, output: Tensor, node: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -71,7 +72,8 @@ class DirectMap(Direct):
 class DirectLinear(DirectMap):
     """`nn.Linear`."""
 
-    NODES = frozenset({"AddmmBackward0", "MmBackward0"})  # with and without a bias
+    NODES = MappingProxyType({"AddmmBackward0": "_saved_mat1", "MmBackward0": "_saved_self"})
+    casts = True
 
     def reader(self, given: Tensor, output: Tensor, node: Any) -> Any:
         """For inputs with positions autograd has a product of rows, of which the output is a view."""
@@ -105,8 +107,8 @@ class DirectLinear(DirectMap):
 class DirectConvolution(DirectMap):
     """Convolutions."""
 
-    NODES = frozenset({"ConvolutionBackward0"})
-    images = True
+    NODES = MappingProxyType({"ConvolutionBackward0": "_saved_input"})
+    images = casts = True
 
     def __init__(self, module: Any, layout: Layout) -> None:
         super().__init__(module, layout)
@@ -176,7 +178,7 @@ class DirectNorm(Direct):
 class DirectLayerNorm(DirectNorm):
     """`nn.LayerNorm`."""
 
-    NODES = frozenset({"NativeLayerNormBackward0"})
+    NODES = MappingProxyType({"NativeLayerNormBackward0": "_saved_input"})
     groups = EACH_ROW
 
     def __init__(self, module: Any, layout: Layout) -> None:
@@ -199,7 +201,7 @@ class DirectLayerNorm(DirectNorm):
 class DirectGroupNorm(DirectNorm):
     """`nn.GroupNorm`."""
 
-    NODES = frozenset({"NativeGroupNormBackward0"})
+    NODES = MappingProxyType({"NativeGroupNormBackward0": "_saved_input"})
     GROUPS = "num_groups"  # the module's attribute
     images = True
 
@@ -221,7 +223,7 @@ class DirectGroupNorm(DirectNorm):
 class DirectBatchNorm(DirectGroupNorm):
     """Batch norms: each channel has one mean, of the batch or of earlier ones."""
 
-    NODES = frozenset({"NativeBatchNormBackward0"})
+    NODES = MappingProxyType({"NativeBatchNormBackward0": "_saved_input"})
     GROUPS = "num_features"
 
     def kept(self, node: Any, given: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The short ways of tables whose rows are looked up."""
 
 from collections.abc import Iterator
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ CACHED = 1 << 22
 class DirectEmbedding(Direct):
     """`nn.Embedding` of some of the model's inputs."""
 
-    NODES = frozenset({"EmbeddingBackward0"})
+    NODES = MappingProxyType({"EmbeddingBackward0": "_saved_indices"})
+    casts = True
     numbers = False
     by_entry = True
 
@@ -36,6 +38,12 @@ class DirectEmbedding(Direct):
         """A large table's gradient, where it is dense, takes all else out of the caches."""
         super().know(module)
         self.waits = module.sparse or self.weight is None or self.weight.nbytes <= CACHED
+
+    def held(self, node: Any, given: Tensor) -> Tensor:
+        """Maybe a copy, where it does not guard the caller's."""
+        del given
+        found: Tensor = node._saved_indices  # noqa: SLF001
+        return found
 
     def usual(self, module: nn.Module, given: Tensor, call: Call) -> bool:
         """Whether a sample's indices are all that there can be."""
@@ -79,7 +87,7 @@ class DirectEmbedding(Direct):
 class DirectBag(DirectEmbedding):
     """`nn.EmbeddingBag` of sums or means, each a sample's one output."""
 
-    NODES = frozenset({"EmbeddingBagBackward0"})
+    NODES = MappingProxyType({"EmbeddingBagBackward0": "_saved_indices"})
     keeps_more = True
     by_entry = False
 
