@@ -139,7 +139,7 @@ def test_the_core_knows_torch_alone(name):
         "time",
         "typing",
     }
-    known |= {"ctypes", "dataclasses", "functools", "warnings", "weakref"}
+    known |= {"ctypes", "dataclasses", "functools", "types", "warnings", "weakref"}
     roots = {imported.split(".")[0] for imported in imports(ROOT / f"{name}.py")}
     assert roots <= allowed | known
 

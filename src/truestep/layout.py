@@ -135,6 +135,7 @@ def as_read(given: Tensor) -> Tensor:
         given: what the layer was given, inside the same autocast.
     """
     kind = given.device.type
-    if given.dtype is not torch.float32 or not torch.is_autocast_enabled(kind):
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if given.dtype is not torch.float32 or not casts:
         return given
     return given.to(torch.get_autocast_dtype(kind))
