@@ -16,7 +16,7 @@ from truestep.fused import Pass
 from truestep.kernels.dispatch import address_of, device_of, finds_addresses
 from truestep.kernels.stepping import REAL, Line, takes
 from truestep.layout import Unit
-from truestep.record import Landed, Record, any_on, size_of
+from truestep.record import Landed, Record, any_on, size_of, version_of
 from truestep.succession import as_one
 from truestep.way import Seen
 
@@ -98,7 +98,7 @@ class Arrived:
                 return None
             if key in self.corrected or gradient.is_sparse:
                 return None
-            if key not in self.stepped and gradient._version == landed[2]:  # noqa: SLF001
+            if key not in self.stepped and version_of(gradient) == landed[2]:
                 found.add(True)
             elif key in self.stepped and not any_on(gradient):
                 found.add(False)
@@ -221,7 +221,7 @@ class Arrived:
         """Notes that gradients were turned into mean effective gradients in place."""
         for parameter in parameters:
             if parameter.grad is not None:
-                self.corrected[id(parameter)] = parameter.grad._version  # noqa: SLF001
+                self.corrected[id(parameter)] = version_of(parameter.grad)
 
     def records(self) -> Iterable[tuple[int, Record]]:
         """The records, with the identities of their parameters."""

@@ -84,9 +84,7 @@ class Bits:
         """Appends the words to others, and says whether they are where that can be done, on a CPU."""
         held = self.words
         if held is None:
-            rows, rest = divmod(self.length, WORD)
-            words.extend(array("q", [-1]) * (rows * self.units))
-            words.extend(array("q", [(1 << rest) - 1]) * (self.units if rest else 0))
+            words.extend(packing.full_words(self.length, self.units))
         elif not (held.is_cpu and dispatch.is_plain(held)):
             return False
         elif held.numel():

@@ -108,7 +108,7 @@ def brought_by(
         if use.call is not call or use.adds != adds or brought != task:
             return None
         found.append(use)
-        for parameter in (use.weight,) if use.bias is None else (use.weight, use.bias):
+        for parameter in use.parameters:
             count += 1
             used.add(id(parameter))
     own = [each for each in landed if id(each[0]) in used]

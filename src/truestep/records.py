@@ -200,8 +200,7 @@ class Records:
         task = backward_id()
         if task not in self._pending:
             self._pending_of(task)  # where the same use may still wait, with another gradient
-        arrived = self._arrived
-        if arrived is not None and use.call in arrived.calls:
+        if self._arrived is not None and use.call in self._arrived.calls:
             self._deliver()
         use.take(delta)
         if self.follows or use.given is None:
@@ -236,7 +235,7 @@ class Records:
 
     def land(self, parameter: Tensor, gradient: Tensor) -> None:
         """Notes that a parameter's gradient has reached `.grad`."""
-        key, version, task = id(parameter), gradient._version, backward_id()  # noqa: SLF001
+        key, version, task = id(parameter), version_of(gradient), backward_id()
         self.landed.append((parameter, weakref.ref(gradient), version, task))
         nested = self._outermost is not None and self._outermost != task
         if nested and key not in self._pending.get(task, {}) and key not in self._held:

@@ -6,13 +6,13 @@ from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from truestep.kernels.packing import WORD
+from truestep.kernels.packing import WORD, full_words
 from truestep.kernels.stepping import LOOKUPS, Line
 from truestep.way import Seen
 
 __all__ = ["as_one"]
 
-NONE, ALL = array("q", [0]), array("q", [-1])
+NONE = array("q", [0])
 
 
 class _Side(NamedTuple):
@@ -156,9 +156,5 @@ def _append(
         if address:
             ctypes.memmove(start + 8 * place, address, 8 * size)
         else:
-            full = length // WORD * units
-            words[place : place + full] = ALL * full
-            words[place + full : place + size] = array("q", [(1 << length % WORD) - 1]) * (
-                size - full
-            )
+            words[place : place + size] = full_words(length, units)
         place += size

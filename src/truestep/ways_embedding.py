@@ -25,7 +25,7 @@ class DirectEmbedding(Direct):
     """`nn.Embedding` of some of the model's inputs."""
 
     NODES = MappingProxyType({"EmbeddingBackward0": "_saved_indices"})
-    casts = True
+    casts = True  # or copies: it does not guard the caller's indices
     numbers = False
     by_entry = True
 
@@ -38,12 +38,6 @@ class DirectEmbedding(Direct):
         """A large table's gradient, where it is dense, takes all else out of the caches."""
         super().know(module)
         self.waits = module.sparse or self.weight is None or self.weight.nbytes <= CACHED
-
-    def held(self, node: Any, given: Tensor) -> Tensor:
-        """Maybe a copy, where it does not guard the caller's."""
-        del given
-        found: Tensor = node._saved_indices  # noqa: SLF001
-        return found
 
     def usual(self, module: nn.Module, given: Tensor, call: Call) -> bool:
         """Whether a sample's indices are all that there can be."""

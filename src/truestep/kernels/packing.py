@@ -38,6 +38,7 @@ __all__ = [
     "Lines",
     "PackTable",
     "Rows",
+    "full_words",
     "join",
     "join_torch",
     "pack",
@@ -245,6 +246,13 @@ class PackTable:
         made = NONE * self.words
         _run(table, made.buffer_info()[0], self.words, self.read)
         return made
+
+
+def full_words(length: int, units: int) -> "array[int]":
+    """The words of so many bits for each unit, all on; what follows them in the last word is off."""
+    rows, rest = divmod(length, WORD)
+    words = array("q", [-1]) * (rows * units)
+    return words + array("q", [(1 << rest) - 1]) * units if rest else words
 
 
 def without_full(words: "array[int]", table: "array[int]") -> "array[int]":
