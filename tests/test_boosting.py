@@ -10,6 +10,7 @@ from torch import nn
 
 import truestep
 from truestep.kernels import boosting, dispatch
+from truestep.update import boosted
 
 pytestmark = pytest.mark.skipif(not dispatch.installed(), reason="numba is not installed")
 
@@ -74,6 +75,36 @@ def test_a_step_equals_its_twin(make, shapes, dtype, weight_decay, maximize, lr)
         assert_same(first, second)
 
 
+@given(shapes=SHAPES, weight_decay=st.sampled_from([0.0, 0.3]), maximize=st.booleans())
+def test_bfloat16_is_reckoned_in_float32_and_rounded_once(shapes, weight_decay, maximize):
+    parameters = [nn.Parameter(awkward(shape, torch.bfloat16)) for shape in shapes]
+    gradients = [[awkward(shape, torch.bfloat16) for shape in shapes] for _ in range(3)]
+    wide = [nn.Parameter(parameter.detach().float()) for parameter in parameters]
+    options = {"lr": 0.1, "weight_decay": weight_decay, "maximize": maximize}
+    narrow_steps = steps_of(truestep.DASGD(parameters, **options), parameters, gradients)
+    in_float32 = [[gradient.float() for gradient in step] for step in gradients]
+    wide_steps = steps_of(truestep.DASGD(wide, **options), wide, in_float32)
+    for narrow, expected in zip(narrow_steps, wide_steps, strict=True):
+        assert_same(narrow, [numbers.to(torch.bfloat16) for numbers in expected])
+        for one, other in zip(wide, parameters, strict=True):
+            one.data.copy_(other.detach())
+
+
+@given(shapes=SHAPES)
+def test_a_boosted_gradient_in_bfloat16_is_rounded_once(shapes):
+    present, previous = ([awkward(shape, torch.bfloat16) for shape in shapes] for _ in range(2))
+    previous = [torch.where(gradient.isnan(), 0, gradient) for gradient in previous]
+    kept = [gradient.clone() for gradient in present]
+    expected = [
+        boosted(one.float(), other.float()) for one, other in zip(present, previous, strict=True)
+    ]
+    found = boosting.table(present, previous)
+    if found is not None:
+        boosting.boost_(found)
+        assert_same(present, [numbers.to(torch.bfloat16) for numbers in expected])
+        assert_same(previous, kept)
+
+
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("sizes", [(500_001,), (7, 300_000, 0, 199_999, 100_001), (100,) * 5000])
 def test_threads_share_the_elements_of_all_parameters(sizes, monkeypatch):
@@ -100,6 +131,7 @@ def test_what_the_loops_take():
     assert tables_of(plain[0, 0].T, plain[0, 0].clone().T).elements == 20
     assert tables_of(torch.empty(0), torch.empty(0)).elements == 0
     assert tables_of(plain.double(), plain.double()).like.itemsize == 8
+    assert tables_of(plain.bfloat16(), plain.bfloat16()).like.itemsize == 2
 
 
 class Marked(torch.Tensor):
@@ -113,7 +145,7 @@ class Marked(torch.Tensor):
         "strides that differ": [[torch.ones(2, 3)], [torch.ones(3, 2).T]],
         "gaps": [[torch.ones(2, 6)[:, ::2]], [torch.ones(2, 6)[:, ::2]]],
         "one place for all": [[torch.ones(1).expand(4)], [torch.ones(1).expand(4)]],
-        "16-bit": [[torch.ones(2, dtype=torch.bfloat16)]] * 2,
+        "16-bit": [[torch.ones(2, dtype=torch.float16)]] * 2,
         "two dtypes in all": [[torch.ones(2), torch.ones(2).double()]] * 2,
         "two dtypes of one parameter": [[torch.ones(2)], [torch.ones(2).double()]],
         "complex": [[torch.ones(2, dtype=torch.complex64)]] * 2,

@@ -24,6 +24,7 @@ from zoo import ZOO
 pytestmark = pytest.mark.skipif(not dispatch.installed(), reason="numba is not installed")
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+STEPPED = [torch.float32, torch.float64, torch.bfloat16]
 EVERY_KIND = [stepping.LINEAR, stepping.POSITIONS, stepping.LOOKUPS]
 
 
@@ -135,14 +136,14 @@ def test_loops_of_the_kinds_of_rows_that_a_model_has_are_compiled(
     asked, loops = [], dispatch.loops()
     functions = loops.functions_of
     monkeypatch.setattr(
-        loops, "functions_of", lambda kinds, number: asked.append(kinds) or functions(kinds, number)
+        loops, "functions_of", lambda kinds, *types: asked.append(kinds) or functions(kinds, *types)
     )
     counter = truestep.SampleCounter(layer)
     optimizer = truestep.AdaptiveBatchSGD(layer.parameters(), lr=0.1, counter=counter)
     layer(inputs).sum().backward()
     optimizer.step()
     assert asked == [kinds]
-    for bit, address in zip(EVERY_KIND, functions(kinds, np.float32), strict=True):
+    for bit, address in zip(EVERY_KIND, functions(kinds, np.float32, np.float32), strict=True):
         assert bool(address) == bool(kinds & bit)
 
 
@@ -227,17 +228,22 @@ def test_joining_in_torch_operations(samples, positions, units, density):
 DENSITY = st.sampled_from([0.0, 0.05, 0.4, 1.0])
 
 
+def reckoned(dtype):
+    """What loops reckon in; they round what they store."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def same_counts(activity):
     """Compiled counts and those by masks are the same, and so is what they do to a gradient."""
     assert activity.entries() is not None
     counts = activity.count_masks()
     assert torch.equal(activity.count(), counts)
-    for dtype in (torch.float32, torch.float64):
+    for dtype in STEPPED:
         gradient = torch.randn(activity.shape, dtype=dtype)
         size = activity.samples
-        expected = gradient * adaptive_factor(counts, size, 1.0, 3.0, dtype)
+        expected = gradient * adaptive_factor(counts, size, 1.0, 3.0, reckoned(dtype))
         assert stepping.takes(gradient)
-        assert torch.equal(scale_(gradient, activity, size, 1.0, 3.0), expected)
+        assert torch.equal(scale_(gradient, activity, size, 1.0, 3.0), expected.to(dtype))
 
 
 @given(
@@ -363,7 +369,7 @@ def test_an_embedding_that_is_not_looked_up(by_entry):
     same_counts(Rows(torch.Size([6, 5]), 4, nothing, nothing, outputs, by_entry))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", STEPPED)
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("maximize", [False, True])
@@ -376,10 +382,11 @@ def test_a_fused_step_equals_the_step_of_torch(dtype, momentum, weight_decay, ma
         torch.randn(7, 9, dtype=dtype),
         torch.randn(5, dtype=dtype),
         torch.randn(3, dtype=dtype),
-        torch.randn(400, 6, dtype=dtype),
+        torch.randn(400, 7, dtype=dtype),
     ]
     ours[3][::5] = -0.0
-    theirs = [nn.Parameter(tensor.clone()) for tensor in ours]
+    wide = reckoned(dtype)
+    theirs = [nn.Parameter(tensor.to(wide, copy=True)) for tensor in ours]
     settings = {"lr": 0.03, "momentum": momentum, "weight_decay": weight_decay}
     settings |= {"maximize": maximize, **extra}
     reference = torch.optim.SGD(theirs, foreach=False, **settings)
@@ -390,22 +397,27 @@ def test_a_fused_step_equals_the_step_of_torch(dtype, momentum, weight_decay, ma
         bias = Elements(ours[1].shape, pack(torch.rand(20, 5) < 0.2))
         # Many of the first rows, few of the last.
         places, owners = torch.randint(0, 400, (60,)) ** 2 // 400, torch.arange(60).int() // 3
-        table = Rows(ours[3].shape, 20, places.int(), owners, pack(torch.rand(20, 6) < 0.5), False)
+        table = Rows(ours[3].shape, 20, places.int(), owners, pack(torch.rand(20, 7) < 0.5), False)
         found = [(weight, 20), (bias, 20), None, (table, 20)]
         whole = Pass(stepping.Options(**settings))
         for parameter, same, reached, buffer in zip(ours, theirs, found, buffers, strict=True):
             gradient = torch.randn_like(parameter)
             if len(gradient) == 400:  # most of a table's rows have none, of either sign
                 gradient[torch.rand(400) < 0.8] *= 0
-            same.grad = gradient.clone()
+            same.grad = gradient.to(wide, copy=True)
             if reached is not None:
-                same.grad *= adaptive_factor(reached[0].count_masks(), 20, dtype=dtype)
+                same.grad *= adaptive_factor(reached[0].count_masks(), 20, dtype=wide)
             whole.add(gradient, reached, parameter, buffer, fresh=number == 0)
         whole.run()
         reference.step()
-        for one, other in zip(ours, theirs, strict=True):
-            assert torch.equal(one, other.detach())
-            assert torch.equal(one.signbit(), other.detach().signbit())
+        for one, other, buffer in zip(ours, theirs, buffers, strict=True):
+            kept = [(one, other.data)]
+            if buffer is not None:
+                kept.append((buffer, reference.state[other]["momentum_buffer"]))
+            for mine, its in kept:
+                its.copy_(its.to(dtype))
+                assert torch.equal(mine, its.to(dtype))
+                assert torch.equal(mine.signbit(), its.signbit())
 
 
 @given(
@@ -417,7 +429,7 @@ def test_a_fused_step_equals_the_step_of_torch(dtype, momentum, weight_decay, ma
     shape=st.sampled_from([(6, 5), (500, 7), (100_000, 33)]),
     maximize=st.booleans(),
     limit=st.sampled_from([None, 3.0]),
-    dtype=st.sampled_from([torch.float32, torch.float64]),
+    dtype=st.sampled_from(STEPPED),
 )
 def test_a_step_of_a_sparse_gradient_equals_that_of_torch(
     samples, entries, values, by_entry, density, shape, maximize, limit, dtype
@@ -434,12 +446,11 @@ def test_a_step_of_a_sparse_gradient_equals_that_of_torch(
     counts = activity.count_masks()[stored]
     assert torch.equal(activity.count_at(stored), counts)
     assert torch.equal(activity.count_at(rows), activity.count_masks()[rows])
-    factor = adaptive_factor(counts, samples, factor_limit=limit, dtype=dtype)
-    effective = torch.sparse_coo_tensor(
-        stored.unsqueeze(0), numbers * factor, shape, check_invariants=True
-    )
+    factor = adaptive_factor(counts, samples, factor_limit=limit, dtype=reckoned(dtype))
     ours = torch.randn(shape, dtype=dtype)
-    theirs = ours.clone().add_(effective, alpha=0.1 if maximize else -0.1)
+    theirs = ours.clone()
+    for row, effective in zip(stored, numbers * factor, strict=True):
+        theirs[row] = theirs[row].to(factor.dtype).add(effective, alpha=0.1 if maximize else -0.1)
     whole = Pass(stepping.Options(lr=0.1, maximize=maximize, limit=limit))
     assert whole.add_sparse(gradient, (activity, samples), ours) == (values > 0)
     whole.run()
@@ -454,7 +465,7 @@ def test_a_step_of_a_sparse_gradient_equals_that_of_torch(
     st.sampled_from([0.0, 0.5, 1.0]),
     st.sampled_from([None, 3.0]),
     st.booleans(),
-    st.sampled_from([torch.float32, torch.float64]),
+    st.sampled_from(STEPPED),
 )
 def test_counting_and_stepping_at_once(samples, rows, columns, eps, limit, corrects, dtype):
     activity = Outer(
@@ -464,12 +475,35 @@ def test_counting_and_stepping_at_once(samples, rows, columns, eps, limit, corre
     )
     gradient, weight = (torch.randn(rows, columns, dtype=dtype) for _ in range(2))
     counts = activity.count_masks()
-    effective = gradient * adaptive_factor(counts, samples, eps, limit, dtype=dtype)
-    stepped = weight.add(effective, alpha=-0.1)
+    wide = reckoned(dtype)
+    effective = gradient * adaptive_factor(counts, samples, eps, limit, dtype=wide)
+    stepped = weight.to(wide).add(effective, alpha=-0.1)
     whole = Pass(stepping.Options(lr=0.1, eps=eps, limit=limit))
     whole.add(gradient, (activity, samples), None if corrects else weight)
     whole.run()
-    assert torch.equal(*((gradient, effective) if corrects else (weight, stepped)))
+    ours, theirs = (gradient, effective) if corrects else (weight, stepped)
+    assert torch.equal(ours, theirs.to(dtype))
+
+
+def test_numbers_are_rounded_to_bfloat16_as_torch_rounds_them():
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+    _, exponents = torch.frexp(every.float())
+    halves = torch.ldexp(torch.ones(len(every)), exponents - 9).to(torch.bfloat16)  # of last places
+    found = Counts(torch.ones(len(every), dtype=torch.int64), 1), 1
+    for gradient in (
+        halves,
+        -halves,
+        3 * halves,
+        0.75 * halves,
+        every.flip(0),
+        every[torch.randperm(2**16)],
+    ):
+        weight = every.clone()
+        whole = Pass(stepping.Options(lr=-1.0, eps=0.0))
+        whole.add(gradient, found, weight)
+        whole.run()
+        expected = (every.float() + gradient.float()).to(torch.bfloat16)
+        assert ((weight == expected) | (weight.isnan() & expected.isnan())).all()
 
 
 def test_counts_that_are_known_can_be_asked_for():
@@ -480,7 +514,7 @@ def test_counts_that_are_known_can_be_asked_for():
 
 
 def test_half_and_strided_gradients_take_the_twin():
-    assert not stepping.takes(torch.ones(2, 2, dtype=torch.bfloat16))
+    assert not stepping.takes(torch.ones(2, 2, dtype=torch.float16))
     assert not stepping.takes(torch.ones(2, 3).T)
 
 
@@ -551,7 +585,7 @@ def all_loops(dtype):
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", STEPPED)
 @pytest.mark.parametrize("kind", ["torch's threads", "own threads"])
 def test_threads_give_the_same(kind, dtype, monkeypatch):
     expected = all_loops(dtype)

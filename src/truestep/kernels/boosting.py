@@ -20,7 +20,8 @@ from truestep.kernels.threads import spread
 
 __all__ = ["Table", "boost_", "step_", "table"]
 
-DTYPES = [{dtype} for dtype in dispatch.LIKE]
+# Of what tensors are seen as; kernels do not go over bfloat16.
+LIKE = dispatch.LIKE | {torch.bfloat16: np.empty(0, np.uint16)}
 # Nanoseconds that one core takes for a byte of each kind of tensor, from its cache.
 PER_BYTE = 0.08
 
@@ -32,7 +33,7 @@ class Table(NamedTuple):
 
     Attributes:
         rows: int64 ``[2 + kinds of tensors, parameters]``, see `truestep.kernels.loops.boost`.
-        like: an array of the tensors' dtype.
+        like: an array of the dtype that loops see the tensors as.
         elements: of all parameters.
         kinds: the tensors.
         device: where they are, if not on the CPU.
@@ -48,21 +49,21 @@ class Table(NamedTuple):
 def table(*kinds: Sequence[Tensor]) -> Table | None:
     """The table of tensors that a compiled loop or a kernel can take; None where torch operations have to.
 
-    All must be plain tensors on one device and of one dtype, float32 or float64, and a parameter's tensors
-    lie alike in memory, without gaps.
+    All must be plain tensors on one device and of one dtype, float32, float64 or, on the CPU, bfloat16, and a
+    parameter's tensors lie alike in memory, without gaps.
 
     Args:
         kinds: the gradients, the previous gradients and, for `step_`, the parameters. It is the last whose
             dtypes and types are looked at: the others were made to fit.
 
     Example:
-        >>> table([torch.ones(2, dtype=torch.bfloat16)], [torch.ones(2, dtype=torch.bfloat16)]) is None
+        >>> table([torch.ones(2, dtype=torch.float16)], [torch.ones(2, dtype=torch.float16)]) is None
         True
     """
     tensors = list(chain.from_iterable(kinds))
     if not _take_loops(kinds, tensors):
         return None
-    like = dispatch.LIKE[kinds[-1][0].dtype]
+    like = LIKE[kinds[-1][0].dtype]
     # Of equal shapes, as a parameter's tensors are, those of one dtype fill equally many bytes.
     sizes = list(map(_nbytes, kinds[0]))
     if any(list(map(_nbytes, kind)) != sizes for kind in kinds[1:]):
@@ -130,10 +131,17 @@ def _take_loops(kinds: Sequence[Sequence[Tensor]], tensors: Sequence[Tensor]) ->
         and _on_one_device(tensors)
         and not torch.compiler.is_compiling()
         and torch._C._functorch.peek_interpreter_stack() is None  # noqa: SLF001
-        and set(map(_dtype, kinds[-1])) in DTYPES
+        and _of_one_dtype(kinds[-1])
         and set(map(type, kinds[-1])) <= dispatch.PLAIN
         and (all(map(Tensor.is_contiguous, tensors)) or all(map(_lie_alike, *kinds)))
     )
+
+
+def _of_one_dtype(tensors: Sequence[Tensor]) -> bool:
+    """Whether all tensors are of one dtype that loops or kernels take."""
+    dtypes = set(map(_dtype, tensors))
+    known = LIKE if tensors[0].is_cpu else dispatch.LIKE
+    return len(dtypes) == 1 and dtypes <= known.keys()
 
 
 def _on_one_device(tensors: Sequence[Tensor]) -> bool:

@@ -25,12 +25,18 @@ __all__ = [
     "addresses",
     "count",
     "number_of",
+    "reckons",
     "run",
     "takes",
 ]
 
-REAL = {torch.float32: np.float32, torch.float64: np.float64}
-CODES = {torch.float32: "f", torch.float64: "d"}
+# What loops reckon in, and see parameters as; kernels do not go over bfloat16.
+REAL: dict[torch.dtype, tuple[Any, Any]] = {
+    torch.float32: (np.float32, np.float32),
+    torch.float64: (np.float64, np.float64),
+    torch.bfloat16: (np.float32, np.uint16),
+}
+CODES = {np.float32: "f", np.float64: "d"}
 
 
 # About how many nanoseconds one core took, on a Xeon, to update an element and, for each sample, to count it;
@@ -223,11 +229,21 @@ class Options(NamedTuple):
     limit: float | None = None
 
 
+def reckons(dtype: torch.dtype, device: torch.device | None) -> bool:
+    """Whether loops or kernels can go over parameters of a dtype.
+
+    Args:
+        dtype: theirs.
+        device: of the kernels, None for the CPU's loops.
+    """
+    return dtype in REAL and (device is None or dtype is not torch.bfloat16)
+
+
 def takes(*tensors: Tensor) -> bool:
     """Whether loops or kernels can read and write a parameter, its gradient and its buffer."""
     first = tensors[0]
     dtype, shape, device = first.dtype, first.shape, first.device
-    if dtype not in REAL:
+    if not reckons(dtype, device_of(first)):
         return False
     for tensor in tensors:
         if tensor.dtype is not dtype or tensor.shape != shape or tensor.device != device:
@@ -247,7 +263,9 @@ def addresses(
     found: list[tuple[int, int]] = []
     for gradient, parameter in zip(gradients, parameters, strict=True):
         dtype = gradient.dtype
-        if dtype not in REAL or dtype is not parameter.dtype or gradient.shape != parameter.shape:
+        if dtype is not parameter.dtype or gradient.shape != parameter.shape:
+            return None
+        if not (dtype in REAL if gradient.is_cpu else reckons(dtype, gradient.device)):
             return None
         to, of = address_of(gradient), address_of(parameter)
         if not (to and of):
@@ -271,7 +289,7 @@ def run(
         gpu().step(table.numbers, _values(options), dtype, device)
     elif table.work:
         address, size = table.numbers.buffer_info()
-        functions, _ = loops().functions_of(table.kinds, REAL[dtype]).buffer_info()
+        functions, _ = loops().functions_of(table.kinds, *REAL[dtype]).buffer_info()
         shared = _shared(options, dtype)
         place, _ = shared.buffer_info()
         spread(loops().step, table.work, table.work, address, size // FIELDS, functions, place)
@@ -279,7 +297,8 @@ def run(
 
 @functools.lru_cache(maxsize=64)
 def _shared(options: Options, dtype: torch.dtype) -> "array[float]":
-    return array(CODES[dtype], _values(options))
+    number, _ = REAL[dtype]
+    return array(CODES[number], _values(options))
 
 
 def _values(options: Options) -> tuple[float, ...]:
@@ -304,6 +323,6 @@ def count(entries: Sequence[Entry], counts: Tensor) -> None:
         elements = table.add((0, 0, 0), 0, 0, [entry])
         if elements:
             address, _ = table.numbers.buffer_info()
-            functions, _ = loops().functions_of(entry.kind, np.float32).buffer_info()
+            functions, _ = loops().functions_of(entry.kind, *REAL[torch.float32]).buffer_info()
             spread(loops().count, entry.rows, table.work, address, functions, shared, place)
             place += 8 * elements

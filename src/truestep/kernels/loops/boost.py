@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numba import carray, njit
 
+from truestep.kernels.loops.bfloat16 import narrow, widen
 from truestep.kernels.loops.internal import internal
 from truestep.kernels.loops.memory import fma, pointer, prefetch
 
@@ -53,12 +54,13 @@ def boosted_step(
         stop: the element to stop before.
         table: int64 ``[5, parameters]``: the byte before which each parameter ends if they lay in a row,
             whether this is its first step, the addresses of its gradient, previous gradient and weights.
-        like: an array of the dtype of all these.
+        like: an array of the dtype that all these are stored in.
         lr: the learning rate.
         weight_decay: the L2 penalty.
         maximize: whether to ascend.
     """
-    number = like.dtype.type
+    stored = like.dtype.type(0)
+    number = type(widen(stored))
     rate, decay, sign = number(-lr), number(weight_decay), number(-1 if maximize else 1)
     row = np.searchsorted(table[0], start * like.itemsize, side="right")
     while start < stop:
@@ -70,12 +72,12 @@ def boosted_step(
         weights = _numbers(table[4, row], first, length, like)
         plain = table[1, row] != 0
         for index in range(length):
-            present = gradient[index]
-            direction = sign * (present if plain else _boosted(present, previous[index]))
+            present, weight = widen(gradient[index]), widen(weights[index])
+            direction = sign * (present if plain else _boosted(present, widen(previous[index])))
             if decay != 0:
-                direction = fma(decay, weights[index], direction)
-            previous[index] = present
-            weights[index] = fma(rate, direction, weights[index])
+                direction = fma(decay, weight, direction)
+            previous[index] = gradient[index]
+            weights[index] = narrow(fma(rate, direction, weight), stored)
         start += length
         row += whole
 
@@ -88,7 +90,7 @@ def boost(start: Any, stop: Any, table: Any, like: Any) -> None:
         start: the first element, of all gradients in a row.
         stop: the element to stop before.
         table: as that of `boosted_step`, without weights and first steps.
-        like: an array of the dtype of the gradients.
+        like: an array of the dtype that the gradients are stored in.
     """
     row = np.searchsorted(table[0], start * like.itemsize, side="right")
     while start < stop:
@@ -99,7 +101,8 @@ def boost(start: Any, stop: Any, table: Any, like: Any) -> None:
         previous = _numbers(table[3, row], first, length, like)
         for index in range(length):
             present = gradient[index]
-            gradient[index] = _boosted(present, previous[index])
+            boosted = _boosted(widen(present), widen(previous[index]))
+            gradient[index] = narrow(boosted, present)
             previous[index] = present
         start += length
         row += whole

@@ -43,7 +43,7 @@ def linear(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> Non
         return
     by_row, by_column = entry[INPUTS] == 0, entry[OUTPUTS] == 0
     if not (by_row or by_column or keeps or entry[BUFFER] != 0) and (
-        options[WEIGHT_DECAY] == 0 or entry[PARAMETER] == 0
+        options.numbers[WEIGHT_DECAY] == 0 or entry[PARAMETER] == 0
     ):
         _at_once(entry, first, last, options)
         return
@@ -69,13 +69,14 @@ def linear(entry: Any, first: Any, last: Any, options: Any, counted: Any) -> Non
 def _at_once(entry: Any, first: Any, last: Any, options: Any) -> None:
     """Counts and updates rows without buffer and weight decay."""
     columns, words, rows = entry[COLUMNS], _words(entry), entry[ROWS]
-    number = options.dtype.type
-    factors = number(entry[BATCH_SIZE]), options[EPS], options[LIMIT]
-    steps = number(-1) if options[MAXIMIZE] != 0 else number(1), -options[LR]
+    numbers, like = options
+    number = numbers.dtype.type
+    factors = number(entry[BATCH_SIZE]), numbers[EPS], numbers[LIMIT]
+    steps = number(-1) if numbers[MAXIMIZE] != 0 else number(1), -numbers[LR]
     row = first
     while row < last:
         block = BLOCK if last - row >= BLOCK else 1
-        place = row * columns * options.itemsize
+        place = row * columns * like.itemsize
         update_pairs(
             entry[OUTPUTS] + 8 * row,
             8 * rows,
@@ -86,7 +87,7 @@ def _at_once(entry: Any, first: Any, last: Any, options: Any) -> None:
             columns,
             entry[GRADIENT] + place,
             entry[PARAMETER] + place if entry[PARAMETER] != 0 else 0,
-            options.itemsize,
+            like,
             factors,
             steps,
         )

@@ -162,7 +162,7 @@ def _take_few(
 ) -> None:
     """Goes through the rows that are looked up."""
     columns, width = entry[COLUMNS], counts.shape[1]
-    size, start = columns * options.itemsize, np.int64(0)
+    size, start = columns * options.like.itemsize, np.int64(0)
     each, known = block.ctypes.data, counts.ctypes.data
     rows = carray(pointer(numbers.ctypes.data), (len(numbers),), np.int32)
     count = carray(pointer(each), (columns,), np.int32)
@@ -181,7 +181,8 @@ def _take_others(entry: Any, first: Any, place: Any, block: Any, options: Any) -
     """Takes a step with the other rows, most of which need not even be read."""
     columns, size = entry[COLUMNS], len(block)
     # A gradient that is zero leaves a weight as it is.
-    plain = entry[BUFFER] == 0 and options[WEIGHT_DECAY] == 0 and options[MAXIMIZE] == 0
+    numbers = options.numbers
+    plain = entry[BUFFER] == 0 and numbers[WEIGHT_DECAY] == 0 and numbers[MAXIMIZE] == 0
     block[:] = 0
     lines = carray(pointer(place.ctypes.data), (len(place),), np.int32)
     each, row = block.ctypes.data, 0
@@ -215,10 +216,10 @@ def _copy(counts: Any, line: Any, target: Any, width: Any, columns: Any) -> None
 @internal
 def _is_zero(entry: Any, first: Any, elements: Any, options: Any) -> Any:
     """Whether so many elements of the gradient are zero, without a sign."""
-    words = elements * options.itemsize // 4
-    address = entry[GRADIENT] + first * options.itemsize
-    gradient = carray(pointer(address), (words,), np.int32)
-    found = np.int32(0)
+    words = elements * options.like.itemsize // 2
+    address = entry[GRADIENT] + first * options.like.itemsize
+    gradient = carray(pointer(address), (words,), np.int16)
+    found = np.int16(0)
     for word in range(words):
         found |= gradient[word]
     return found == 0
@@ -291,7 +292,7 @@ def _take_stored(
         options: see `truestep.kernels.loops.step`.
     """
     columns, width, gradient = entry[COLUMNS], counts.shape[1], entry[GRADIENT]
-    size = columns * options.itemsize
+    size = columns * options.like.itemsize
     each, known = block.ctypes.data, counts.ctypes.data
     count = carray(pointer(each), (columns,), np.int32)
     for index in range(len(stored)):

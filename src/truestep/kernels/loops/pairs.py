@@ -11,6 +11,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from truestep.kernels.loops.bfloat16 import kept, widened
 from truestep.kernels.loops.internal import internal
 from truestep.kernels.loops.memory import LINE, population, prefetch, read, repeat, write
 
@@ -98,12 +99,17 @@ def _updating(rows: int, lanes: int) -> Callable[..., Any]:
         limit: Any,
         sign: Any,
         back: Any,
+        like: Any,
     ) -> Any:
         def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
             *bits, gradient, parameter, step = arguments[:8]
-            number, half = arguments[8].type, ir.VectorType(HALF, lanes)
-            kind, none = ir.VectorType(number, lanes), ir.Constant(ir.VectorType(WORD, lanes), None)
-            size, eps, limit, sign, back = (repeat(builder, a, kind) for a in arguments[8:])
+            number, stored = arguments[8].type, arguments[13].type
+            kind, half = ir.VectorType(number, lanes), ir.VectorType(HALF, lanes)
+            short, none = (
+                ir.VectorType(stored, lanes),
+                ir.Constant(ir.VectorType(WORD, lanes), None),
+            )
+            size, eps, limit, sign, back = (repeat(builder, a, kind) for a in arguments[8:13])
             one = ir.Constant(kind, [1.0] * lanes)
             width = 32 if number == ir.FloatType() else 64
             function, name = ir.FunctionType(kind, [kind] * 3), f"llvm.fma.v{lanes}f{width}"
@@ -117,20 +123,22 @@ def _updating(rows: int, lanes: int) -> Callable[..., Any]:
                 factor = builder.select(within, factor, limit)
                 unreached = builder.icmp_unsigned("==", total, none)
                 factor = builder.select(unreached, one, factor)
-                effective = builder.fmul(read(builder, place, kind), factor)
+                given = widened(builder, read(builder, place, short))
+                effective = builder.fmul(given, factor)
                 with builder.if_else(builder.icmp_unsigned("==", parameter, WORD(0))) as (
                     corrects,
                     steps,
                 ):
                     with corrects:
-                        write(builder, effective, place)
+                        write(builder, kept(builder, effective, stored), place)
                     with steps:
-                        before = read(builder, there, kind)
+                        before = widened(builder, read(builder, there, short))
                         direction = builder.fmul(sign, effective)
-                        write(builder, builder.call(fma, [back, direction, before]), there)
+                        after = builder.call(fma, [back, direction, before])
+                        write(builder, kept(builder, after, stored), there)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 8, *[size] * 5), generate
+        return types.void(*[types.int64] * 8, *[size] * 5, like), generate
 
     return update
 
@@ -193,7 +201,7 @@ def update_pairs(
     columns: Any,
     gradients: Any,
     parameters: Any,
-    item: Any,
+    like: Any,
     factors: Any,
     steps: Any,
 ) -> None:
@@ -209,11 +217,11 @@ def update_pairs(
         columns: how many.
         gradients: address of ``[rows, columns]``.
         parameters: address of the same, or 0 to correct the gradients alone.
-        item: bytes of an element.
-        factors: batch size, eps and limit, of the parameters' type.
+        like: an array of the dtype that parameters are stored in.
+        factors: batch size, eps and limit, of the type that is reckoned in.
         steps: 1 or -1, and the learning rate below zero.
     """
-    numbers = (*factors, *steps)
+    numbers, item = (*factors, *steps, like.dtype.type(0)), like.itemsize
     column = 0
     while column < columns:
         whole = column + LANES <= columns

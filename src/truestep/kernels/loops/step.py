@@ -19,7 +19,7 @@ from truestep.kernels.loops.linear import linear
 from truestep.kernels.loops.lookups import lookups
 from truestep.kernels.loops.memory import pointer
 from truestep.kernels.loops.positions import positions
-from truestep.kernels.loops.update import OPTIONS
+from truestep.kernels.loops.update import options_of
 
 __all__ = ["KINDS", "SIGNATURE", "count", "step"]
 
@@ -53,7 +53,7 @@ def step(start: Any, stop: Any, address: Any, lines: Any, functions: Any, option
         address: of the table, int64 ``[lines, fields]``.
         lines: how many.
         functions: address of each kind's loops' addresses, see `truestep.kernels.loops.functions_of`.
-        options: address of learning rate and so on, of the parameters' dtype.
+        options: address of learning rate and so on, of the dtype that is reckoned in.
     """
     table = carray(pointer(address), (lines, FIELDS), np.int64)
     before = 0
@@ -90,32 +90,32 @@ def _views(line: Any, counted: Any) -> Any:
     return entry, carray(pointer(counted), shape, np.int64)
 
 
-def _linear(number: Any) -> Callable[..., Any]:
+def _linear(number: Any, stored: Any) -> Callable[..., Any]:
     def run(line: Any, first: Any, last: Any, options: Any, address: Any) -> Any:
         entry, counted = _views(line, address)
-        linear(entry, first, last, carray(pointer(options), (OPTIONS,), number), counted)
+        linear(entry, first, last, options_of(options, number, stored), counted)
         return 1
 
     return run
 
 
-def _positions(number: Any) -> Callable[..., Any]:
+def _positions(number: Any, stored: Any) -> Callable[..., Any]:
     def run(line: Any, first: Any, last: Any, options: Any, address: Any) -> Any:
         entry, counted = _views(line, address)
-        positions(entry, first, last, carray(pointer(options), (OPTIONS,), number), counted)
+        positions(entry, first, last, options_of(options, number, stored), counted)
         return 1
 
     return run
 
 
-def _lookups(number: Any) -> Callable[..., Any]:
+def _lookups(number: Any, stored: Any) -> Callable[..., Any]:
     def run(line: Any, first: Any, last: Any, options: Any, address: Any) -> Any:
         entry, counted = _views(line, address)
-        lookups(entry, first, last, carray(pointer(options), (OPTIONS,), number), counted)
+        lookups(entry, first, last, options_of(options, number, stored), counted)
         return 1
 
     return run
 
 
-# What makes the loops of each kind, for numbers of a type.
+# What makes the loops of each kind, for numbers of a type and for what they are stored as.
 KINDS = {LINEAR: _linear, POSITIONS: _positions, LOOKUPS: _lookups}
