@@ -216,12 +216,14 @@ def _copy(counts: Any, line: Any, target: Any, width: Any, columns: Any) -> None
 @internal
 def _is_zero(entry: Any, first: Any, elements: Any, options: Any) -> Any:
     """Whether so many elements of the gradient are zero, without a sign."""
-    words = elements * options.like.itemsize // 2
+    size = elements * options.like.itemsize
     address = entry[GRADIENT] + first * options.like.itemsize
-    gradient = carray(pointer(address), (words,), np.int16)
-    found = np.int16(0)
-    for word in range(words):
+    gradient = carray(pointer(address), (size // 4,), np.int32)
+    found = np.int32(0)
+    for word in range(len(gradient)):
         found |= gradient[word]
+    if size % 4 != 0:  # an odd number of 16 bits
+        found |= np.int32(carray(pointer(address + size - 2), (1,), np.int16)[0])
     return found == 0
 
 
