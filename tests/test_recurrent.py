@@ -356,6 +356,18 @@ def test_an_unbatched_call_is_one_sample(kind):
         assert torch.equal(found[1][name], values), name
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_outputs_that_are_changed_in_place(kind, batch_first):
+    layer = make(kind, batch_first=batch_first, bidirectional=True)
+    inputs = sparse_inputs(5, 3, 3).double()
+    inputs = inputs if batch_first else inputs.transpose(0, 1)
+    counter = truestep.SampleCounter(layer, batch_dim=0 if batch_first else 1)
+    output, hidden = layer(inputs)
+    nn.functional.relu_(output)
+    assert_counts_are_own(layer, counter, (output, hidden), 5)
+
+
 def step_by_step(layer, inputs, delta):
     """The gates' gradients of a one-layer LSTM at every step, by autograd, as counts by position."""
     h = c = torch.zeros(len(inputs), 4, dtype=torch.float64)

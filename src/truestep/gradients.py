@@ -1,7 +1,7 @@
 """What waits for gradients: in the autograd graph for those of a layer's use, at parameters for theirs."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,14 +9,14 @@ from torch import Tensor
 
 from truestep.activity import Activity
 from truestep.calls import Call
-from truestep.hooks import uncompiled
+from truestep.hooks import on_gradients, uncompiled
 from truestep.kernels.dispatch import is_wrapped
 from truestep.layout import Layout
 
 if TYPE_CHECKING:
     from truestep.layers import Layer
 
-__all__ = ["Gradients", "landing"]
+__all__ = ["Gradients", "landing", "wait_at"]
 
 
 class Gradients:
@@ -31,11 +31,11 @@ class Gradients:
 
     Attributes:
         place: which of the gradients at its node is wanted; None for all that it is called with.
-        shape: of the layer's output, where the node's is another.
+        views: what to do to gradients of bases for those of the outputs that are their views, by place.
         given: the layer's input until its first backward pass, where gradient penalties can be followed.
     """
 
-    __slots__ = ("_activity", "_call", "_layer", "_layout", "_watch", "given", "place", "shape")
+    __slots__ = ("_activity", "_call", "_layer", "_layout", "_watch", "given", "place", "views")
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class Gradients:
         self._watch, self._layer, self._layout = watch, layer, layout
         self._call, self._activity = call, activity
         self.place: int | None = None
-        self.shape: torch.Size | None = None
+        self.views: dict[int, Callable[[Tensor], Tensor]] = {}
         self.given: Tensor | None = None
 
     def __call__(self, *deltas: Any) -> Any:
@@ -68,13 +68,55 @@ class Gradients:
                 delta = delta.detach().requires_grad_()
                 passed = (*gradients[: self.place], delta, *gradients[self.place + 1 :])
             deltas = (delta,)
-        shaped = deltas if self.shape is None else (deltas[0].reshape(self.shape),)
+        shaped = deltas
+        if self.views:
+            shaped = tuple(
+                delta if delta is None or place not in self.views else self.views[place](delta)
+                for place, delta in enumerate(deltas)
+            )
         if differentiable:  # create_graph=True
             watch.on_differentiable(*use, self.given, deltas if self.given is None else shaped)
         watch.on_gradients(*use, self._activity, *shaped)
         return passed
 
     uncompiled(__call__, inside=False)
+
+
+def wait_at(outputs: Sequence[Tensor], gradients: Gradients, *, builtin: bool) -> None:
+    """Hands the gradients of a layer's outputs on.
+
+    Writing into a view in place, as an activation function may, replaces its node, not its base's.
+
+    Args:
+        outputs: of the layer.
+        gradients: waits for them.
+        builtin: whether the layer is torch's own, which returns no view of anything else.
+    """
+    owners = list(outputs)
+    for place, output in enumerate(outputs):
+        base = output._base if builtin and output._is_view() else None  # noqa: SLF001
+        view = None if base is None else _view_of_all(output, base)
+        if base is not None and view is not None:
+            gradients.views[place], owners[place] = view, base
+    if len(owners) != 1:
+        on_gradients(owners, gradients)
+        return
+    node: Any = owners[0].grad_fn
+    gradients.place = owners[0].output_nr
+    node.register_prehook(gradients)
+
+
+def _view_of_all(output: Tensor, base: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """What makes a view of its base, where it shows all of it: as it is, or with samples and time turned."""
+    if base.grad_fn is None or base.numel() != output.numel() or not base.is_contiguous():
+        return None
+    if output.is_contiguous():
+        shape = output.shape
+        return lambda delta: delta.reshape(shape)
+    turned = base.transpose(0, 1) if base.dim() > 1 else base
+    if turned.shape == output.shape and turned.stride() == output.stride():
+        return lambda delta: delta.transpose(0, 1)
+    return None
 
 
 def landing(records: Any) -> Callable[[Tensor], None]:

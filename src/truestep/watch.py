@@ -25,8 +25,8 @@ from truestep.compiled import Receiver
 from truestep.consumers import Used, Uses, taps_in, used
 from truestep.direct import ShortHook, Use
 from truestep.errors import TruestepError
-from truestep.gradients import Gradients, landing
-from truestep.hooks import Hook, Pausable, hang, on_gradients, on_node
+from truestep.gradients import Gradients, landing, wait_at
+from truestep.hooks import Hook, Pausable, hang, on_node
 from truestep.kernels.dispatch import is_wrapped
 from truestep.layers import (
     Layer,
@@ -258,7 +258,7 @@ class Watch:
         if given is not None:
             gradients = bound(given)
             gradients.given = input_to_follow(layer, args, kwargs, outputs[0])
-            self._wait_at(layer, outputs, gradients)
+            wait_at(outputs, gradients, builtin=layer.builtin)
         elif layer.bare:
             for node, use in inner:
                 self._uses.add(call, [node], use.others)
@@ -267,27 +267,6 @@ class Watch:
             bases = [tensor._base for tensor in outputs if tensor._is_view()]  # noqa: SLF001
             ends = [*outputs, *(base for base in bases if base is not None)]
             self._uses.add(call, ends, tensors_in((args, kwargs)))
-
-    def _wait_at(self, layer: Layer, outputs: Sequence[Tensor], gradients: Gradients) -> None:
-        """Hands the gradients of a layer's outputs on."""
-        if len(outputs) != 1:
-            on_gradients(outputs, gradients)
-            return
-        (output,) = outputs
-        if layer.builtin and output._is_view():  # noqa: SLF001
-            # Writing into a view in place, as an activation function may, replaces its node, not its base's.
-            base = output._base  # noqa: SLF001
-            if (
-                base is not None
-                and base.grad_fn is not None
-                and base.numel() == output.numel()
-                and base.is_contiguous()
-                and output.is_contiguous()
-            ):
-                gradients.shape, output = output.shape, base
-        node: Any = output.grad_fn
-        gradients.place = output.output_nr
-        node.register_prehook(gradients)
 
     def _wait_for_gradients(self, layer: Layer) -> bool:
         trained = layer.trained(self._records.names)
