@@ -1,6 +1,7 @@
 """Gradient penalties: backward passes through backward passes, against each sample's own gradient."""
 
 import copy
+import gc
 import weakref
 
 import pytest
@@ -117,6 +118,130 @@ def test_samples_that_reach_a_weight_through_the_penalty_count(name, alone):
             assert torch.equal(counts.get(key, torch.zeros_like(values)), values), key
         assert counter.batch_size == SAMPLES
     assert any((values > 0).any() for values in expected.values())
+
+
+class Cubed(nn.Module):
+    """Off for half of its inputs, with three derivatives."""
+
+    def forward(self, x):
+        return torch.relu(x) ** 3
+
+
+DEEP = {
+    "mlp": (lambda: nn.Sequential(nn.Linear(3, 6), Cubed(), nn.Linear(6, 1)), (3,)),
+    "deep": (
+        lambda: nn.Sequential(
+            nn.Linear(3, 5), Cubed(), nn.Linear(5, 4, bias=False), Cubed(), nn.Linear(4, 1)
+        ),
+        (3,),
+    ),
+    "twice": (lambda: nn.Sequential(layer := nn.Linear(3, 3), Cubed(), layer, Cubed()), (3,)),
+    "positions": (lambda: nn.Sequential(nn.Linear(3, 4), Cubed(), nn.Linear(4, 2)), (2, 3)),
+    "convolutions": (
+        lambda: nn.Sequential(
+            nn.Conv1d(2, 4, 2, groups=2), Cubed(), nn.ConvTranspose1d(4, 1, 2, stride=2)
+        ),
+        (2, 4),
+    ),
+}
+
+
+def derivative(output, inputs, order):
+    """Of each sample, along another direction each time, so that few paths through the model are on."""
+    for feature in range(order):
+        (slopes,) = torch.autograd.grad(output.sum(), inputs, create_graph=True)
+        output = slopes.flatten(1)[:, feature % 2]
+    return output
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("name", DEEP)
+def test_derivatives_of_any_order_count(name, order, inside):
+    make, shape = DEEP[name]
+
+    class Derived(nn.Module):
+        """A model that returns a derivative of itself, as forces of an energy."""
+
+        def __init__(self):
+            super().__init__()
+            self.inner = make()
+
+        def forward(self, x):
+            x = x.clone().requires_grad_()
+            return derivative(self.inner(x), x, order)
+
+    model, inputs = Derived().double(), sparse_inputs(SAMPLES, *shape).double()
+    reference = copy.deepcopy(model)
+    expected = {
+        key: torch.zeros(p.shape, dtype=torch.int64) for key, p in reference.named_parameters()
+    }
+    for sample in inputs.split(1):
+        own = torch.autograd.grad(
+            reference(sample).square().sum(), list(reference.parameters()), allow_unused=True
+        )
+        for key, gradient in zip(expected, own, strict=True):
+            expected[key] += 0 if gradient is None else gradient != 0
+    assert any((values > 0).any() for values in expected.values())
+    counter = truestep.SampleCounter(model if inside else model.inner)
+    for _ in range(2):
+        model.zero_grad()
+        model(inputs).square().sum().backward()
+        counts = counter.counts()
+        for key, values in expected.items():
+            found = counts.get(key if inside else key.removeprefix("inner."))
+            assert torch.equal(torch.zeros_like(values) if found is None else found, values), key
+        assert counter.batch_size == SAMPLES
+
+
+def test_a_weight_used_past_its_layer_is_refused_beside_a_derivative():
+    class Past(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x):
+            x = x.clone().requires_grad_()
+            hidden = torch.tanh(nn.functional.linear(torch.tanh(self.layer(x)), self.layer.weight))
+            return derivative(hidden, x, 1)
+
+    model = Past()
+    counter = truestep.SampleCounter(model)
+    with pytest.raises(TruestepError, match=r"uses 'layer.weight' without calling the module"):
+        model(sparse_inputs(SAMPLES, 3))
+    counter.close()
+
+
+def test_second_derivatives_through_norms_are_refused_by_name():
+    model = sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 1))
+    inputs = sparse_inputs(SAMPLES, 4).double().requires_grad_()
+    counter = truestep.SampleCounter(model)
+    derivative(model(inputs), inputs, 1).square().sum().backward()
+    assert counter.batch_size == SAMPLES
+    model.zero_grad()
+    loss = derivative(model(inputs), inputs, 2).square().sum()
+    with pytest.raises(TruestepError, match=r"the backward pass of '1' \(LayerNorm\)"):
+        loss.backward()
+    counter.close()
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_gradients_with_a_graph_are_freed_with_it(last):
+    model, inputs = mlp(nn.Softplus).double(), sparse_inputs(SAMPLES, 4).double().requires_grad_()
+    counter, seen = truestep.SampleCounter(model), []
+    model[2].register_forward_pre_hook(lambda _, given: seen.append(weakref.ref(given[0])))
+    given = list(model[-1].parameters()) if last else inputs
+    gc.disable()
+    try:
+        for _ in range(2):
+            loss = model(inputs).square().sum()
+            slopes = torch.autograd.grad(loss, given, create_graph=True)
+            assert seen[-1]() is not None
+            del loss, slopes
+            assert seen[-1]() is None
+    finally:
+        gc.enable()
+    counter.close()
 
 
 def test_micro_batches_add_up():

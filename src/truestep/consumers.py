@@ -207,7 +207,8 @@ class Uses:
                 "so the samples of that use would go uncounted. Call the module (an output head tied "
                 "to an embedding: nn.Linear with its weight set to the embedding's), give the module "
                 "that uses it a rule, or keep plain gradients: rules without its class and "
-                "unsupported='mean'"
+                "unsupported='mean'. A derivative that the model itself takes (create_graph=True) may go "
+                "through linear layers, convolutions and norms alone"
             )
         return walk.hidden
 

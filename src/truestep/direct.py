@@ -175,8 +175,10 @@ class Use:
                 passed = (delta, *gradients[1:])
             # Of rows with positions, the layer's own shape.
             rows = given is not None and len(given.shape) > 2 == len(delta.shape)  # noqa: PLR2004
-            shaped = delta.unflatten(0, given.shape[:-1]) if given is not None and rows else delta
-            watch.on_differentiable(layer, layer.layout, self.call, given, [shaped])
+            shape = (
+                (*given.shape[:-1], delta.shape[-1]) if given is not None and rows else delta.shape
+            )
+            watch.on_differentiable(layer, layer.layout, self.call, given, [delta], shape)
         watch.on_samples(self, delta, self._layer, self.call, delta.shape[0] // self.rows)
         return passed
 

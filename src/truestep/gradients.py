@@ -75,7 +75,9 @@ class Gradients:
                 for place, delta in enumerate(deltas)
             )
         if differentiable:  # create_graph=True
-            watch.on_differentiable(*use, self.given, deltas if self.given is None else shaped)
+            watch.on_differentiable(
+                *use, self.given, deltas, () if self.given is None else shaped[0].shape
+            )
         watch.on_gradients(*use, self._activity, *shaped)
         return passed
 

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from truestep.errors import TruestepError
 
-__all__ = ["Node", "Recording", "nodes_between", "saved_tensors_are_packed", "uses_of"]
+__all__ = [
+    "Node",
+    "Recording",
+    "nodes_between",
+    "parameter_behind",
+    "saved_tensors_are_packed",
+    "uses_of",
+]
 
 Node = Any  # autograd's nodes have a class per operation and no public base
 
@@ -55,13 +62,14 @@ def uses_of(
     """
     for node in nodes_between(outputs, inputs):
         if node.name() not in LINKS | SPLITS:
-            found = [_parameter(to, piece, names) for to, piece in node.next_functions]
+            found = [parameter_behind(to, piece, names) for to, piece in node.next_functions]
             uses = [use for use in found if use is not None]
             if uses:
                 yield node, uses
 
 
-def _parameter(node: Node, piece: int, names: Mapping[Tensor, str]) -> tuple[str, int] | None:
+def parameter_behind(node: Node, piece: int, names: Mapping[Tensor, str]) -> tuple[str, int] | None:
+    """The parameter that an operand is a view or a cast of, if any, and which piece of a split it is."""
     place = 0
     while node is not None and node.name() in LINKS | SPLITS:
         if node.name() in SPLITS:

@@ -393,9 +393,11 @@ class Watch:
         call: Call,
         given: Tensor | None,
         deltas: Sequence[Tensor | None],
+        shape: Sequence[int],
     ) -> None:
         """Waits for a gradient penalty on what a backward pass with create_graph=True computes."""
-        wait_for_penalty(self._reference, layer, layout, call, given, deltas)
+        uses = self._uses
+        wait_for_penalty(self._reference, uses, layer, layout, call, given, deltas, shape)
 
     def refuse(self, layer: Layer, reason: str) -> None:
         """Makes it an error if the running backward pass gives a layer's parameters a gradient."""
