@@ -502,6 +502,36 @@ def test_as_many_positions_as_samples_are_ambiguous_until_said():
     assert torch.equal(counter.counts()["positions.weight"], 3 * (model.positions.weight.grad != 0))
 
 
+def test_what_indices_have_shown_themselves_to_be_decides_where_they_are_ambiguous():
+    model = WithPositions(lambda x: torch.arange(x.shape[1]))
+    counter = truestep.SampleCounter(model)
+    for samples in (5, 3):  # the last batch has as many samples as positions
+        model.zero_grad()
+        model(torch.randint(0, 9, (samples, 3))).sum().backward()
+        used = model.positions.weight.grad != 0
+        assert torch.equal(counter.counts()["positions.weight"], samples * used)
+    counter.close()
+
+    class Columns(nn.Module):
+        """A table looked up by numbers that the model makes from its input."""
+
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(4, 2)
+
+        def forward(self, x):
+            return self.table(x[:, 0].long())
+
+    model = Columns()
+    counter = truestep.SampleCounter(model)
+    for rows in ([2.0, 0.0, 0.0, 1.0], [1.0, 2.0]):  # consecutive by chance
+        model.zero_grad()
+        model(torch.tensor(rows).unsqueeze(1)).sum().backward()
+        expected = torch.tensor(rows).long().bincount(minlength=4)
+        assert torch.equal(counter.counts()["table.weight"], expected.unsqueeze(1).expand(4, 2))
+    counter.close()
+
+
 class WithDistances(nn.Module):
     """Scores of tokens with a bias for the distance of each two positions, as T5 has it."""
 

@@ -90,6 +90,7 @@ class Layer:
         builtin: whether its forward pass is torch's own.
         direct: where calls may go the short way.
         followed: whether gradient penalties that go through its backward pass can be counted.
+        lookups: of a table, what the indices that the model made have shown themselves to be until now.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Layer:
     builtin: bool = False
     direct: Direct | None = None
     followed: bool = False
+    lookups: set[str] = field(default_factory=set)
     _seen: _Seen = field(default_factory=_Seen)
 
     def begin(self) -> None:
@@ -398,20 +400,23 @@ def layout_of(layer: Layer, call: Call, args: Any, kwargs: Any) -> Layout:
     indices, dim = next(tensors_in((args, kwargs))), layer.layout.batch_dim
     if not call.sizes or indices.dim() > 2 or indices.dim() <= dim:  # noqa: PLR2004
         return layer.layout
-    if indices.shape[dim] not in call.sizes:
-        return (
-            replace(layer.layout, batch_dim=None) if looks_up_positions(indices) else layer.layout
-        )
-    made_inside = memory_of(indices) not in call.inputs
-    if (indices.dim() == 1 or len(indices) > 1) and made_inside and looks_up_positions(indices):
-        size = len(indices)
-        what = f"{size} consecutive rows" if indices.dim() == 1 else "rows by distances"
-        raise TruestepError(
-            f"{layer.name!r} looks up {what} in a batch of {size}: for each sample, or for positions that "
-            f"all samples share? Say batch_dim={{{layer.name!r}: None}} (shared) or 0; consecutive "
-            f"positions may be looked up with the shape [1, {size}] as well"
-        )
-    return layer.layout
+    seen, apart = layer.lookups, indices.shape[dim] not in call.sizes
+    if not apart and (len(indices) == 1 < indices.dim() or memory_of(indices) in call.inputs):
+        return layer.layout
+    consecutive = looks_up_positions(indices)
+    if consecutive is apart and len(indices) > 1:
+        seen.add("positions" if apart else "samples")
+    # Samples may be consecutive by chance, and positions as many as there are samples.
+    if not consecutive or (not apart and seen == {"samples"}):
+        return layer.layout
+    if apart or seen == {"positions"}:
+        return replace(layer.layout, batch_dim=None)
+    what = f"{len(indices)} consecutive rows" if indices.dim() == 1 else "rows by distances"
+    raise TruestepError(
+        f"{layer.name!r} looks up {what} in a batch of {len(indices)}: for each sample, or for positions "
+        f"that all samples share? Say batch_dim={{{layer.name!r}: None}} (shared) or 0; consecutive "
+        f"positions may be looked up with the shape [1, {len(indices)}] as well"
+    )
 
 
 def batch_of(layer: Layer, call: Call) -> int:
