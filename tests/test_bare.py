@@ -376,6 +376,31 @@ def test_a_tensor_changed_in_place_under_checkpointing_is_refused():
         loss_fn(model(inputs), targets)
 
 
+class RootNorm(Scale):
+    """As language models write it: an operation that saves its result, which the next one saves, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, x):
+        root = torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+        self.seen.append(weakref.ref(root))
+        return super().forward(x * root)
+
+
+def test_checkpointing_frees_what_a_module_saves():
+    inner = RootNorm()
+    model, loss_fn, inputs, targets = classify(blocks(Checkpointed(inner, use_reentrant=False)))
+    _counter = truestep.SampleCounter(model)
+    for _ in range(2):
+        loss = loss_fn(model(inputs), targets)
+        assert inner.seen[-1]() is None
+        loss.backward()
+        del loss
+        assert not any(root() is not None for root in inner.seen)
+
+
 compiling = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 
 

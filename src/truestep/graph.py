@@ -101,13 +101,9 @@ class Recording:
         self.hidden = hooks is not None
         if hooks is not None:
             pack, unpack = hooks
-            keep, find = partial(self._keep, pack), partial(_find, unpack)
+            # Nodes hold both hooks, and the recording holds tensors of theirs.
+            keep, find = partial(_keep, weakref.ref(self), pack), partial(_find, unpack)
             torch._C._autograd._push_saved_tensors_default_hooks(keep, find)  # noqa: SLF001
-
-    def _keep(self, pack: Callable[[Tensor], Any], tensor: Tensor) -> "_Kept":
-        packed = pack(tensor)
-        self.tensors.append((tensor, tensor._version))  # noqa: SLF001
-        return _Kept(packed, weakref.ref(self), len(self.tensors) - 1)
 
     def stop(self) -> None:
         """Ends the recording, before anything else that was begun before it."""
@@ -120,6 +116,16 @@ class _Kept:
 
     def __init__(self, packed: Any, recording: Callable[[], Recording | None], place: int) -> None:
         self.packed, self.recording, self.place = packed, recording, place
+
+
+def _keep(
+    recording: Callable[[], Recording | None], pack: Callable[[Tensor], Any], tensor: Tensor
+) -> _Kept:
+    packed, living, place = pack(tensor), recording(), 0
+    if living is not None:
+        place = len(living.tensors)
+        living.tensors.append((tensor, tensor._version))  # noqa: SLF001
+    return _Kept(packed, recording, place)
 
 
 def _find(unpack: Callable[[Any], Tensor], kept: _Kept) -> Tensor:
