@@ -413,7 +413,7 @@ def test_frozen_layers_inside_are_run_along():
         model(inputs)
     model.norm.eval()
     model.first.requires_grad_(requires_grad=True)
-    with pytest.raises(TruestepError, match="'first', which is counted by itself, other than when"):
+    with pytest.raises(TruestepError, match="'first', which is counted by itself; put them"):
         model(inputs)
     counter.close()
 

@@ -43,7 +43,10 @@ def unusable(module: nn.Module) -> str | None:
     for name, child in module.named_modules():
         trained = any(p is not None and p.requires_grad for p in child._parameters.values())  # noqa: SLF001
         if name and trained:
-            return f"it has parameters beside those of its {name!r}, which is counted by itself"
+            return (
+                f"it has parameters beside those of its {name!r}, which is counted by itself; put them, and "
+                "what is done with them, in a module of their own"
+            )
         if isinstance(child, nn.modules.dropout._DropoutNd) and child.p > 0:  # noqa: SLF001
             return f"its {name!r} draws random numbers"
     return None
@@ -110,7 +113,7 @@ class PerSample:
         with self._refusing(module):
             hindrance = unusable(module)
             if hindrance is not None:
-                raise ValueError(f"{hindrance}, other than when the SampleCounter was made")
+                raise ValueError(hindrance)
             use = use_of(layout, module, args, kwargs, outputs)
             how = (tuple(m.training for m in module.modules()), *use.pieces, use.count > 1)
             if how not in self._compared and use.count:
@@ -149,8 +152,8 @@ def _compare(use: Use, outputs: list[Tensor]) -> None:
             together = use.spread(outputs[place].detach())[start:stop]
             if not _close(alone.to(together.dtype), together):
                 raise ValueError(
-                    "alone they give another output than in their batch, so the module mixes samples "
-                    "or changes from call to call"
+                    "alone they give another output than in their batch, so the module mixes samples, "
+                    "changes from call to call or writes into its arguments"
                 )
     # What only a backward pass refuses is refused here, except where checkpointing leaves no place.
     if not saved_tensors_are_packed():
