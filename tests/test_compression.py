@@ -354,6 +354,19 @@ def test_depthwise_convolutions_lose_whole_groups(multiplier, drawn):
     assert torch.equal(same(x), small(x))
 
 
+def test_groups_of_the_models_input_lose_equally_many():
+    model = nn.Sequential(nn.Conv1d(4, 6, 1, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(18, 2))
+    model = model.double()
+    model[0].bias.data[[0, 1, 3]] = -50.0
+    data = [torch.randn(8, 4, 3).double()]
+    small, report = truestep.compress(model, truestep.find_dummy_nodes(model, data), data[0])
+    assert small[0].weight.shape == (4, 2, 1)
+    assert [kept.reason for kept in report.kept] == [
+        "the groups of '0.weight' must lose equally many, and one has 1 to lose"
+    ]
+    assert torch.allclose(small(data[0]), model(data[0]))
+
+
 def test_groups_lose_equally_many():
     model = nn.Sequential(
         plant(

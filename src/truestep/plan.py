@@ -318,10 +318,12 @@ def _too_many(ledger: Ledger, chosen: set[Root]) -> dict[Root, str]:
 
 def _unequal(ledger: Ledger, chosen: set[Root]) -> dict[Root, str]:
     for use in ledger.uses:
-        if use.groups == 1 or use.inputs is None or _depthwise(ledger, use):
+        if use.groups == 1 or _depthwise(ledger, use):
             continue
-        for slots in (use.inputs.slots, use.outputs.slots):
-            roots = ledger.slots.roots(slots)
+        for side in (use.inputs, use.outputs):
+            if side is None:
+                continue
+            roots = ledger.slots.roots(side.slots)
             size = len(roots) // use.groups
             groups = [
                 [root for root in roots[start : start + size] if root in chosen]
