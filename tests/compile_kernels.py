@@ -10,6 +10,7 @@ from truestep.kernels.gpu import boosts, counts, entries, launches, lookups, pac
 TILE = {"FIELDS": entries.FIELDS, "ROW": counts.ROW, "COLUMN": counts.COLUMN}
 PACKED = {"FIELDS": packs.PACK_FIELDS, "ROW": packs.BY_ROW, "UNIT": packs.BY_UNIT}
 LOOKED = {"FIELDS": lookups.FIELDS}
+STORED = [{"KEPT": kept, "NUMBER": number} for kept, number in launches.STORED.values()]
 KERNELS = [
     *(
         (packs._pack, PACKED | {"MEANS": means, "NUMBER": number, "FLOAT": packs.FLOATS.get(size)})
@@ -24,11 +25,11 @@ KERNELS = [
         LOOKED | {"WORD": launches.WORD, "ENTRIES": lookups.ENTRIES, "COLUMN": lookups.COLUMN},
     ),
     (entries._sum, TILE),
-    *((steps._step, TILE | {"NUMBER": number}) for number in steps.TYPES.values()),
+    *((steps._step, TILE | stored) for stored in STORED),
     *(
-        (boosts._boost, {"STEPS": step, "NUMBER": number, "BLOCK": boosts.BLOCK})
+        (boosts._boost, {"STEPS": step, "BLOCK": boosts.BLOCK} | stored)
         for step in (True, False)
-        for number in boosts.TYPES.values()
+        for stored in STORED
     ),
 ]
 
@@ -44,7 +45,9 @@ def main():
         source = ASTSource(fn=kernel, signature=kinds, constexprs=places)
         code = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
         assert ".target sm_90" in code
-        print(kernel.__name__, tl.constexpr(known.get("NUMBER")).value)  # noqa: T201
+        if known.get("KEPT") is tl.bfloat16:
+            assert "cvt.rn.bf16" in code, "not rounded to the nearest"
+        print(kernel.__name__, tl.constexpr(known.get("KEPT", known.get("NUMBER"))).value)  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -48,13 +48,21 @@ def mask(*shape):
     return (torch.rand(*shape) < density).to(DEVICE)
 
 
+DIGITS = {torch.float64: 1e-15, torch.float32: 1e-6, torch.bfloat16: 2**-5}  # it cuts bfloat16 off
+
+
 def same(one, other):
     """Equal, but for the roundings that the interpreter adds where the device multiplies and adds at once."""
     if CUDA:
         assert torch.equal(one, other)
     else:
-        digits = 1e-6 if one.dtype == torch.float32 else 1e-15
+        digits = DIGITS[one.dtype]
         torch.testing.assert_close(one, other, rtol=digits, atol=digits)
+
+
+def reckoned_in(dtype):
+    """What kernels reckon in for parameters of a dtype."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def assert_counted(activity):
@@ -236,13 +244,15 @@ def test_an_embedding_that_is_not_looked_up():
         (torch.float64, 0.9, 0.0, {"nesterov": True}),
         (torch.float32, 0.9, 0.1, {"dampening": 0.3}),
         (torch.float32, 0.9, 0.1, {"nesterov": True, "maximize": True}),
+        (torch.bfloat16, 0.0, 0.0, {}),
+        (torch.bfloat16, 0.9, 0.1, {"nesterov": True}),
     ],
 )
 def test_a_fused_step_equals_the_step_of_torch(dtype, momentum, weight_decay, extra):
     torch.manual_seed(0)
-    shapes = [(7, 9), (5,), (3,), (90, 6), (40, 70)]
+    shapes, reckoned = [(7, 9), (5,), (3,), (90, 6), (40, 70)], reckoned_in(dtype)
     ours = [torch.randn(shape, dtype=dtype, device=DEVICE) for shape in shapes]
-    theirs = [nn.Parameter(tensor.clone()) for tensor in ours]
+    theirs = [nn.Parameter(tensor.to(reckoned, copy=True)) for tensor in ours]
     settings = {"lr": 0.03, "momentum": momentum, "weight_decay": weight_decay, **extra}
     reference = torch.optim.SGD(theirs, foreach=False, **settings)
     buffers = [torch.empty_like(tensor) if momentum else None for tensor in ours]
@@ -258,18 +268,23 @@ def test_a_fused_step_equals_the_step_of_torch(dtype, momentum, weight_decay, ex
         whole = Pass(stepping.Options(**settings))
         for parameter, copy, reached, buffer in zip(ours, theirs, found, buffers, strict=True):
             gradient = torch.randn_like(parameter)
-            copy.grad = gradient.clone()
+            copy.grad = gradient.to(reckoned, copy=True)
             if reached is not None:
-                copy.grad *= adaptive_factor(reached[0].count_masks(), 20, dtype=dtype)
+                copy.grad *= adaptive_factor(reached[0].count_masks(), 20, dtype=reckoned)
             assert whole.takes(gradient, parameter)
             whole.add(gradient, reached, parameter, buffer, fresh=number == 0)
         whole.run()
         reference.step()
-        for one, other in zip(ours, theirs, strict=True):
-            same(one, other.detach())
+        for one, other, buffer in zip(ours, theirs, buffers, strict=True):
+            same(one, other.detach().to(dtype))
+            other.data.copy_(one)
+            if buffer is not None:
+                kept = reference.state[other]["momentum_buffer"]
+                same(buffer, kept.to(dtype))
+                kept.copy_(buffer)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("maximize", [False, True])
 def test_the_boosted_step_equals_its_twin(dtype, weight_decay, maximize, monkeypatch):
@@ -277,24 +292,26 @@ def test_the_boosted_step_equals_its_twin(dtype, weight_decay, maximize, monkeyp
     start = [torch.randn(size, dtype=dtype, device=DEVICE) for size in (3, 1025, 2048, 0, 40)]
     gradients = [[torch.randn_like(t).clamp(min=-0.5) for t in start] for _ in range(3)]
     ends = []
-    for kernels in ("triton", "torch"):
+    for kernels, number in (("triton", dtype), ("torch", reckoned_in(dtype))):
         choose(monkeypatch, kernels)
-        weights = [nn.Parameter(tensor.clone()) for tensor in start]
+        weights = [nn.Parameter(tensor.to(number, copy=True)) for tensor in start]
         optimizer = truestep.DASGD(weights, lr=0.1, weight_decay=weight_decay, maximize=maximize)
         for given in gradients:
             for weight, gradient in zip(weights, given, strict=True):
-                weight.grad = gradient.clone()
+                weight.grad = gradient.to(number, copy=True)
+                weight.data.copy_(weight.to(dtype))
             optimizer.step()
-        ends.append(weights)
+        ends.append([weight.detach().to(dtype) for weight in weights])
     for one, other in zip(*ends, strict=True):
-        same(one.detach(), other.detach())
+        same(one, other)
 
 
-def test_boosting_gradients_in_place():
-    gradients, previous = torch.randn(2, 3000, device=DEVICE)
-    expected, now = boosted(gradients, previous), gradients.clone()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_boosting_gradients_in_place(dtype):
+    gradients, previous = torch.randn(2, 3000, device=DEVICE).to(dtype)
+    expected, now = boosted(gradients.float(), previous.float()).to(dtype), gradients.clone()
     boosting.boost_(boosting.table([gradients], [previous]))
-    assert torch.equal(gradients, expected)
+    same(gradients, expected)
     assert torch.equal(previous, now)
 
 
@@ -346,7 +363,7 @@ def test_a_model_on_two_devices():
 
 
 def test_what_kernels_do_not_take_goes_to_torch():
-    for gradient in (torch.ones(3, 4, dtype=torch.bfloat16), torch.ones(4, 3).T):
+    for gradient in (torch.ones(3, 4, dtype=torch.float16), torch.ones(4, 3).T):
         assert not Pass.takes(gradient.to(DEVICE))
     assert Pass.takes(torch.ones(3, 4, device=DEVICE))
 

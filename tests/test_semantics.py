@@ -460,9 +460,8 @@ def test_steps_of_any_precision_are_the_formula(dtype):
     wide = torch.promote_types(dtype, torch.float32)
     for name, parameter in model.named_parameters():
         factor = torch.where(counts[name] > 0, 8 / (counts[name] + 1.0), 1.0)
-        effective = (parameter.grad.to(wide) * factor).to(dtype)
-        expected = start.get_parameter(name) - LR * effective
-        torch.testing.assert_close(parameter.detach(), expected.detach())
+        expected = start.get_parameter(name).to(wide) - LR * (parameter.grad.to(wide) * factor)
+        torch.testing.assert_close(parameter.detach(), expected.detach().to(dtype))
         assert parameter.dtype == dtype
 
 

@@ -20,8 +20,9 @@ from truestep.kernels.threads import spread
 
 __all__ = ["Table", "boost_", "step_", "table"]
 
-# Of what tensors are seen as; kernels do not go over bfloat16.
+# What loops see tensors as.
 LIKE = dispatch.LIKE | {torch.bfloat16: np.empty(0, np.uint16)}
+DTYPES = [{dtype} for dtype in LIKE]
 # Nanoseconds that one core takes for a byte of each kind of tensor, from its cache.
 PER_BYTE = 0.08
 
@@ -49,8 +50,8 @@ class Table(NamedTuple):
 def table(*kinds: Sequence[Tensor]) -> Table | None:
     """The table of tensors that a compiled loop or a kernel can take; None where torch operations have to.
 
-    All must be plain tensors on one device and of one dtype, float32, float64 or, on the CPU, bfloat16, and a
-    parameter's tensors lie alike in memory, without gaps.
+    All must be plain tensors on one device and of one dtype, float32, float64 or bfloat16, and a parameter's
+    tensors lie alike in memory, without gaps.
 
     Args:
         kinds: the gradients, the previous gradients and, for `step_`, the parameters. It is the last whose
@@ -131,17 +132,10 @@ def _take_loops(kinds: Sequence[Sequence[Tensor]], tensors: Sequence[Tensor]) ->
         and _on_one_device(tensors)
         and not torch.compiler.is_compiling()
         and torch._C._functorch.peek_interpreter_stack() is None  # noqa: SLF001
-        and _of_one_dtype(kinds[-1])
+        and set(map(_dtype, kinds[-1])) in DTYPES
         and set(map(type, kinds[-1])) <= dispatch.PLAIN
         and (all(map(Tensor.is_contiguous, tensors)) or all(map(_lie_alike, *kinds)))
     )
-
-
-def _of_one_dtype(tensors: Sequence[Tensor]) -> bool:
-    """Whether all tensors are of one dtype that loops or kernels take."""
-    dtypes = set(map(_dtype, tensors))
-    known = LIKE if tensors[0].is_cpu else dispatch.LIKE
-    return len(dtypes) == 1 and dtypes <= known.keys()
 
 
 def _on_one_device(tensors: Sequence[Tensor]) -> bool:

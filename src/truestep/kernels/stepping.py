@@ -25,12 +25,11 @@ __all__ = [
     "addresses",
     "count",
     "number_of",
-    "reckons",
     "run",
     "takes",
 ]
 
-# What loops reckon in, and see parameters as; kernels do not go over bfloat16.
+# What loops reckon in, and see parameters as: numpy has no bfloat16.
 REAL: dict[torch.dtype, tuple[Any, Any]] = {
     torch.float32: (np.float32, np.float32),
     torch.float64: (np.float64, np.float64),
@@ -229,21 +228,11 @@ class Options(NamedTuple):
     limit: float | None = None
 
 
-def reckons(dtype: torch.dtype, device: torch.device | None) -> bool:
-    """Whether loops or kernels can go over parameters of a dtype.
-
-    Args:
-        dtype: theirs.
-        device: of the kernels, None for the CPU's loops.
-    """
-    return dtype in REAL and (device is None or dtype is not torch.bfloat16)
-
-
 def takes(*tensors: Tensor) -> bool:
     """Whether loops or kernels can read and write a parameter, its gradient and its buffer."""
     first = tensors[0]
     dtype, shape, device = first.dtype, first.shape, first.device
-    if not reckons(dtype, device_of(first)):
+    if dtype not in REAL:
         return False
     for tensor in tensors:
         if tensor.dtype is not dtype or tensor.shape != shape or tensor.device != device:
@@ -263,9 +252,7 @@ def addresses(
     found: list[tuple[int, int]] = []
     for gradient, parameter in zip(gradients, parameters, strict=True):
         dtype = gradient.dtype
-        if dtype is not parameter.dtype or gradient.shape != parameter.shape:
-            return None
-        if not (dtype in REAL if gradient.is_cpu else reckons(dtype, gradient.device)):
+        if dtype not in REAL or dtype is not parameter.dtype or gradient.shape != parameter.shape:
             return None
         to, of = address_of(gradient), address_of(parameter)
         if not (to and of):

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from truestep.kernels.gpu.launches import TYPES, launch, line_of, pointer, setting
+from truestep.kernels.gpu.launches import STORED, launch, line_of, pointer, setting
 
 __all__ = ["boost", "boosted_step"]
 
@@ -24,32 +24,39 @@ def _boosted(gradient, previous):
 
 
 @triton.jit(do_not_specialize=["lines"])
-def _boost(table, lines, STEPS: tl.constexpr, NUMBER: tl.constexpr, BLOCK: tl.constexpr):
+def _boost(
+    table,
+    lines,
+    STEPS: tl.constexpr,
+    KEPT: tl.constexpr,
+    NUMBER: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     starts = table + SETTINGS
     tile = tl.program_id(0).to(tl.int64)
     line = line_of(starts, lines, tile)
     element = (tile - tl.load(starts + line)) * BLOCK + tl.arange(0, BLOCK)
     kinds = starts + lines + line
     inside = element < tl.load(kinds)
-    of = pointer(tl.load(kinds + 2 * lines), NUMBER) + element
-    before = pointer(tl.load(kinds + 3 * lines), NUMBER) + element
+    of = pointer(tl.load(kinds + 2 * lines), KEPT) + element
+    before = pointer(tl.load(kinds + 3 * lines), KEPT) + element
     gradient = tl.load(of, mask=inside, other=0.0)
     first = tl.load(kinds + lines) != 0
     previous = tl.load(before, mask=inside & (first == 0), other=0.0)
-    direction = _boosted(gradient, previous)
+    direction = _boosted(gradient.to(NUMBER), previous.to(NUMBER))
     tl.store(before, gradient, mask=inside)
     if STEPS:
-        to = pointer(tl.load(kinds + 4 * lines), NUMBER) + element
-        weight = tl.load(to, mask=inside, other=0.0)
+        to = pointer(tl.load(kinds + 4 * lines), KEPT) + element
+        weight = tl.load(to, mask=inside, other=0.0).to(NUMBER)
         if tl.load(table + 2) != 0:
             direction = -direction
         decay = setting(table, 1, NUMBER)
         if decay != 0:
             direction = tl.fma(decay, weight, direction)
         back = -setting(table, 0, NUMBER)
-        tl.store(to, tl.fma(back, direction, weight), mask=inside)
+        tl.store(to, tl.fma(back, direction, weight).to(KEPT), mask=inside)
     else:
-        tl.store(of, direction, mask=inside)
+        tl.store(of, direction.to(KEPT), mask=inside)
 
 
 def boosted_step(
@@ -94,5 +101,5 @@ def _launch(
     tiles = -(-elements // BLOCK)
     ends = np.cumsum(tiles)
     table = np.concatenate([settings, ends - tiles, elements, rows[1:].reshape(-1)])
-    known = (steps, TYPES[dtype], BLOCK)
+    known = (steps, *STORED[dtype], BLOCK)
     launch(_boost, int(ends[-1]), table, device, rows.shape[1], *known)

@@ -12,6 +12,7 @@ import triton.language as tl
 from truestep.errors import TruestepError
 
 __all__ = [
+    "STORED",
     "TYPES",
     "WORD",
     "bits_within",
@@ -28,6 +29,9 @@ __all__ = [
 WORD = tl.constexpr(64)
 # The numbers that are reckoned with.
 TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+# Of parameters of a dtype, what they are stored as and what is reckoned in.
+STORED = {dtype: (number, number) for dtype, number in TYPES.items()}
+STORED[torch.bfloat16] = tl.bfloat16, tl.float32
 
 
 def starts_of(tiles: Sequence[int]) -> tuple[list[int], int]:

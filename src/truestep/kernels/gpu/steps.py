@@ -11,7 +11,7 @@ import triton.language as tl
 from truestep.kernels.gpu.counts import COLUMN, ROW, tile_of
 from truestep.kernels.gpu.entries import FIELDS, lines_of, tiles_of_line
 from truestep.kernels.gpu.launches import (
-    TYPES,
+    STORED,
     field,
     launch,
     line_and_tile,
@@ -33,6 +33,7 @@ def _step(
     table,
     lines,
     FIELDS: tl.constexpr,
+    KEPT: tl.constexpr,
     NUMBER: tl.constexpr,
     ROW: tl.constexpr,
     COLUMN: tl.constexpr,
@@ -49,13 +50,13 @@ def _step(
     else:
         factor = size.to(NUMBER) / least
     factor = tl.where(wanted, tl.minimum(factor, setting(table, 7, NUMBER)), 1.0)
-    of = pointer(field(line, 0), NUMBER) + place
-    direction = tl.load(of, mask=inside, other=0.0) * factor
+    of = pointer(field(line, 0), KEPT) + place
+    direction = tl.load(of, mask=inside, other=0.0).to(NUMBER) * factor
     if field(line, 1) == 0:
-        tl.store(of, direction, mask=inside)
+        tl.store(of, direction.to(KEPT), mask=inside)
     else:
-        to = pointer(field(line, 1), NUMBER) + place
-        weight = tl.load(to, mask=inside, other=0.0)
+        to = pointer(field(line, 1), KEPT) + place
+        weight = tl.load(to, mask=inside, other=0.0).to(NUMBER)
         # In the order of torch's SGD, and with its roundings.
         if setting(table, 5, NUMBER) != 0:
             direction = -direction
@@ -65,17 +66,18 @@ def _step(
         buffer = field(line, 2)
         if buffer != 0:
             momentum = setting(table, 2, NUMBER)
-            by = pointer(buffer, NUMBER) + place
+            by = pointer(buffer, KEPT) + place
             speed = direction
             if field(line, 3) == 0:
                 kept = setting(table, 3, NUMBER)
-                speed = tl.fma(kept, direction, momentum * tl.load(by, mask=inside, other=0.0))
-            tl.store(by, speed, mask=inside)
+                before = tl.load(by, mask=inside, other=0.0).to(NUMBER)
+                speed = tl.fma(kept, direction, momentum * before)
+            tl.store(by, speed.to(KEPT), mask=inside)
             if setting(table, 4, NUMBER) != 0:
                 speed = tl.fma(momentum, speed, direction)
             direction = speed
         back = -setting(table, 0, NUMBER)
-        tl.store(to, tl.fma(back, direction, weight), mask=inside)
+        tl.store(to, tl.fma(back, direction, weight).to(KEPT), mask=inside)
 
 
 def step(
@@ -96,5 +98,5 @@ def step(
     table = array("q", struct.pack(f"{OPTIONS.value}d", *options)) + array("q", starts)
     for line, counted in zip(whole, lines, strict=True):
         table.extend((*line[:5], *counted))
-    launch(_step, programs, table, device, len(lines), FIELDS, TYPES[dtype], ROW, COLUMN)
+    launch(_step, programs, table, device, len(lines), FIELDS, *STORED[dtype], ROW, COLUMN)
     del held
