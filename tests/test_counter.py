@@ -663,6 +663,14 @@ def test_correct_gradients_is_not_repeated_by_the_step(model, counter):
         assert torch.equal(parameter.detach(), start - gradient)
 
 
+def test_a_corrected_gradient_of_no_sample_zeroed_in_place_begins_a_batch(model, counter):
+    (0 * model(sparse_inputs(5, 4))).sum().backward()
+    counter.correct_gradients()
+    model.zero_grad(set_to_none=False)
+    backward(model, sparse_inputs(3, 4))
+    assert counter.batch_size == 3
+
+
 def test_a_backward_on_corrected_gradients_is_an_error(model, counter):
     backward(model, sparse_inputs(5, 4))
     counter.correct_gradients()

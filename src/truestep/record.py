@@ -79,7 +79,7 @@ class Record:
         if self.stepped:
             return True
         if self.nonzero is None:  # what no sample reaches was zero before
-            return self.activity.reaches()
+            return self.corrected or self.activity.reaches()
         # A rank's few rows may hold nothing but zeros, or be none at all, where the others' do not.
         return bool(self.nonzero)
 
