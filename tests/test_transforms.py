@@ -105,6 +105,17 @@ def test_loading_a_transformed_state_without_transforms_raises_with_both_ways_ou
     second.step()
 
 
+def test_a_closure_that_raised_lets_no_copy_step_without_transforms():
+    model = mlp()
+    first, second = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
+    truestep.attach(first, truestep.directional_boost())
+    with pytest.raises(ZeroDivisionError):
+        first.step(lambda: 1 / 0)
+    second.load_state_dict(first.state_dict())
+    with pytest.raises(TruestepError, match="transformed by directional_boost"):
+        second.step()
+
+
 def test_transforms_survive_loading_a_plain_state():
     model = mlp()
     plain, optimizer = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))

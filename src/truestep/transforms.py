@@ -151,17 +151,20 @@ class Handle:
         self._finish.clear()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            self._transform(optimizer)
+            self._call(None, optimizer)
             return None
-
-        def transformed_closure() -> Any:
-            loss = closure()
-            self._transform(optimizer)
-            return loss
-
-        return (args[0], transformed_closure, *args[2:]), {
+        return (args[0], partial(self._call, closure, optimizer), *args[2:]), {
             name: value for name, value in kwargs.items() if name != "closure"
         }
+
+    def _call(self, closure: Callable[[], Any] | None, optimizer: Optimizer) -> Any:
+        try:
+            loss = None if closure is None else closure()
+            self._transform(optimizer)
+        except BaseException:
+            _stepping.discard(self)  # the step ends here, without its post-hooks
+            raise
+        return loss
 
     @uncompiled
     @torch.no_grad()
