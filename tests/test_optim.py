@@ -1,6 +1,7 @@
 """Every optimizer is a row of OPTIMIZERS, and the same tests run on all rows."""
 
 import copy
+import importlib
 import io
 import pickle
 
@@ -488,6 +489,66 @@ def test_a_layer_unfrozen_and_added_later_takes_corrected_steps(how):
     torch.testing.assert_close(model[0].weight.detach(), before - 0.5 * expected["0.weight"])
 
 
+@pytest.mark.parametrize("name", ["momentum", "weight_decay", "eps"])
+def test_an_option_that_is_a_tensor_may_change_in_place(name):
+    ends, start = [], mlp()
+    for value, changed in ((0.5, 0.125), (torch.tensor(0.5), torch.tensor(0.125))):
+        model = copy.deepcopy(start)
+        optimizer = truestep.AdaptiveBatchSGD(
+            model.parameters(), lr=0.1, counter=counter_of(model), **{name: value}
+        )
+        train(model, optimizer, batches(1))
+        if isinstance(value, torch.Tensor):
+            value.copy_(changed)
+        else:
+            optimizer.param_groups[0][name] = changed
+        ends.append(train(model, optimizer, batches(2)))
+    assert_same(*ends)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_a_step_leaves_a_gradient_that_was_corrected_before_it(foreach):
+    model = mlp()
+    counter = counter_of(model)
+    optimizer = truestep.AdaptiveBatchSGD(
+        model.parameters(), lr=0.1, counter=counter, momentum=0.9, nesterov=True, foreach=foreach
+    )
+    for batch in batches(2):
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        counter.correct_gradients()
+        gradients = [p.grad.clone() for p in model.parameters()]
+        optimizer.step()
+        assert_same(gradients, [p.grad for p in model.parameters()])
+
+
+def test_a_refused_group_is_not_added():
+    model, other = mlp(), mlp()
+    optimizer = truestep.AdaptiveBatchSGD(
+        model.parameters(), lr=0.1, counter=truestep.SampleCounter(model)
+    )
+    with pytest.raises(TruestepError, match="is not in the counter's model"):
+        optimizer.add_param_group({"params": other.parameters()})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_torch_chooses_its_own_step_where_no_loop_runs(monkeypatch):
+    asked = []
+
+    def choose(params, **options):
+        asked.append(len(params))
+        return False, True
+
+    monkeypatch.setattr(
+        importlib.import_module("torch.optim.sgd"), "_default_to_fused_or_foreach", choose
+    )
+    parameter = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    parameter.grad = torch.ones_like(parameter)
+    truestep.DASGD([parameter], lr=0.5).step()
+    truestep.DASGD([parameter], lr=0.5, foreach=False).step()
+    assert asked == [1]
+
+
 def test_wrong_values_are_named():
     model = mlp()
     counter = truestep.SampleCounter(model)
@@ -498,6 +559,8 @@ def test_wrong_values_are_named():
     for name, value in {"lr": -1, "momentum": -0.1, "weight_decay": -1, "eps": -1}.items():
         with pytest.raises(TruestepError, match=f"{name} is {value}"):
             make(**{name: value})
+    with pytest.raises(TruestepError, match=r"lr is tensor\(\[1\., 1\.\]\); use a finite number"):
+        make(lr=torch.ones(2))
     with pytest.raises(TruestepError, match="lr is nan"):
         truestep.DASGD(model.parameters(), lr=float("nan"))
     with pytest.raises(TruestepError, match="needs momentum > 0"):

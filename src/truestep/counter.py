@@ -187,7 +187,8 @@ class SampleCounter:
         chosen = list(self._records.names if parameters is None else parameters)
         self.prepare(chosen)
         rest = [parameter for parameter in chosen if parameter.grad is not None]
-        options, (arrived, size) = Options(eps=eps, limit=factor_limit), self.arrived()
+        options = Options(eps=float(eps), limit=factor_limit)
+        arrived, size = self.arrived()
         whole, own = Pass(options), list[Tensor]()
         if arrived is not None:
             own, others = arrived.split(rest)

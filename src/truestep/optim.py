@@ -145,7 +145,6 @@ class DASGD(Optimizer):
                 directions,
                 [None] * len(params),
                 foreach=group["foreach"],
-                fused=False,
                 lr=group["lr"],
                 weight_decay=group["weight_decay"],
                 maximize=group["maximize"],
@@ -254,7 +253,11 @@ class AdaptiveBatchSGD(Optimizer):
         """Adds a group of parameters, which must be the counter's model's."""
         super().add_param_group(param_group)
         if self.counter is not None:
-            self.counter.check(self.param_groups[-1]["params"])
+            try:
+                self.counter.check(self.param_groups[-1]["params"])
+            except TruestepError:
+                self.param_groups.pop()
+                raise
 
     @uncompiled
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -354,10 +357,13 @@ class AdaptiveBatchSGD(Optimizer):
                     begun.append((state, buffer))
                 whole.add(own, found, weights, *known, fresh=fresh)
                 continue
-            plain.append(parameter)
-            directions.append(
-                mean_effective(gradient.detach(), found, group["eps"], group["factor_limit"])
+            direction = mean_effective(
+                gradient.detach(), found, group["eps"], group["factor_limit"]
             )
+            if found is None and group["foreach"] and group["nesterov"]:
+                direction = direction.clone()  # torch adds the buffer to it in place
+            plain.append(parameter)
+            directions.append(direction)
             if not group["foreach"]:
                 self._step(group, [plain.pop()], [directions.pop()])
         whole.run()
@@ -393,12 +399,12 @@ class AdaptiveBatchSGD(Optimizer):
 def _options(group: dict[str, Any]) -> Options:
     return Options(
         float(group["lr"]),
-        group["weight_decay"],
-        group["momentum"],
-        group["dampening"],
+        float(group["weight_decay"]),
+        float(group["momentum"]),
+        float(group["dampening"]),
         group["nesterov"],
         group["maximize"],
-        group["eps"],
+        float(group["eps"]),
         group["factor_limit"],
     )
 
