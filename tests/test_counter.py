@@ -994,6 +994,14 @@ def test_scripted_modules_are_refused_by_name(model):
 # To watch.
 
 
+def test_statistics_leave_out_parameters_without_elements():
+    with pytest.warns(UserWarning, match="zero-element"):
+        model = nn.Sequential(nn.Linear(3, 0), nn.Linear(0, 2))
+    counter = truestep.SampleCounter(model)
+    model(torch.ones(4, 3)).sum().backward()
+    assert counter.statistics().keys() == {"1.bias"}
+
+
 def test_statistics_of_a_batch():
     model = nn.Linear(3, 1)
     counter = truestep.SampleCounter(model)

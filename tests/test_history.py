@@ -85,6 +85,24 @@ def test_without_a_gradient_there_is_nothing_to_add():
         history.add()
 
 
+def test_a_gradient_that_was_corrected_has_its_bits():
+    model = mlp()
+    counter = SampleCounter(model)
+    history = NodeHistory(counter, model, torch.randn(2, 4))
+    model(torch.randn(20, 4)).sum().backward()
+    counter.correct_gradients()
+    history.add()
+    history.mark("corrected")
+    assert history.rows[0]["samples"] == 20
+
+
+def test_a_counter_of_another_model_is_an_error():
+    with pytest.raises(TruestepError, match="is not in the counter's model"):
+        NodeHistory(SampleCounter(mlp()), mlp(), torch.randn(2, 4))
+    with pytest.raises(TruestepError, match="counter is of type Sequential"):
+        NodeHistory(mlp(), mlp(), torch.randn(2, 4))
+
+
 def test_bits_that_became_counts_are_an_error(monkeypatch):
     monkeypatch.setattr(combine, "LITTLE", 0)
     model = mlp()

@@ -145,6 +145,8 @@ class Batch:
             if record is None:
                 continue
             counts = record.activity.count().double()
+            if not counts.numel():
+                continue
             size = float(self.size_of(record))
             reached = counts[counts > 0]
             found[name] = {

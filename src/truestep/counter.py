@@ -133,7 +133,7 @@ class SampleCounter:
         return self._batch.counts(reduce=reduce)
 
     def statistics(self, *, eps: float = 1.0) -> dict[str, dict[str, float]]:
-        """What is worth logging after a step, for each parameter with a record.
+        """What is worth logging after a step, for each parameter with a record and elements.
 
         Args:
             eps: as the optimizer's, for the factor.
@@ -251,6 +251,16 @@ class SampleCounter:
         if id(parameter) not in self._records.known:
             self.check([parameter])
         return self._batch.find(parameter)
+
+    def activity(self, parameter: Tensor) -> Activity | None:
+        """This process's samples that reach a gradient, corrected or not; None where it stays plain.
+
+        Raises:
+            TruestepError: the parameter has a gradient, but no record.
+        """
+        if parameter.grad is None or parameter in self._plain:
+            return None
+        return self._records.find(parameter).activity
 
     def keep_bits(self) -> None:
         """From now on keeps all positions' bits, also where fewer give the counts: see `NodeHistory`."""

@@ -40,8 +40,8 @@ def without_record(name: str, *, closed: bool = False) -> TruestepError:
         "counter before the compiled model's first call, or call torch.compiler.reset() after "
         "making it; where other models of the same classes are compiled, set "
         "torch._dynamo.config.skip_nnmodule_hook_guards = False before), or the parameter was used "
-        "without calling its module, or .grad was set by hand. Call the module, or "
-        "leave it out with SampleCounter(model, unsupported='mean') "
+        "without calling its module, or .grad was set by hand. Call the module, "
+        "change gradients in place, or leave it out with SampleCounter(model, unsupported='mean') "
         "and rules without its class"
     )
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from truestep.activity import Activity, Outer
 from truestep.bits import Bits
+from truestep.checks import check_kind
 from truestep.combine import Joint, Total
 from truestep.counter import SampleCounter
 from truestep.errors import TruestepError
@@ -44,7 +45,8 @@ class NodeHistory:
         rows: one dict for each mark and layer: label, layer, samples, units, true, pseudo.
 
     Raises:
-        TruestepError: no layer reads the units of a ReLU layer; at `add`, no gradient is there.
+        TruestepError: no layer reads the units of a ReLU layer, or the counter is not the model's; at
+            `add`, no gradient is there.
 
     Example:
         >>> import torch, truestep
@@ -67,6 +69,7 @@ class NodeHistory:
         *,
         forward: Forward | None = None,
     ) -> None:
+        check_kind(counter, SampleCounter, "counter", "truestep.SampleCounter(model)")
         self.rows: list[dict[str, Any]] = []
         self._counter = counter
         model = uncompiled_model(model)
@@ -88,18 +91,22 @@ class NodeHistory:
                 "no layer of this model reads the output of a ReLU layer alone, so the counter's bits do not "
                 "show which units are on; use find_dummy_nodes on data instead"
             )
+        counter.check(link.weight for link in self._links)
         counter.keep_bits()
 
     def add(self) -> None:
-        """Takes the bits of the batch whose gradients are there: call it after each backward pass."""
+        """Takes the bits of the batch whose gradients are there.
+
+        Call it once a step: after its last backward pass, with the bits of all, and before `zero_grad`.
+        """
         for link in self._links:
-            found = self._counter.reach(link.weight)
+            found = self._counter.activity(link.weight)
             if found is None:
                 raise TruestepError(
                     f"the weight that reads {link.layer!r} has no counted gradient; call add() after "
                     "backward() and before zero_grad(), with the layer trained"
                 )
-            link.see(found[0])
+            link.see(found)
 
     def mark(self, label: Any) -> None:
         """Ends a stretch, such as an epoch: appends to `rows`, and begins anew.
