@@ -663,6 +663,15 @@ def test_correct_gradients_is_not_repeated_by_the_step(model, counter):
         assert torch.equal(parameter.detach(), start - gradient)
 
 
+def test_one_parameter_is_corrected(model, counter):
+    backward(model, sparse_inputs(5, 4))
+    weight, bias = model[0].weight, model[0].bias.grad.clone()
+    expected = counter.effective_gradient(weight)
+    counter.correct_gradients(weight)
+    assert torch.equal(weight.grad, expected)
+    assert torch.equal(model[0].bias.grad, bias)
+
+
 def test_a_corrected_gradient_of_no_sample_zeroed_in_place_begins_a_batch(model, counter):
     (0 * model(sparse_inputs(5, 4))).sum().backward()
     counter.correct_gradients()

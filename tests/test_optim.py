@@ -546,6 +546,10 @@ def test_torch_chooses_its_own_step_where_no_loop_runs(monkeypatch):
     parameter.grad = torch.ones_like(parameter)
     truestep.DASGD([parameter], lr=0.5).step()
     truestep.DASGD([parameter], lr=0.5, foreach=False).step()
+    weight = torch.ones(2, requires_grad=True).clone()
+    weight.retain_grad()
+    weight.grad = torch.ones(2)
+    truestep.DASGD([weight], lr=0.5, differentiable=True).step()
     assert asked == [1]
 
 

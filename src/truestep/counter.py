@@ -164,7 +164,7 @@ class SampleCounter:
     @uncompiled
     def correct_gradients(
         self,
-        parameters: Iterable[Tensor] | None = None,
+        parameters: Tensor | Iterable[Tensor] | None = None,
         *,
         eps: float = 1.0,
         factor_limit: float | None = None,
@@ -176,7 +176,7 @@ class SampleCounter:
         backward pass before `zero_grad()` is an error.
 
         Args:
-            parameters: those to correct; all of the model's by default.
+            parameters: those to correct, or one; all of the model's by default.
             eps: the paper's non-zero natural number.
             factor_limit: the largest N / (m + eps) allowed.
 
@@ -184,6 +184,8 @@ class SampleCounter:
             TruestepError: a parameter has a gradient but no record, or a number makes no factor.
         """
         check_factor(eps, factor_limit)
+        if isinstance(parameters, Tensor):  # whose rows would be taken for parameters
+            parameters = [parameters]
         chosen = list(self._records.names if parameters is None else parameters)
         self.prepare(chosen)
         rest = [parameter for parameter in chosen if parameter.grad is not None]

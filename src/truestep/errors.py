@@ -41,8 +41,8 @@ def without_record(name: str, *, closed: bool = False) -> TruestepError:
         "making it; where other models of the same classes are compiled, set "
         "torch._dynamo.config.skip_nnmodule_hook_guards = False before), or the parameter was used "
         "without calling its module, or .grad was set by hand. Call the module, "
-        "change gradients in place, or leave it out with SampleCounter(model, unsupported='mean') "
-        "and rules without its class"
+        "change gradients in place, leave the parameter to another optimizer, or its module out with "
+        "SampleCounter(model, unsupported='mean') and rules without its class"
     )
 
 

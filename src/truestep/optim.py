@@ -145,6 +145,8 @@ class DASGD(Optimizer):
                 directions,
                 [None] * len(params),
                 foreach=group["foreach"],
+                # The multi-tensor step takes a learning rate as a number, whose gradient would be lost.
+                fused=False if group["differentiable"] else None,
                 lr=group["lr"],
                 weight_decay=group["weight_decay"],
                 maximize=group["maximize"],
