@@ -280,6 +280,18 @@ def test_differentiable_steps_carry_gradients_to_the_start():
     torch.testing.assert_close(start.grad, torch.full((2,), expected))
 
 
+def test_differentiable_steps_carry_gradients_to_the_learning_rate():
+    lr = torch.tensor(0.1, requires_grad=True)
+    weights = torch.zeros(2, requires_grad=True).clone()
+    weights.retain_grad()
+    weights.grad = torch.ones(2)
+    optimizer = truestep.DASGD([weights], lr=lr, differentiable=True)
+    for _ in range(2):
+        optimizer.step()
+    weights.sum().backward()
+    assert lr.grad == -2 * (1 + 2)
+
+
 def test_complex_parameters_are_boosted_part_by_part():
     parameter = nn.Parameter(torch.tensor([0j]))
     optimizer = truestep.DASGD([parameter], lr=1.0)

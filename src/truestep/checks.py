@@ -21,8 +21,9 @@ __all__ = [
 def require_at_least_zero(**values: Any) -> None:
     """Raises `TruestepError` unless each value is a finite number, or a tensor of one, of at least 0."""
     for name, value in values.items():
-        number = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
-        if not (number and value >= 0 and math.isfinite(value)):
+        found = value.detach() if isinstance(value, Tensor) else value
+        number = isinstance(found, Real) or (isinstance(found, Tensor) and found.numel() == 1)
+        if not (number and found >= 0 and math.isfinite(found)):
             raise TruestepError(f"{name} is {value!r}; use a finite number that is at least 0")
 
 

@@ -225,7 +225,8 @@ def directional_boost() -> Transform:
     """DA-SGD as a transform: add the average of two gradients where their signs agree (Ahn, equation 1).
 
     The previous gradient is kept in `optimizer.state[parameter]["previous_gradient"]`, so it is saved
-    and loaded with the optimizer.
+    and loaded with the optimizer. The boosted gradient stays in `.grad`: call `zero_grad()` before the next
+    backward pass, which would add to it, and take no second step with it. `DASGD` leaves `.grad` as it is.
 
     Example:
         >>> import torch, truestep
