@@ -1,4 +1,5 @@
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -293,11 +294,38 @@ def test_an_optimizer_inside_the_transformed_one_takes_its_step(one_rank):
         copy.deepcopy(optimizer.optim).step()
 
 
-def test_a_wrapper_without_hooks_is_refused():
+@pytest.mark.parametrize("attributes", [{}, {"_optimizer_step_pre_hooks": OrderedDict()}])
+def test_a_wrapper_without_hooks_is_refused(attributes):
     class Wrapper(torch.optim.Optimizer):
         def __init__(self, optimizer):
             self.param_groups = optimizer.param_groups
+            vars(self).update(attributes)
+
+        def step(self, closure=None):
+            pass
 
     optimizer = Wrapper(torch.optim.SGD([torch.zeros(1, requires_grad=True)]))
     with pytest.raises(TruestepError, match="attach the transforms to the one that it wraps"):
         truestep.attach(optimizer, truestep.directional_boost())
+
+
+@pytest.mark.parametrize("outer", [False, True])
+def test_a_wrapper_with_hooks_takes_the_step_of_either(outer):
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer):
+            super().__init__(optimizer.param_groups, {})
+            self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+
+        def step(self, closure=None):
+            return self.optimizer.step(closure)
+
+    parameter = nn.Parameter(torch.zeros(2))
+    inner = torch.optim.SGD([parameter], lr=1.0)
+    optimizer = Wrapper(inner)
+    truestep.attach(optimizer if outer else inner, truestep.directional_boost())
+    for _ in range(2):
+        parameter.grad = torch.ones(2)
+        optimizer.step()
+    assert parameter.tolist() == [-3, -3]
+    with pytest.raises(TruestepError, match="attach the transforms again"):
+        copy.deepcopy(optimizer).step()

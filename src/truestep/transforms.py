@@ -36,6 +36,7 @@ Transform = Callable[[Optimizer], Callable[[], None] | None]
 # Kept in the first parameter group, the only place that copies, pickles and state_dicts carry along.
 MARK = "transforms"
 
+_attached: "weakref.WeakSet[Handle]" = weakref.WeakSet()
 # Whose optimizers are in the middle of a step, which may take that of an optimizer inside.
 _stepping: "weakref.WeakSet[Handle]" = weakref.WeakSet()
 
@@ -71,7 +72,9 @@ def attach(optimizer: Optimizer, *transforms: Transform) -> "Handle":
         >>> optimizer.step()
     """
     check_kind(optimizer, Optimizer, "optimizer", "a torch.optim.Optimizer")
-    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+    # Optimizer.__init__ makes the first and wraps the second, where hooks are called.
+    takes_hooks = hasattr(optimizer, "_optimizer_step_pre_hooks")
+    if not (takes_hooks and getattr(type(optimizer).step, "hooked", False)):
         raise TruestepError(
             f"{type(optimizer).__name__} wraps an optimizer and takes no hooks; attach the transforms to the "
             "one that it wraps"
@@ -126,6 +129,7 @@ class Handle:
             optimizer.register_step_post_hook(self._after),
         ]
         self._mark()
+        _attached.add(self)
 
     def remove(self) -> None:
         """Takes the transforms off the optimizer.
@@ -136,9 +140,14 @@ class Handle:
             self._optimizer.param_groups[0].pop(MARK, None)
         for handle in self._handles:
             handle.remove()
+        _attached.discard(self)
 
     def _mark(self) -> None:
         self._optimizer.param_groups[0][MARK] = "+".join(map(_name, self._transforms))
+
+    def is_inside(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer wraps this one, with the same parameter groups."""
+        return self._optimizer.param_groups[0] is optimizer.param_groups[0]
 
     def serves(self, optimizer: Optimizer) -> bool:
         """Whether an optimizer has some of the same parameters, as the one in ZeroRedundancyOptimizer."""
@@ -303,7 +312,8 @@ def _guard(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     mark = optimizer.param_groups[0].get(MARK) if optimizer.param_groups else None
     if mark is None or _find_handle(optimizer) is not None:
         return
-    if not any(handle.serves(optimizer) for handle in _stepping):
+    inside = any(handle.serves(optimizer) for handle in _stepping)
+    if not inside and not any(handle.is_inside(optimizer) for handle in _attached):
         raise TruestepError(
             f"this optimizer's gradients were transformed by {mark}, but it is a copy, or was unpickled, or "
             "has loaded such an optimizer's state: attach the transforms again with truestep.attach(), or "
