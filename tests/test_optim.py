@@ -554,7 +554,7 @@ def test_torch_chooses_its_own_step_where_no_loop_runs(monkeypatch):
     monkeypatch.setattr(
         importlib.import_module("torch.optim.sgd"), "_default_to_fused_or_foreach", choose
     )
-    parameter = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    parameter = nn.Parameter(torch.ones(2, dtype=torch.float16))
     parameter.grad = torch.ones_like(parameter)
     truestep.DASGD([parameter], lr=0.5).step()
     truestep.DASGD([parameter], lr=0.5, foreach=False).step()
