@@ -557,9 +557,10 @@ def all_loops(dtype):
     together.append(torch.ones(700, 3, dtype=dtype))
     pairs = [((*flat(one), None), flat(other)) for one, other in pairwise(together)]
     found += [bits.dense() for bits in packed_together(pairs)]
-    rows, kept = packing.Rows(130, 40, 70), torch.zeros(130, 40, dtype=dtype)
+    rows, wide = packing.Rows(130, 40, 70), reckoned(dtype)  # of norms in bfloat16 torch packs
+    kept = torch.zeros(130, 40, dtype=wide)
     for by_unit in (False, True):
-        given, delta = ((torch.rand(130, 2800) < 0.02).to(dtype) for _ in range(2))
+        given, delta = ((torch.rand(130, 2800) < 0.02).to(wide) for _ in range(2))
         whose = rows._replace(by_unit=by_unit)
         means = kept[:, :7].clone() if by_unit else kept
         first = whose._replace(groups=7 if by_unit else packing.EACH_ROW)
