@@ -1112,3 +1112,22 @@ def test_a_frozen_model_stays_frozen():
     small, report = truestep.compress(model, truestep.find_dummy_nodes(model, [data]), data)
     assert report.removed
     assert not any(p.requires_grad for p in small.parameters())
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_layer_that_gets_a_bias_loses_units_of_its_own_too(norm):
+    middle = nn.Linear(5, 6, bias=False)
+    model = nn.Sequential(
+        plant(busy(nn.Linear(4, 5)), {2: "constant"}),
+        nn.ReLU(),
+        middle,
+        *([nn.BatchNorm1d(6)] if norm else []),
+        nn.ReLU(),
+        nn.Linear(6, 2),
+    )
+    with torch.no_grad():
+        middle.weight[3] = -middle.weight[3].abs()
+    small, report, _ = compressed(model.double().eval(), data(300, 4))
+    assert units(report.removed, "0") == {2}
+    assert 3 in units(report.removed, "2")
+    assert len(small[2].bias) == small[2].out_features < 6

@@ -132,7 +132,7 @@ def owners(model: nn.Module, name: str) -> Iterator[tuple[nn.Module, str]]:
 def _cuts(ledger: Ledger, plan: Plan) -> dict[str, Cut]:
     cuts: dict[str, Cut] = {}
     groups = {use.weight: use.groups for use in ledger.uses}
-    for name, dim, slots in ledger.all_rows():
+    for name, dim, slots in (*ledger.all_rows(), *_made(ledger, plan)):
         gone = ledger.slots.inside(slots, plan.roots)
         if bool(gone.any()):
             cut = cuts.setdefault(name, Cut())
@@ -142,6 +142,14 @@ def _cuts(ledger: Ledger, plan: Plan) -> dict[str, Cut]:
             else:
                 cut.kept[dim] = places
     return cuts
+
+
+def _made(ledger: Ledger, plan: Plan) -> Iterator[tuple[str, int, Tensor]]:
+    """Name, dimension and slots of the biases that layers without one get."""
+    for number in plan.shifts:
+        use = ledger.uses[number]
+        if bias_of(use) not in ledger.owned:
+            yield bias_of(use), 0, use.outputs.slots
 
 
 def _taken_over(ledger: Ledger, plan: Plan) -> dict[str, Tensor]:
