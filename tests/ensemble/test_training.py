@@ -1,6 +1,8 @@
 """What a user of `train` relies on besides its numbers."""
 
+import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -347,6 +349,45 @@ def test_a_damaged_file_is_moved_aside(tmp_path):
         again = run(store=tmp_path, threads=2)
     assert_same(again, whole)
     assert damaged.with_suffix(".damaged").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*is damaged")
+def test_a_file_may_be_damaged_anywhere(tmp_path):
+    whole = run(threads=1)
+    run(store=tmp_path, threads=1)
+    (path,) = tmp_path.glob("*.npz")
+    good = path.read_bytes()
+    for place in range(0, len(good), len(good) // 80):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 0x24]) + good[place + 1 :])
+        assert_same(run(store=tmp_path, threads=1), whole)
+
+
+def test_a_damaged_file_that_cannot_be_moved_is_one_error(tmp_path, monkeypatch):
+    run(store=tmp_path, threads=1)
+    (path,) = tmp_path.glob("*.npz")
+    path.write_bytes(b"")
+
+    def refuse(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(type(path), "replace", refuse)
+    with pytest.raises(TruestepError, match="can't be moved aside"):
+        run(store=tmp_path, threads=1)
+
+
+def test_a_full_disk_is_one_error_and_the_same_call_goes_on(tmp_path):
+    run(replicas=2, store=tmp_path, threads=1)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+    try:
+        with pytest.raises(TruestepError, match=r"can't be written .* the same call goes on"):
+            run(store=tmp_path, threads=1)
+        with pytest.raises(TruestepError, match="can't be written"):
+            run(store=tmp_path / "new", threads=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert len(list(tmp_path.glob("*.npz"))) == 1
+    assert_same(run(store=tmp_path, threads=1), run(threads=1))
 
 
 def test_a_store_of_something_else_is_refused(tmp_path):

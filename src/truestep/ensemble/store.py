@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import warnings
-import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -44,14 +45,17 @@ class Store:
                 f"{folder} can't hold results ({error.strerror}). Give store= a folder that can be made."
             ) from error
         description, path = _description(job), folder / DESCRIPTION
-        if path.exists():
+        # One look: another process may begin at any moment.
+        names = [one.name for one in folder.iterdir()]
+        if DESCRIPTION in names:
             self._compare(path, description)
-        elif any(path.suffix != ".part" for path in folder.iterdir()):
+        elif not all(name.endswith(".part") for name in names):
             raise TruestepError(
                 f"{folder} holds files, but no ensemble's. Give store= an empty or a new folder."
             )
         else:
-            write_whole(path, json.dumps(description, indent=1).encode())
+            with _told(path):
+                write_whole(path, json.dumps(description, indent=1).encode())
 
     def add(self, replicas: range, fields: dict[str, NDArray[Any]]) -> Path:
         """Keeps the results of some replicas.
@@ -62,9 +66,12 @@ class Store:
 
         Returns:
             The file.
+
+        Raises:
+            TruestepError: The disk is full, or the folder can't be written. Earlier files stay.
         """
         path = self._folder / f"replicas-{replicas.start:07d}-{replicas.stop:07d}.npz"
-        with replacing(path) as part, part.open("wb") as file:
+        with _told(path), replacing(path) as part, part.open("wb") as file:
             arrays: dict[str, Any] = {"keys": np.array(_keys(self._job, replicas)), **fields}
             np.savez_compressed(file, **arrays)
             file.flush()
@@ -78,7 +85,7 @@ class Store:
         different numbers of threads have worked on the folder.
 
         Raises:
-            TruestepError: Replicas had other seeds or optimizers.
+            TruestepError: Replicas had other seeds or optimizers, or a damaged file can't be moved.
         """
         parts = {}
         for path in sorted(self._folder.glob("replicas-*.npz")):
@@ -89,13 +96,8 @@ class Store:
                     keys = fields["keys"].tolist()
                     for name in fields.files:
                         fields[name]
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-                aside = path.with_suffix(".damaged")
-                path.replace(aside)
-                warnings.warn(
-                    f"{path} is damaged ({error}): moved to {aside.name}; its replicas are trained again.",
-                    stacklevel=2,
-                )
+            except Exception as error:  # noqa: BLE001 - numpy, zipfile and zlib have no list of theirs
+                _move_aside(path, error)
                 continue
             asked = range(first, min(last, len(self._job.seeds)))
             if keys[: len(asked)] != _keys(self._job, asked):
@@ -122,6 +124,35 @@ class Store:
                 f"{self._folder} holds another training: it differs in {', '.join(different)}. "
                 "Give the same settings to go on, or store= another folder."
             )
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Says the way out where a file can't be written."""
+    try:
+        yield
+    except OSError as error:
+        raise TruestepError(
+            f"{path} can't be written ({error.strerror}). Every file that is there is safe: make space, or "
+            "make the folder writable, and the same call goes on."
+        ) from error
+
+
+def _move_aside(path: Path, reason: Exception) -> None:
+    aside = path.with_suffix(".damaged")
+    try:
+        path.replace(aside)
+    except FileNotFoundError:
+        return  # another process has done so
+    except OSError as error:
+        raise TruestepError(
+            f"{path} is damaged ({reason}) and can't be moved aside ({error.strerror}). Move it yourself, or "
+            "give store= another folder."
+        ) from error
+    warnings.warn(
+        f"{path} is damaged ({reason}): moved to {aside.name}; its replicas are trained again.",
+        stacklevel=2,
+    )
 
 
 def _description(job: Job) -> dict[str, Any]:

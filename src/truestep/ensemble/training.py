@@ -101,7 +101,8 @@ def train(
 
     Raises:
         TruestepError: Numbers are impossible, shapes don't fit, labels are out of range, there is not
-            enough memory, or the store holds something else; all before any training.
+            enough memory, or the store holds something else; all before any training. Later only where the
+            store can't be written any more: what is there stays, and the same call goes on.
     """
     job = _job(
         network,
