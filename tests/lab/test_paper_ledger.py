@@ -31,23 +31,18 @@ from truestep.lab.paper.verdict import Condition, judged, settled
 # Effects.
 
 
-def test_few_values_have_students_interval_and_many_the_bootstraps():
-    random = np.random.default_rng(1)
-    few, many = random.exponential(size=5), random.exponential(size=200)
-    low, high = stats.t.interval(0.95, 4, few.mean(), stats.sem(few))
-    found = mean("few", few)
-    assert (found.low, found.high) == pytest.approx((low, high))
-    found = mean("many", many)
-    # Of a skewed sample the bootstrap's interval is not symmetric.
-    assert found.low < found.mean < found.high
-    assert found.high - found.mean > found.mean - found.low
-    assert found == mean("many", many), "the same values give the same interval"
+@pytest.mark.parametrize("number", [5, 10, 200])
+def test_intervals_are_students(number):
+    values = np.random.default_rng(1).exponential(size=number)
+    found = mean("", values)
+    wanted = stats.t.interval(0.95, number - 1, values.mean(), stats.sem(values))
+    assert (found.low, found.high) == pytest.approx(wanted)
 
 
-def test_the_bootstrap_covers():
+def test_intervals_of_ten_values_cover_as_often_as_they_say():
     random = np.random.default_rng(0)
-    hits = [mean("", random.exponential(size=30)) for _ in range(100)]
-    assert 85 <= sum(found.low < 1 < found.high for found in hits) <= 100
+    hits = [mean("", random.normal(size=10)) for _ in range(1000)]
+    assert 930 <= sum(found.low < 0 < found.high for found in hits) <= 970
 
 
 @given(st.lists(st.floats(1e-6, 1.0), min_size=1, max_size=8))

@@ -16,12 +16,6 @@ from truestep.lab.statistics import interval
 
 __all__ = ["Effect", "compare", "holm", "mean"]
 
-# Fewer values than this have Student's interval: resampling them is no better than guessing.
-BOOTSTRAP_FROM = 10
-# Up to this many the bootstrap is bias-corrected and accelerated, which takes time like n squared.
-ACCELERATED_UP_TO = 500
-RESAMPLES = 2000
-
 
 @dataclass(frozen=True)
 class Effect:
@@ -61,10 +55,7 @@ class Effect:
 
 
 def mean(name: str, values: ArrayLike) -> Effect:
-    """A mean with its 95 % interval.
-
-    The interval is Student's for fewer than 10 values, else of the bootstrap: bias-corrected and
-    accelerated up to 500 values, percentile above.
+    """A mean with its 95 % interval, Student's.
 
     Args:
         name: What the values are.
@@ -79,7 +70,7 @@ def mean(name: str, values: ArrayLike) -> Effect:
     if array.size == 0 or not np.isfinite(array).all():
         nan = math.nan
         return Effect(name, nan, nan, nan, array.size, nan, nan, nan, nan)
-    centre, low, high = _interval(array)
+    centre, low, high = interval(array)
     if array.size == 1:
         nan = math.nan
         return Effect(name, centre, nan, nan, 1, nan, nan, nan, nan)
@@ -119,14 +110,3 @@ def holm(effects: Sequence[Effect]) -> list[Effect]:
         highest = max(highest, min(1.0, (len(order) - rank) * effects[index].p))
         corrected[index] = replace(effects[index], corrected=highest)
     return corrected
-
-
-def _interval(array: "np.ndarray[tuple[int], np.dtype[np.float64]]") -> tuple[float, float, float]:
-    if array.size < BOOTSTRAP_FROM or np.ptp(array) == 0:
-        return interval(array)
-    method = "BCa" if array.size <= ACCELERATED_UP_TO else "percentile"
-    found = stats.bootstrap(
-        (array,), np.mean, n_resamples=RESAMPLES, method=method, rng=np.random.default_rng(0),
-        batch=100,
-    ).confidence_interval  # fmt: skip
-    return float(array.mean()), float(found.low), float(found.high)

@@ -132,7 +132,7 @@ def _conditions(findings: Sequence[Finding]) -> Grid:
         "Every condition of every claim",
         "Signed so that the claim predicts a number above the threshold. d: mean over standard "
         "deviation of the paired differences; p: paired t-test against 0, corrected by Holm's "
-        "method within the claim. Intervals are Student's below 10 values, else of the bootstrap.",
+        "method within the claim. Intervals are Student's.",
         ("claim", "condition", "mean", "95 % interval", "threshold", "d", "p", "n", "says"),
         [
             _condition(finding, condition)
