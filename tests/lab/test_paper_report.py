@@ -154,6 +154,18 @@ def test_figures_of_stand_ins_say_what_they_are(written):
     assert "Figure 5c: quickdraw10-other\n" in captions["5c"]
 
 
+def test_what_cannot_differ_is_no_comparison(written):
+    ends = {
+        (help_, optimizer): end
+        for help_, optimizer, *_, end in re.findall(
+            r"^\| ([^|]+) \| (aSGD|SGD) \|.*\| ([^|]+) \|$", written[2], re.MULTILINE
+        )
+    }
+    assert ends["early stopping", "aSGD"] == ends["early stopping", "SGD"] == "—"
+    assert "d " in ends["cosine schedule", "SGD"]
+    assert "p-values corrected for 10 comparisons" in written[2]
+
+
 def test_intervals_of_what_helps_stay_in_their_panels():
     # Two seeds whose spreads differ this much have an interval that begins far under 0.
     curves = pd.DataFrame(

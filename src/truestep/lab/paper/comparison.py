@@ -145,7 +145,8 @@ def stable_table(evidence: Evidence) -> Grid:
                 for column in ("spread", "final", "lowest test", "lowest", "accuracy")
             ]
             rows.append([Cell(help_), Cell(NAMES[name]), *cells])
-            if help_ != "alone":
+            # Early stopping chooses the epoch that is chosen anyway: no comparison.
+            if help_ not in {"alone", "early stopping"}:
                 effect = compare("lowest", by_seed(part, "lowest"), by_seed(alone, "lowest"))
                 against.append(effect)
     ends = [Cell("—", 0.0)] * (len(rows) - len(against)) + [_difference(e) for e in holm(against)]
