@@ -47,6 +47,22 @@ def test_tables_print_in_eighty_columns():
     assert max(map(len, text.splitlines())) <= 80
 
 
+def test_names_of_any_length_are_whole():
+    name = "encoder_of_the_left_branch_downsample_projection_in"
+    model = nn.Sequential()
+    model.add_module(name, plant(nn.Linear(3, 8), {1: "true", 2: "pseudo"}))
+    model.add_module("relu", nn.ReLU())
+    model.add_module("out", nn.Linear(8, 2))
+    x = torch.randn(300, 3).clamp(-3, 3)
+    nodes = find_dummy_nodes(model, [x])
+    _, report = compress(model, nodes, x)
+    for table in [node_report.node_table(nodes), *node_report.compression_tables(report)[1:]]:
+        stream = io.StringIO()
+        Console(file=stream, width=60).print(table)
+        first = "".join(line[:30].split("  ")[0].strip() for line in stream.getvalue().splitlines())
+        assert name in first
+
+
 def test_the_heat_map_has_a_row_for_each_layer_and_a_colour_for_each_kind():
     _, _, nodes = found()
     figure = node_report.heat_map(node_report.unit_frame(nodes))

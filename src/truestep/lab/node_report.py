@@ -107,6 +107,8 @@ def compression_tables(report: CompressionReport) -> list[Table]:
         stays.add_row(layer, kind, reason, str(number))
     if len(reasons) > MOST_KEPT:
         stays.add_row("", "", f"and {len(reasons) - MOST_KEPT} more: --json has all of them", "")
+    for table in (went, stays):
+        table.columns[0].overflow = "fold"
     return [table for table in (sizes, went, stays) if table.row_count]
 
 
