@@ -160,9 +160,13 @@ def paper_report(
             f"asgd-synthetic --scale small --store {store}",
             param_hint="--store",
         )
+    out = out or store.with_name("report.html")
+    reason = unwritable(out.parent)
+    if reason:
+        raise typer.BadParameter(f"{reason}; choose another folder", param_hint="--out")
     with UnitStore(store) as units:
         evidence = gather(units)
-    data = write_report(evidence, out or store.with_name("report.html"))
+    data = write_report(evidence, out)
     if as_json:
         print_json(data)
         return

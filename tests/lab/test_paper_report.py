@@ -368,6 +368,16 @@ def test_a_store_that_may_not_be_written_is_one_line(call, tmp_path, monkeypatch
     assert "p.db can't be written; name a file in a folder that can be written" in err
 
 
+def test_a_page_that_cannot_be_written_is_told_before_the_work(call, tmp_path, monkeypatch):
+    UnitStore(tmp_path / "p.db").close()
+    monkeypatch.setattr(
+        "truestep.lab.paper.evidence.gather", lambda _: pytest.fail("the work has begun")
+    )
+    code, out, err = call("report", "--store", "p.db", "--out", "/proc/x/page.html")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "/proc can't be written" in err
+
+
 def test_units_that_fail_alike_are_told_once_and_end_with_1(call, monkeypatch):
     def fail(workers, units):
         return (Failure(unit, "ValueError: so it is") for unit in units)
