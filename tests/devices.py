@@ -1,4 +1,7 @@
-"""Where Triton's kernels run in tests: on a CUDA device, or in Triton's interpreter on the CPU's tensors."""
+"""Where Triton's kernels run in tests: on a CUDA device, or in Triton's interpreter on the CPU's tensors.
+
+And what they and the CPU's loops reckon in.
+"""
 
 import pytest
 import torch
@@ -17,6 +20,11 @@ def choose(monkeypatch, kernels):
     monkeypatch.setattr(dispatch, "on_triton", lambda _: kernels == "triton")
     for module in (packing, scanning, stepping):
         monkeypatch.setattr(module, "loops", _no_loops)
+
+
+def reckoned(dtype):
+    """What kernels and loops reckon in for parameters of a dtype; they round what they store."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _no_loops():

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import truestep
-from devices import CUDA, choose, needs_cuda, needs_triton
+from devices import CUDA, choose, needs_cuda, needs_triton, reckoned
 from truestep import waiting
 from truestep.activity import Elements, Outer, Rows, Window
 from truestep.bits import join, pack
@@ -58,11 +58,6 @@ def same(one, other):
     else:
         digits = DIGITS[one.dtype]
         torch.testing.assert_close(one, other, rtol=digits, atol=digits)
-
-
-def reckoned_in(dtype):
-    """What kernels reckon in for parameters of a dtype."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def assert_counted(activity):
@@ -250,9 +245,9 @@ def test_an_embedding_that_is_not_looked_up():
 )
 def test_a_fused_step_equals_the_step_of_torch(dtype, momentum, weight_decay, extra):
     torch.manual_seed(0)
-    shapes, reckoned = [(7, 9), (5,), (3,), (90, 6), (40, 70)], reckoned_in(dtype)
+    shapes, real = [(7, 9), (5,), (3,), (90, 6), (40, 70)], reckoned(dtype)
     ours = [torch.randn(shape, dtype=dtype, device=DEVICE) for shape in shapes]
-    theirs = [nn.Parameter(tensor.to(reckoned, copy=True)) for tensor in ours]
+    theirs = [nn.Parameter(tensor.to(real, copy=True)) for tensor in ours]
     settings = {"lr": 0.03, "momentum": momentum, "weight_decay": weight_decay, **extra}
     reference = torch.optim.SGD(theirs, foreach=False, **settings)
     buffers = [torch.empty_like(tensor) if momentum else None for tensor in ours]
@@ -268,9 +263,9 @@ def test_a_fused_step_equals_the_step_of_torch(dtype, momentum, weight_decay, ex
         whole = Pass(stepping.Options(**settings))
         for parameter, copy, reached, buffer in zip(ours, theirs, found, buffers, strict=True):
             gradient = torch.randn_like(parameter)
-            copy.grad = gradient.to(reckoned, copy=True)
+            copy.grad = gradient.to(real, copy=True)
             if reached is not None:
-                copy.grad *= adaptive_factor(reached[0].count_masks(), 20, dtype=reckoned)
+                copy.grad *= adaptive_factor(reached[0].count_masks(), 20, dtype=real)
             assert whole.takes(gradient, parameter)
             whole.add(gradient, reached, parameter, buffer, fresh=number == 0)
         whole.run()
@@ -292,7 +287,7 @@ def test_the_boosted_step_equals_its_twin(dtype, weight_decay, maximize, monkeyp
     start = [torch.randn(size, dtype=dtype, device=DEVICE) for size in (3, 1025, 2048, 0, 40)]
     gradients = [[torch.randn_like(t).clamp(min=-0.5) for t in start] for _ in range(3)]
     ends = []
-    for kernels, number in (("triton", dtype), ("torch", reckoned_in(dtype))):
+    for kernels, number in (("triton", dtype), ("torch", reckoned(dtype))):
         choose(monkeypatch, kernels)
         weights = [nn.Parameter(tensor.to(number, copy=True)) for tensor in start]
         optimizer = truestep.DASGD(weights, lr=0.1, weight_decay=weight_decay, maximize=maximize)

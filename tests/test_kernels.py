@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import truestep
+from devices import reckoned
 from truestep.activity import Elements, Outer, Rows, Window
 from truestep.bits import Bits, Packed, join, pack
 from truestep.combine import Counts
@@ -136,14 +137,14 @@ def test_loops_of_the_kinds_of_rows_that_a_model_has_are_compiled(
     asked, loops = [], dispatch.loops()
     functions = loops.functions_of
     monkeypatch.setattr(
-        loops, "functions_of", lambda kinds, *types: asked.append(kinds) or functions(kinds, *types)
+        loops, "functions_of", lambda kinds, stored: asked.append(kinds) or functions(kinds, stored)
     )
     counter = truestep.SampleCounter(layer)
     optimizer = truestep.AdaptiveBatchSGD(layer.parameters(), lr=0.1, counter=counter)
     layer(inputs).sum().backward()
     optimizer.step()
     assert asked == [kinds]
-    for bit, address in zip(EVERY_KIND, functions(kinds, np.float32, np.float32), strict=True):
+    for bit, address in zip(EVERY_KIND, functions(kinds, np.float32), strict=True):
         assert bool(address) == bool(kinds & bit)
 
 
@@ -226,11 +227,6 @@ def test_joining_in_torch_operations(samples, positions, units, density):
 
 
 DENSITY = st.sampled_from([0.0, 0.05, 0.4, 1.0])
-
-
-def reckoned(dtype):
-    """What loops reckon in; they round what they store."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def same_counts(activity):

@@ -13,8 +13,8 @@ from torch import Tensor
 from truestep.brought import Brought
 from truestep.combine import total
 from truestep.fused import Pass
-from truestep.kernels.dispatch import address_of, device_of, finds_addresses
-from truestep.kernels.stepping import REAL, Line, takes
+from truestep.kernels.dispatch import STORED, address_of, device_of, finds_addresses
+from truestep.kernels.stepping import Line, takes
 from truestep.layout import Unit
 from truestep.record import Landed, Record, any_on, size_of, version_of
 from truestep.succession import as_one
@@ -154,7 +154,7 @@ class Arrived:
         first = parameters[0]
         device, dtype = device_of(first), first.dtype
         seen = self._seen_on(device)
-        if seen is None or dtype not in REAL or not finds_addresses():
+        if seen is None or dtype not in STORED or not finds_addresses():
             return False
         gradients, table, by, fresh = self.gradients, whole.table(first, device), 0, False
         changed: list[Tensor] = []

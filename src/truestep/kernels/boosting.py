@@ -20,9 +20,7 @@ from truestep.kernels.threads import spread
 
 __all__ = ["Table", "boost_", "step_", "table"]
 
-# What loops see tensors as.
-LIKE = dispatch.LIKE | {torch.bfloat16: np.empty(0, np.uint16)}
-DTYPES = [{dtype} for dtype in LIKE]
+DTYPES = [{dtype} for dtype in dispatch.STORED]
 # Nanoseconds that one core takes for a byte of each kind of tensor, from its cache.
 PER_BYTE = 0.08
 
@@ -64,7 +62,7 @@ def table(*kinds: Sequence[Tensor]) -> Table | None:
     tensors = list(chain.from_iterable(kinds))
     if not _take_loops(kinds, tensors):
         return None
-    like = LIKE[kinds[-1][0].dtype]
+    like = dispatch.STORED[kinds[-1][0].dtype]
     # Of equal shapes, as a parameter's tensors are, those of one dtype fill equally many bytes.
     sizes = list(map(_nbytes, kinds[0]))
     if any(list(map(_nbytes, kind)) != sizes for kind in kinds[1:]):

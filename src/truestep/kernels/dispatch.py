@@ -19,6 +19,7 @@ __all__ = [
     "CHANNELS_LAST",
     "LIKE",
     "PLAIN",
+    "STORED",
     "address_of",
     "all_plain",
     "channels_last",
@@ -44,6 +45,8 @@ LIKE: dict[torch.dtype, NDArray[Any]] = {
     torch.float32: np.empty(0, np.float32),
     torch.float64: np.empty(0, np.float64),
 }
+# What loops see parameters as, and reckon in, but for uint16: that is bfloat16, reckoned with in float32.
+STORED = LIKE | {torch.bfloat16: np.empty(0, np.uint16)}
 # Looked up once: torch's namespaces are large, and out of the processor's caches when a step asks for them.
 _peek = torch._C._functorch.peek_interpreter_stack  # noqa: SLF001
 _is_of_transform: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor  # noqa: SLF001

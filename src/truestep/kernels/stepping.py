@@ -10,14 +10,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from truestep.kernels.dispatch import address_of, all_plain, device_of, finds_addresses, gpu, loops
+from truestep.kernels.dispatch import (
+    STORED,
+    address_of,
+    all_plain,
+    device_of,
+    finds_addresses,
+    gpu,
+    loops,
+)
 from truestep.kernels.threads import spread
 
 __all__ = [
     "LINEAR",
     "LOOKUPS",
     "POSITIONS",
-    "REAL",
     "Entry",
     "Line",
     "Options",
@@ -29,13 +36,8 @@ __all__ = [
     "takes",
 ]
 
-# What loops reckon in, and see parameters as: numpy has no bfloat16.
-REAL: dict[torch.dtype, tuple[Any, Any]] = {
-    torch.float32: (np.float32, np.float32),
-    torch.float64: (np.float64, np.float64),
-    torch.bfloat16: (np.float32, np.uint16),
-}
-CODES = {np.float32: "f", np.float64: "d"}
+# What loops reckon in, as arrays name it.
+CODES = {torch.float32: "f", torch.float64: "d", torch.bfloat16: "f"}
 
 
 # About how many nanoseconds one core took, on a Xeon, to update an element and, for each sample, to count it;
@@ -232,7 +234,7 @@ def takes(*tensors: Tensor) -> bool:
     """Whether loops or kernels can read and write a parameter, its gradient and its buffer."""
     first = tensors[0]
     dtype, shape, device = first.dtype, first.shape, first.device
-    if dtype not in REAL:
+    if dtype not in STORED:
         return False
     for tensor in tensors:
         if tensor.dtype is not dtype or tensor.shape != shape or tensor.device != device:
@@ -252,7 +254,7 @@ def addresses(
     found: list[tuple[int, int]] = []
     for gradient, parameter in zip(gradients, parameters, strict=True):
         dtype = gradient.dtype
-        if dtype not in REAL or dtype is not parameter.dtype or gradient.shape != parameter.shape:
+        if dtype not in STORED or dtype is not parameter.dtype or gradient.shape != parameter.shape:
             return None
         to, of = address_of(gradient), address_of(parameter)
         if not (to and of):
@@ -276,7 +278,7 @@ def run(
         gpu().step(table.numbers, _values(options), dtype, device)
     elif table.work:
         address, size = table.numbers.buffer_info()
-        functions, _ = loops().functions_of(table.kinds, *REAL[dtype]).buffer_info()
+        functions, _ = loops().functions_of(table.kinds, STORED[dtype].dtype.type).buffer_info()
         shared = _shared(options, dtype)
         place, _ = shared.buffer_info()
         spread(loops().step, table.work, table.work, address, size // FIELDS, functions, place)
@@ -284,8 +286,7 @@ def run(
 
 @functools.lru_cache(maxsize=64)
 def _shared(options: Options, dtype: torch.dtype) -> "array[float]":
-    number, _ = REAL[dtype]
-    return array(CODES[number], _values(options))
+    return array(CODES[dtype], _values(options))
 
 
 def _values(options: Options) -> tuple[float, ...]:
@@ -310,6 +311,6 @@ def count(entries: Sequence[Entry], counts: Tensor) -> None:
         elements = table.add((0, 0, 0), 0, 0, [entry])
         if elements:
             address, _ = table.numbers.buffer_info()
-            functions, _ = loops().functions_of(entry.kind, *REAL[torch.float32]).buffer_info()
+            functions, _ = loops().functions_of(entry.kind, np.float32).buffer_info()
             spread(loops().count, entry.rows, table.work, address, functions, shared, place)
             place += 8 * elements

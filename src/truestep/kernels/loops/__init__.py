@@ -60,20 +60,17 @@ def team(loop: Any, number: Any) -> Any:
 
 
 @functools.cache
-def functions_of(kinds: int, number: Any, stored: Any) -> "array[int]":
+def functions_of(kinds: int, stored: Any) -> "array[int]":
     """The addresses of the loops that `step` and `count` call, 0 for kinds that are not asked for.
 
     Args:
         kinds: the bits of those in the table.
-        number: the type that is reckoned in.
         stored: what parameters are stored as.
     """
-    return array(
-        "q", [_kind(kind, number, stored).address if kinds & kind else 0 for kind in KINDS]
-    )
+    return array("q", [_kind(kind, stored).address if kinds & kind else 0 for kind in KINDS])
 
 
 @functools.cache
-def _kind(kind: int, number: Any, stored: Any) -> Any:
+def _kind(kind: int, stored: Any) -> Any:
     with _keeping():
-        return cfunc(SIGNATURE, cache=True)(KINDS[kind](number, stored))
+        return cfunc(SIGNATURE, cache=True)(KINDS[kind](stored))

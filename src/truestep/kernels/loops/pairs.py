@@ -105,10 +105,8 @@ def _updating(rows: int, lanes: int) -> Callable[..., Any]:
             *bits, gradient, parameter, step = arguments[:8]
             number, stored = arguments[8].type, arguments[13].type
             kind, half = ir.VectorType(number, lanes), ir.VectorType(HALF, lanes)
-            short, none = (
-                ir.VectorType(stored, lanes),
-                ir.Constant(ir.VectorType(WORD, lanes), None),
-            )
+            short = ir.VectorType(stored, lanes)
+            none = ir.Constant(ir.VectorType(WORD, lanes), None)
             size, eps, limit, sign, back = (repeat(builder, a, kind) for a in arguments[8:13])
             one = ir.Constant(kind, [1.0] * lanes)
             width = 32 if number == ir.FloatType() else 64

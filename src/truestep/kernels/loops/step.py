@@ -90,32 +90,32 @@ def _views(line: Any, counted: Any) -> Any:
     return entry, carray(pointer(counted), shape, np.int64)
 
 
-def _linear(number: Any, stored: Any) -> Callable[..., Any]:
+def _linear(stored: Any) -> Callable[..., Any]:
     def run(line: Any, first: Any, last: Any, options: Any, address: Any) -> Any:
         entry, counted = _views(line, address)
-        linear(entry, first, last, options_of(options, number, stored), counted)
+        linear(entry, first, last, options_of(options, stored), counted)
         return 1
 
     return run
 
 
-def _positions(number: Any, stored: Any) -> Callable[..., Any]:
+def _positions(stored: Any) -> Callable[..., Any]:
     def run(line: Any, first: Any, last: Any, options: Any, address: Any) -> Any:
         entry, counted = _views(line, address)
-        positions(entry, first, last, options_of(options, number, stored), counted)
+        positions(entry, first, last, options_of(options, stored), counted)
         return 1
 
     return run
 
 
-def _lookups(number: Any, stored: Any) -> Callable[..., Any]:
+def _lookups(stored: Any) -> Callable[..., Any]:
     def run(line: Any, first: Any, last: Any, options: Any, address: Any) -> Any:
         entry, counted = _views(line, address)
-        lookups(entry, first, last, options_of(options, number, stored), counted)
+        lookups(entry, first, last, options_of(options, stored), counted)
         return 1
 
     return run
 
 
-# What makes the loops of each kind, for numbers of a type and for what they are stored as.
+# What makes the loops of each kind, for what parameters are stored as.
 KINDS = {LINEAR: _linear, POSITIONS: _positions, LOOKUPS: _lookups}

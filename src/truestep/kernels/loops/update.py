@@ -50,17 +50,16 @@ def _factor(adaptive: Any, batch_size: Any, eps: Any, limit: Any, one: Any) -> A
 
 
 @internal
-def options_of(address: Any, number: Any, stored: Any) -> Any:
+def options_of(address: Any, stored: Any) -> Any:
     """The options at an address.
 
     Args:
         address: of the numbers.
-        number: what they are, and what is reckoned in.
         stored: what parameters are stored as.
     """
-    return Options(
-        carray(pointer(address), (OPTIONS,), number), carray(pointer(address), (0,), stored)
-    )
+    like = carray(pointer(address), (0,), stored)
+    number = type(widen(like.dtype.type(0)))
+    return Options(carray(pointer(address), (OPTIONS,), number), like)
 
 
 @internal
