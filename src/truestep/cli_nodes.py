@@ -11,8 +11,8 @@ import typer
 from rich.console import Console
 
 from truestep.errors import TruestepError
-from truestep.files import unwritable, write_whole
-from truestep.terminal import Debug, Json, lab_installed, print_json
+from truestep.files import write_whole
+from truestep.terminal import Debug, Json, check_folder, lab_installed, print_json
 
 __all__ = ["add_commands"]
 
@@ -143,9 +143,7 @@ def _check_file(path: Path, kinds: tuple[str, ...], option: str) -> None:
         )
     if not path.parent.is_dir():
         raise typer.BadParameter(f"there is no folder {path.parent}; make it", param_hint=option)
-    reason = unwritable(path.parent)
-    if reason:
-        raise typer.BadParameter(f"{reason}; choose another folder", param_hint=option)
+    check_folder(path.parent, option)
 
 
 def _check_other(path: Path, read: Iterable[Path | None], option: str) -> None:

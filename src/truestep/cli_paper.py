@@ -12,7 +12,15 @@ from rich.console import Console
 
 from truestep.errors import TruestepError
 from truestep.files import unwritable
-from truestep.terminal import DataDir, Debug, Json, complain, lab_installed, print_json
+from truestep.terminal import (
+    DataDir,
+    Debug,
+    Json,
+    check_folder,
+    complain,
+    lab_installed,
+    print_json,
+)
 
 if TYPE_CHECKING:
     from truestep.lab.workers import Failure
@@ -161,9 +169,7 @@ def paper_report(
             param_hint="--store",
         )
     out = out or store.with_name("report.html")
-    reason = unwritable(out.parent)
-    if reason:
-        raise typer.BadParameter(f"{reason}; choose another folder", param_hint="--out")
+    check_folder(out.parent, "--out")
     with UnitStore(store) as units:
         evidence = gather(units)
     data = write_report(evidence, out)

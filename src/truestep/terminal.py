@@ -12,11 +12,13 @@ import typer
 from rich.console import Console
 
 from truestep.errors import TruestepError
+from truestep.files import unwritable
 
 __all__ = [
     "DataDir",
     "Debug",
     "Json",
+    "check_folder",
     "complain",
     "lab_installed",
     "print_json",
@@ -72,6 +74,13 @@ def _finite(data: Any) -> Any:
     if isinstance(data, float) and not math.isfinite(data):
         return None
     return data
+
+
+def check_folder(folder: Path, option: str) -> None:
+    """Raises a usage error for a folder that could not be written to when the work is done."""
+    reason = unwritable(folder)
+    if reason:
+        raise typer.BadParameter(f"{reason}; choose another folder", param_hint=option)
 
 
 def complain(reason: str, code: int = 1) -> int:
